@@ -1,0 +1,59 @@
+"""A benchmark's result: a printed table and, on request, a JSON file that says how it was made."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+
+def publish(name: str, rows: list[dict[str, Any]], file: Path | None = None, **extra: Any) -> None:
+    """Print `rows` as a table; write `{"command", "commit", "machine", "rows", **extra}` to `file` when given."""
+    table = Table(title=name)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*(_cell(row.get(column, "")) for column in columns))
+    Console().print(table)
+    if file is None:
+        return
+    command = " ".join(["megarl", *sys.argv[1:]])
+    result = {"command": command, "commit": _commit(), "machine": machine(), "rows": rows, **extra}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(json.dumps(result, indent=1) + "\n")
+    partial.replace(file)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on; nothing that identifies the host."""
+    return {
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _commit() -> str | None:
+    try:
+        root = Path(__file__).parent
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return commit.stdout.strip() + ("+changes" if changed.stdout.strip() else "") or None
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

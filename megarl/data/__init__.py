@@ -1,0 +1,1 @@
+"""Data: prompts (files → Prompt), loader (order, prompt pruning, state), packing (rows, data-parallel balance), ledger."""

@@ -1,0 +1,26 @@
+"""The errors that megarl raises on purpose: each is one line that a person can act on."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(Exception):
+    """A mistake in the settings, the data or the files given; `megarl` prints it on one line and exits with code 2."""
+
+
+class RunError(Exception):
+    """Something outside the user's hands failed (an engine, a worker, a deadline); exit code 1, the cause named."""
+
+
+class DeadlineExceeded(RunError):
+    """A wait outlived its deadline."""
+
+    def __init__(self, waited_for: str, seconds: float) -> None:
+        super().__init__(f"gave up after {seconds:g} s waiting for {waited_for}")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint naming the known word nearest to `word`: `" (did you mean 'lr'?)"`, or the known words when none is near."""
+    names = sorted(known)
+    close = get_close_matches(word, names, n=1, cutoff=0.5)
+    return f" (did you mean '{close[0]}'?)" if close else f" (known: {', '.join(names)})"

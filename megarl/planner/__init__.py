@@ -1,0 +1,1 @@
+"""The planner: memory and step time of a layout, before it runs."""

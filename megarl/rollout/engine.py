@@ -1,0 +1,76 @@
+"""The Engine contract: token ids in, token ids out. Adding an engine is one file that satisfies `Engine`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from megarl.trajectory import Finish, Span
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to sample one generation.
+
+    The token at response position `offset + i` is drawn from the random stream of `(seed, offset + i)`: continuing a
+    completion with the same seed and a larger offset draws what an uninterrupted generation would have drawn.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0  # 0 = greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 = all
+    seed: int = 0
+    offset: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    stop_sequences: tuple[tuple[int, ...], ...] = ()
+    stop_words: tuple[str, ...] = ()  # stand-alone words: no ASCII letter directly before or after
+
+
+@dataclass(slots=True)
+class Generation:
+    """What one `generate` call made.
+
+    `token_ids` hold every sampled token, matched stops included: nothing is trimmed. After a stop word they end with
+    the token that confirmed that the word stands alone (the one holding the character after it, or the end-of-text
+    token), and `stop_start` is the index of the token in which the word begins.
+    `logprobs[i]` is log p(token_ids[i]) at `temperature` (at 1 where it is 0), before top-p and top-k.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finish: Finish
+    matched_stop: int | tuple[int, ...] | str | None = None
+    stop_start: int | None = None
+    spans: list[Span] = field(default_factory=list)
+
+
+class Engine(Protocol):
+    """A rollout engine. Every method may be called from one event loop, concurrently."""
+
+    async def generate(self, token_ids: Sequence[int], sampling: Sampling, request_id: str) -> Generation:
+        """Continue `token_ids`. An aborted request returns what it has, with finish "abort"."""
+        ...
+
+    async def score(self, token_ids: Sequence[int]) -> list[float]:
+        """Log-probs at temperature 1 of token_ids[1:], each given what precedes it (the canary of weight sync)."""
+        ...
+
+    async def abort(self, request_id: str) -> None:
+        """End the request early; unknown or finished ids are ignored."""
+        ...
+
+    async def update_weights(self, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Replace the weights by Hugging Face-named tensors; generations started later carry `version`."""
+        ...
+
+    async def health(self) -> None:
+        """Return when the engine can serve; raise RunError naming the engine and the cause otherwise."""
+        ...
+
+    async def close(self) -> None:
+        """Free the engine; end the server if megarl started it."""
+        ...

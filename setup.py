@@ -1,0 +1,42 @@
+"""Packaging of megarl. The pins are explained in README.md, "Versions"."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megarl",
+    version="0.1.0",
+    description="Megatron-style reinforcement learning for reasoning models, from a laptop CPU to multi-node clusters",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megarl", "megarl.*", "checkpoints_conv", "checkpoints_conv.*"]),
+    package_data={"megarl": ["py.typed", "report/*.html", "report/*.css", "report/*.js"]},
+    install_requires=[
+        # An unpinned torch brings another build and gigabytes of CUDA packages on a CPU machine.
+        "torch==2.13.0",
+        # 0.16.1 is the newest that declares Python 3.11.
+        'megatron-core==0.16.1; python_version < "3.12"',
+        'megatron-core>=0.16.1,<0.20; python_version >= "3.12"',
+        "psutil",  # needed by megatron.core.dist_checkpointing.save, which does not declare it
+        "transformers>=5.20,<6",
+        "tokenizers",
+        "safetensors",
+        "numpy",
+        "pyarrow",
+        "pydantic>=2.8,<3",
+        "pyyaml",
+        "typer>=0.12",
+        "rich",
+        "math-verify==0.9.0",
+        "aiohttp",
+        "jinja2",
+        "tensorboard",
+    ],
+    extras_require={
+        # On a CUDA machine only: without its CUDA part, transformer-engine breaks `import megatron.core`.
+        "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
+        # Engines live in environments of their own (their torch pins differ): these extras name what goes there.
+        "sglang": ["sglang==0.5.23"],
+        "vllm": ["vllm==0.32.0"],
+        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy"],
+    },
+    entry_points={"console_scripts": ["megarl=megarl.cli:main"]},
+)
