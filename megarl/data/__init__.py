@@ -1,1 +1,5 @@
-"""Data: prompts (files → Prompt), loader (order, prompt pruning, state), packing (rows, data-parallel balance), ledger."""
+"""Data: what is trained on next, and in which rows. Called by `train` and the benchmarks.
+
+Files: prompts (files → prompts) · table (prompts in columns) · loader (order, prompt pruning, state) · packing (rows,
+data-parallel balance) · ledger (what became of every prompt).
+"""

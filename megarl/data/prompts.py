@@ -1,0 +1,297 @@
+r"""Files → prompts: the hub's layouts, chat templates, the length filter, one-line errors that name file and line.
+
+A prompt is read from the first of the columns `PROMPTS` that a row holds, as text or as a list of chat messages; its
+answer from the first of `ANSWERS`, where `#### n` (GSM8K) or `\boxed{…}` (MATH) is taken out of a worked solution.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from megarl import config
+from megarl.boxed import last_boxed
+from megarl.data.table import PromptTable
+from megarl.errors import UserError, nearest
+
+PROMPTS = ("prompt", "problem", "question", "messages")
+ANSWERS = ("answer", "ground_truth", "reward_model.ground_truth", "expected_answer", "final_answer", "solution")
+WORKED = ("solution", "the assistant's message")  # may hold a derivation rather than an answer
+
+Message = dict[str, str]  # {"role": …, "content": …}
+
+
+@dataclass(frozen=True, slots=True)
+class PromptReport:
+    """What became of the rows that were read: `read == kept + duplicates + too_long`."""
+
+    read: int
+    kept: int
+    duplicates: int
+    too_long: int
+    longest: int  # tokens of the longest prompt kept
+
+    def __str__(self) -> str:
+        return (
+            f"{self.kept} of {self.read} prompts kept, up to {self.longest} tokens "
+            f"({self.duplicates} duplicates, {self.too_long} too long)"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One row of a file, before tokenisation."""
+
+    uid: bytes
+    conversation: list[Message]
+    answer: str
+    file: str  # ends in the mark before the row: "a.jsonl:" or "a.parquet#"
+    number: int
+
+    @property
+    def where(self) -> str:
+        return f"{self.file}{self.number}"
+
+
+def read_prompts(
+    files: Sequence[Path],
+    tokenizer: PreTrainedTokenizerBase,
+    data: config.Data,
+    progress: Callable[[int], object] | None = None,
+    setting: str = "data.train",
+) -> tuple[PromptTable, PromptReport]:
+    """Read, de-duplicate, template, tokenise and filter prompts, in the files' order.
+
+    `progress` is told the number of rows read, now and then; `setting` is what errors about `files` name. The uid is a
+    hash of the prompt as the file has it and of its answer, so it outlives a change of the chat template.
+    Raises UserError for a missing or malformed file, a row without prompt or answer, and when nothing is left.
+    """
+    render = _renderer(tokenizer, data)
+    for file in files:
+        _check_exists(file, setting)
+    table = PromptTable()
+    seen: set[bytes] = set()
+    read = too_long = longest = 0
+    shortest: int | None = None
+    rows = (row for file in files for row in _rows(file))
+    while batch := list(islice(rows, 1024)):
+        fresh: dict[bytes, _Row] = {}
+        for row in batch:
+            fresh.setdefault(row.uid, row)
+        fresh = {uid: row for uid, row in fresh.items() if uid not in seen}
+        seen.update(fresh)
+        texts = [render(row) for row in fresh.values()]
+        for (uid, row), text, token_ids in zip(fresh.items(), texts, _tokenise(tokenizer, data, texts), strict=True):
+            if not token_ids:
+                raise UserError(f"{row.where}: prompt {text!r} has no tokens")
+            shortest = min(len(token_ids), shortest or len(token_ids))
+            if len(token_ids) > data.max_prompt_tokens:
+                too_long += 1
+                continue
+            longest = max(longest, len(token_ids))
+            table.append(uid, token_ids, text, row.answer, row.file, row.number)
+        read += len(batch)
+        if progress:
+            progress(read)
+    names = ", ".join(map(str, files))
+    if not read:
+        raise UserError(f"{setting}: {names or '[]'} holds no prompts")
+    if not table:
+        raise UserError(
+            f"data.max_prompt_tokens: {data.max_prompt_tokens} is below all {too_long} prompts of {names}; "
+            f"the shortest has {shortest} tokens"
+        )
+    return table, PromptReport(read, len(table), read - len(seen), too_long, longest)
+
+
+# Rendering and tokenising
+
+
+def _uses_template(tokenizer: PreTrainedTokenizerBase, data: config.Data) -> bool:
+    return data.chat_template == "auto" and bool(tokenizer.chat_template)
+
+
+def _renderer(tokenizer: PreTrainedTokenizerBase, data: config.Data) -> Callable[[_Row], str]:
+    """The function that turns a row into the text to tokenise."""
+
+    def templated(row: _Row) -> str:
+        conversation = row.conversation
+        if data.system_prompt is not None:
+            own = [m for m in conversation if m["role"] != "system"]
+            conversation = [{"role": "system", "content": data.system_prompt}, *own]
+        try:
+            return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
+        except TemplateError as e:
+            raise UserError(f"{row.where}: the tokenizer's chat template refuses this prompt: {e}") from None
+
+    def plain(row: _Row) -> str:
+        if len(row.conversation) > 1:
+            raise UserError(
+                f"{row.where}: holds {len(row.conversation)} chat messages, but "
+                + ("data.chat_template is none" if tokenizer.chat_template else "the tokenizer has no chat template")
+            )
+        return row.conversation[0]["content"]
+
+    if _uses_template(tokenizer, data):
+        return templated
+    if data.system_prompt is not None:
+        why = "data.chat_template is none; set it to auto" if tokenizer.chat_template else "the tokenizer has none"
+        raise UserError(f"data.system_prompt: needs a chat template, and {why}")
+    return plain
+
+
+def _tokenise(tokenizer: PreTrainedTokenizerBase, data: config.Data, texts: list[str]) -> list[list[int]]:
+    if not texts:
+        return []
+    # A chat template writes its own special tokens; to plain text the tokenizer adds the model's (Llama's first).
+    special = not _uses_template(tokenizer, data)
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=special, return_attention_mask=False)["input_ids"]
+    return ids
+
+
+# Reading files
+
+
+def _check_exists(file: Path, setting: str) -> None:
+    if not file.is_file():
+        there = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
+        raise UserError(f"{setting}: {file} does not exist{nearest(file.name, there) if there else ''}")
+    if file.suffix not in _READERS:
+        raise UserError(f"{setting}: {file}: unknown kind of file; known: {', '.join(_READERS)}")
+
+
+def _rows(file: Path) -> Iterator[_Row]:
+    mark, records = _READERS[file.suffix](file)
+    for number, record in records:
+        yield _row(record, f"{file}{mark}", number)
+
+
+Records = tuple[str, Iterator[tuple[int, Any]]]  # the mark before a row's number, and the numbered rows
+
+
+def _jsonl(file: Path) -> Records:
+    def records() -> Iterator[tuple[int, Any]]:
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield number, _parse(line, f"{file}:{number}", "malformed JSONL line")
+
+    return ":", records()
+
+
+def _json(file: Path) -> Records:
+    """One array of objects; or, as many files of the hub so named are, one object a line."""
+    text = file.read_bytes()
+    if not text.lstrip().startswith(b"["):
+        return _jsonl(file)
+    return "#", enumerate(_parse(text, str(file), "malformed JSON"))
+
+
+def _parse(text: bytes, where: str, complaint: str) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise UserError(f"{where}: {complaint}: nested too deeply") from None
+    except json.JSONDecodeError as e:
+        raise UserError(f"{where}: {complaint}: {e.msg} at character {e.pos + 1}") from None
+    except UnicodeDecodeError as e:
+        raise UserError(f"{where}: {complaint}: byte {e.start + 1} is not UTF-8") from None
+
+
+def _parquet(file: Path) -> Records:
+    def records() -> Iterator[tuple[int, Any]]:
+        try:
+            table = pyarrow.parquet.ParquetFile(file)
+            names = {column.split(".")[0] for column in (*PROMPTS, *ANSWERS)}
+            wanted = [name for name in table.schema_arrow.names if name in names]
+            number = 0
+            for batch in table.iter_batches(batch_size=1024, columns=wanted):
+                for record in batch.to_pylist():
+                    yield number, record
+                    number += 1
+        except (pyarrow.ArrowInvalid, OSError) as e:
+            raise UserError(f"{file}: not a readable Parquet file: {' '.join(str(e).split())}") from None
+
+    return "#", records()
+
+
+_READERS: dict[str, Callable[[Path], Records]] = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}
+
+
+# One row
+
+
+def _row(record: Any, file: str, number: int) -> _Row:
+    where = f"{file}{number}"
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: holds a {type(record).__name__}, not an object with a prompt and an answer")
+    prompt = next((record[name] for name in PROMPTS if record.get(name)), None)
+    if prompt is None:
+        raise UserError(
+            f"{where}: prompt missing: none of {', '.join(PROMPTS)} (has: {', '.join(record) or 'nothing'})"
+        )
+    conversation, reply = _conversation(prompt, where)
+    candidates = {name: _field(record, name) for name in ANSWERS} | {WORKED[1]: reply}
+    column = next((name for name, value in candidates.items() if value not in (None, "", [], {})), None)
+    if column is None:
+        raise UserError(f"{where}: prompt without answer: none of {', '.join(ANSWERS)} (has: {', '.join(record)})")
+    answer = _answer(candidates[column], column)
+    if not answer:
+        raise UserError(f"{where}: prompt without answer: {column} has neither \\boxed{{…}} nor #### n")
+    key = json.dumps([*([m["role"], m["content"]] for m in conversation), answer], ensure_ascii=False)
+    try:
+        uid = hashlib.blake2b(key.encode(), digest_size=16).digest()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: holds half of a surrogate pair, which is not text") from None
+    return _Row(uid, conversation, answer, file, number)
+
+
+def _field(record: dict[str, Any], name: str) -> Any:
+    """`record[a][b]` for the name `a.b`; None where there is no such field."""
+    value: Any = record
+    for key in name.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _conversation(prompt: Any, where: str) -> tuple[list[Message], str | None]:
+    """The messages up to the model's turn, and the assistant's reply to them when the file has it."""
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}], None
+    try:
+        messages = [{"role": str(m["role"]), "content": m["content"]} for m in prompt]
+    except (TypeError, KeyError):
+        messages = []
+    if not messages or not all(isinstance(m["content"], str) for m in messages):
+        raise UserError(f"{where}: prompt is neither text nor a list of {{role, content}} messages with text content")
+    reply = messages.pop()["content"] if len(messages) > 1 and messages[-1]["role"] == "assistant" else None
+    return messages, reply
+
+
+def _answer(value: Any, column: str) -> str | None:
+    """The reference answer as the grader gets it: text as it is, numbers in decimals, anything else as JSON.
+
+    None for a worked solution, of several lines, that does not say what its answer is.
+    """
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if not isinstance(value, str):
+        return json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    if "####" in value:
+        return value.rpartition("####")[2].strip().replace(",", "")  # GSM8K writes thousands as 1,000
+    if (boxed := last_boxed(value)) is not None:
+        return boxed
+    if bare := re.findall(r"\\boxed\s+([^$\n]+)", value):
+        return str(bare[-1]).strip()
+    return None if column in WORKED and "\n" in value.strip() else value.strip()
