@@ -1,0 +1,46 @@
+"""Write the quick start's files: the problems of each split and, on request, the lesson for supervised fine-tuning.
+
+    python -m examples.quickstart.make_problems examples/quickstart/problems
+    python -m examples.quickstart.make_problems runs/quickstart/lesson --lesson 48000
+
+The same arguments write the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from examples.quickstart.search_verify import draw_problems, lesson_rows
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(help="Where the files go.")],
+    train: Annotated[int, typer.Option(help="Problems in train.jsonl.")] = 256,
+    validation: Annotated[int, typer.Option(help="Problems in validation.jsonl.")] = 500,
+    heldout: Annotated[int, typer.Option(help="Problems in heldout.jsonl.")] = 500,
+    lesson: Annotated[int, typer.Option(help="Write this many taught responses to lesson.jsonl instead.")] = 0,
+    seed: Annotated[int, typer.Option(help="Other seeds draw other problems of the same splits.")] = 0,
+) -> None:
+    """Write {train,validation,heldout}.jsonl, or lesson.jsonl, to FOLDER."""
+    if lesson:
+        write_jsonl(folder / "lesson.jsonl", lesson_rows(lesson, seed))
+        return
+    for split, count in (("train", train), ("validation", validation), ("heldout", heldout)):
+        problems = draw_problems(split, count, seed)
+        rows = ({"prompt": p.prompt, "answer": p.question, "kind": p.kind} for p in problems)
+        write_jsonl(folder / f"{split}.jsonl", rows)
+
+
+def write_jsonl(file: Path, rows: Iterable[dict[str, str]]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+if __name__ == "__main__":
+    typer.run(main)
