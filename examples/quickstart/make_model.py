@@ -2,7 +2,7 @@
 
     python -m examples.quickstart.make_model examples/quickstart/reasoner
 
-Byte-level, so that the texts of the tokens simply join up to the text: " 5", " +", " Wait", " \\boxed", "{" … Every word
+Byte-level: the texts of the tokens simply join up to the text (" 5", " +", " Wait", " \\boxed", "{" …). Every word
 is one token and carries the space before it, as in Qwen's tokenizer.
 """
 
