@@ -15,15 +15,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from megarl import config
 from megarl.boxed import last_boxed
+from megarl.data.files import check_exists, records
 from megarl.data.table import PromptTable
-from megarl.errors import UserError, nearest
+from megarl.errors import UserError
 
 PROMPTS = ("prompt", "problem", "question", "messages")
 ANSWERS = ("answer", "ground_truth", "reward_model.ground_truth", "expected_answer", "final_answer", "solution")
@@ -77,9 +76,9 @@ def read_prompts(
     hash of the prompt as the file has it and of its answer, so it outlives a change of the chat template.
     Raises UserError for a missing or malformed file, a row without prompt or answer, and when nothing is left.
     """
-    render = _renderer(tokenizer, data)
+    render = renderer(tokenizer, data)
     for file in files:
-        _check_exists(file, setting)
+        check_exists(file, setting)
     table = PromptTable()
     seen: set[bytes] = set()
     read = too_long = longest = 0
@@ -91,8 +90,8 @@ def read_prompts(
             fresh.setdefault(row.uid, row)
         fresh = {uid: row for uid, row in fresh.items() if uid not in seen}
         seen.update(fresh)
-        texts = [render(row) for row in fresh.values()]
-        for (uid, row), text, token_ids in zip(fresh.items(), texts, _tokenise(tokenizer, data, texts), strict=True):
+        texts = [render(row.conversation, row.where) for row in fresh.values()]
+        for (uid, row), text, token_ids in zip(fresh.items(), texts, tokenise(tokenizer, data, texts), strict=True):
             if not token_ids:
                 raise UserError(f"{row.where}: prompt {text!r} has no tokens")
             shortest = min(len(token_ids), shortest or len(token_ids))
@@ -122,26 +121,25 @@ def _uses_template(tokenizer: PreTrainedTokenizerBase, data: config.Data) -> boo
     return data.chat_template == "auto" and bool(tokenizer.chat_template)
 
 
-def _renderer(tokenizer: PreTrainedTokenizerBase, data: config.Data) -> Callable[[_Row], str]:
-    """The function that turns a row into the text to tokenise."""
+def renderer(tokenizer: PreTrainedTokenizerBase, data: config.Data) -> Callable[[list[Message], str], str]:
+    """The function that turns a conversation, and where it was read, into the text to tokenise."""
 
-    def templated(row: _Row) -> str:
-        conversation = row.conversation
+    def templated(conversation: list[Message], where: str) -> str:
         if data.system_prompt is not None:
             own = [m for m in conversation if m["role"] != "system"]
             conversation = [{"role": "system", "content": data.system_prompt}, *own]
         try:
             return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
         except TemplateError as e:
-            raise UserError(f"{row.where}: the tokenizer's chat template refuses this prompt: {e}") from None
+            raise UserError(f"{where}: the tokenizer's chat template refuses this prompt: {e}") from None
 
-    def plain(row: _Row) -> str:
-        if len(row.conversation) > 1:
+    def plain(conversation: list[Message], where: str) -> str:
+        if len(conversation) > 1:
             raise UserError(
-                f"{row.where}: holds {len(row.conversation)} chat messages, but "
+                f"{where}: holds {len(conversation)} chat messages, but "
                 + ("data.chat_template is none" if tokenizer.chat_template else "the tokenizer has no chat template")
             )
-        return row.conversation[0]["content"]
+        return conversation[0]["content"]
 
     if _uses_template(tokenizer, data):
         return templated
@@ -151,7 +149,7 @@ def _renderer(tokenizer: PreTrainedTokenizerBase, data: config.Data) -> Callable
     return plain
 
 
-def _tokenise(tokenizer: PreTrainedTokenizerBase, data: config.Data, texts: list[str]) -> list[list[int]]:
+def tokenise(tokenizer: PreTrainedTokenizerBase, data: config.Data, texts: list[str]) -> list[list[int]]:
     if not texts:
         return []
     # A chat template writes its own special tokens; to plain text the tokenizer adds the model's (Llama's first).
@@ -160,73 +158,10 @@ def _tokenise(tokenizer: PreTrainedTokenizerBase, data: config.Data, texts: list
     return ids
 
 
-# Reading files
-
-
-def _check_exists(file: Path, setting: str) -> None:
-    if not file.is_file():
-        there = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
-        raise UserError(f"{setting}: {file} does not exist{nearest(file.name, there) if there else ''}")
-    if file.suffix not in _READERS:
-        raise UserError(f"{setting}: {file}: unknown kind of file; known: {', '.join(_READERS)}")
-
-
 def _rows(file: Path) -> Iterator[_Row]:
-    mark, records = _READERS[file.suffix](file)
-    for number, record in records:
+    mark, numbered = records(file, columns={name.split(".")[0] for name in (*PROMPTS, *ANSWERS)})
+    for number, record in numbered:
         yield _row(record, f"{file}{mark}", number)
-
-
-Records = tuple[str, Iterator[tuple[int, Any]]]  # the mark before a row's number, and the numbered rows
-
-
-def _jsonl(file: Path) -> Records:
-    def records() -> Iterator[tuple[int, Any]]:
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield number, _parse(line, f"{file}:{number}", "malformed JSONL line")
-
-    return ":", records()
-
-
-def _json(file: Path) -> Records:
-    """One array of objects; or, as many files of the hub so named are, one object a line."""
-    text = file.read_bytes()
-    if not text.lstrip().startswith(b"["):
-        return _jsonl(file)
-    return "#", enumerate(_parse(text, str(file), "malformed JSON"))
-
-
-def _parse(text: bytes, where: str, complaint: str) -> Any:
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise UserError(f"{where}: {complaint}: nested too deeply") from None
-    except json.JSONDecodeError as e:
-        raise UserError(f"{where}: {complaint}: {e.msg} at character {e.pos + 1}") from None
-    except UnicodeDecodeError as e:
-        raise UserError(f"{where}: {complaint}: byte {e.start + 1} is not UTF-8") from None
-
-
-def _parquet(file: Path) -> Records:
-    def records() -> Iterator[tuple[int, Any]]:
-        try:
-            table = pyarrow.parquet.ParquetFile(file)
-            names = {column.split(".")[0] for column in (*PROMPTS, *ANSWERS)}
-            wanted = [name for name in table.schema_arrow.names if name in names]
-            number = 0
-            for batch in table.iter_batches(batch_size=1024, columns=wanted):
-                for record in batch.to_pylist():
-                    yield number, record
-                    number += 1
-        except (pyarrow.ArrowInvalid, OSError) as e:
-            raise UserError(f"{file}: not a readable Parquet file: {' '.join(str(e).split())}") from None
-
-    return "#", records()
-
-
-_READERS: dict[str, Callable[[Path], Records]] = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}
 
 
 # One row
@@ -241,7 +176,7 @@ def _row(record: Any, file: str, number: int) -> _Row:
         raise UserError(
             f"{where}: prompt missing: none of {', '.join(PROMPTS)} (has: {', '.join(record) or 'nothing'})"
         )
-    conversation, reply = _conversation(prompt, where)
+    messages, reply = conversation(prompt, where)
     candidates = {name: _field(record, name) for name in ANSWERS} | {WORKED[1]: reply}
     column = next((name for name, value in candidates.items() if value not in (None, "", [], {})), None)
     if column is None:
@@ -249,12 +184,12 @@ def _row(record: Any, file: str, number: int) -> _Row:
     answer = _answer(candidates[column], column)
     if not answer:
         raise UserError(f"{where}: prompt without answer: {column} has neither \\boxed{{…}} nor #### n")
-    key = json.dumps([*([m["role"], m["content"]] for m in conversation), answer], ensure_ascii=False)
+    key = json.dumps([*([m["role"], m["content"]] for m in messages), answer], ensure_ascii=False)
     try:
         uid = hashlib.blake2b(key.encode(), digest_size=16).digest()
     except UnicodeEncodeError:
         raise UserError(f"{where}: holds half of a surrogate pair, which is not text") from None
-    return _Row(uid, conversation, answer, file, number)
+    return _Row(uid, messages, answer, file, number)
 
 
 def _field(record: dict[str, Any], name: str) -> Any:
@@ -265,7 +200,7 @@ def _field(record: dict[str, Any], name: str) -> Any:
     return value
 
 
-def _conversation(prompt: Any, where: str) -> tuple[list[Message], str | None]:
+def conversation(prompt: Any, where: str) -> tuple[list[Message], str | None]:
     """The messages up to the model's turn, and the assistant's reply to them when the file has it."""
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}], None

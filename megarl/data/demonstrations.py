@@ -1,0 +1,86 @@
+"""Files → demonstrations: a prompt and the response to imitate, tokenised. What supervised fine-tuning reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from megarl import config
+from megarl.data.files import check_exists, records
+from megarl.data.prompts import PROMPTS, conversation, renderer, tokenise
+from megarl.errors import UserError
+
+RESPONSES = ("response", "completion", "output")
+
+
+@dataclass(frozen=True, slots=True)
+class Demonstration:
+    """One sequence to imitate: `token_ids[response_start:]`, the end-of-text token included."""
+
+    token_ids: np.ndarray  # int32 [prompt + response]
+    response_start: int
+
+
+def read_demonstrations(
+    files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, data: config.Data, longest: int
+) -> tuple[list[Demonstration], int]:
+    """The demonstrations of `files` in their order, and how many were left out for having over `longest` tokens.
+
+    A row holds a prompt (text, or chat messages for the tokenizer's template) and its response: a column of
+    `RESPONSES`, or the messages' last one, the assistant's. The response gets the end-of-text token.
+    Raises UserError for a missing or malformed file, a row without prompt or response, and when nothing is left.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError("model.path: the tokenizer has no end-of-text token to teach")
+    for file in files:
+        check_exists(file, "data.train")
+    render = renderer(tokenizer, data)
+    kept: list[Demonstration] = []
+    too_long = 0
+    shortest: int | None = None
+    for file in files:
+        mark, numbered = records(file, (*PROMPTS, *RESPONSES))
+        while batch := list(islice(numbered, 1024)):
+            rows = [_row(record, f"{file}{mark}{number}") for number, record in batch]
+            prompts = tokenise(tokenizer, data, [render(messages, where) for messages, _, where in rows])
+            responses = tokenizer([reply for _, reply, _ in rows], add_special_tokens=False)["input_ids"]
+            for prompt, response in zip(prompts, responses, strict=True):
+                token_ids = np.array([*prompt, *response, tokenizer.eos_token_id], np.int32)
+                shortest = min(len(token_ids), shortest or len(token_ids))
+                if len(token_ids) <= longest:
+                    kept.append(Demonstration(token_ids, len(prompt)))
+                else:
+                    too_long += 1
+    if kept:
+        return kept, too_long
+    names = ", ".join(map(str, files))
+    if too_long:
+        raise UserError(
+            f"batch.tokens_per_row: {longest} is below all {too_long} rows of {names}; the shortest has {shortest}"
+        )
+    raise UserError(f"data.train: {names or '[]'} holds no demonstrations")
+
+
+def _row(record: Any, where: str) -> tuple[list[dict[str, str]], str, str]:
+    """The conversation up to the response, the response, and where they were read."""
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: holds a {type(record).__name__}, not an object with a prompt and a response")
+    prompt = next((record[name] for name in PROMPTS if record.get(name)), None)
+    if prompt is None:
+        raise UserError(
+            f"{where}: prompt missing: none of {', '.join(PROMPTS)} (has: {', '.join(record) or 'nothing'})"
+        )
+    messages, reply = conversation(prompt, where)
+    response = next((record[name] for name in RESPONSES if record.get(name)), reply)
+    if not isinstance(response, str):
+        raise UserError(
+            f"{where}: response missing: no text in {', '.join(RESPONSES)} and no assistant's message last "
+            f"(has: {', '.join(record)})"
+        )
+    return messages, response, where
