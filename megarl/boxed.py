@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import re
 
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
-_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace, \{ or \}, is a character like any other
+# A box opens, a character that is no brace (\{, \}, \\), or a brace; "\\boxed" with its backslash doubled counts too.
+_TOKEN = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*\{)|\\[{}]|\\\\(?!boxed|fbox)|(?P<open>\{)|(?P<close>\})")
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The content of the last `\boxed{…}` (or `\fbox{…}`) whose braces balance; None when there is none."""
-    for box in reversed(list(_BOX.finditer(text))):
-        depth = 1
-        for brace in _BRACE.finditer(text, box.end()):
-            depth += {"{": 1, "}": -1}.get(brace.group(), 0)
-            if depth == 0:
-                return text[box.end() : brace.start()].strip()
-    return None
+    r"""The content of the last `\boxed{…}` (or `\fbox{…}`) whose braces balance; None when there is none. One pass."""
+    opened: list[int | None] = []  # for each open brace, where the box's content starts, or None for a bare brace
+    last: tuple[int, int] | None = None
+    for token in _TOKEN.finditer(text):
+        if token["box"]:
+            opened.append(token.end())
+        elif token["open"]:
+            opened.append(None)
+        elif token["close"] and opened:
+            start = opened.pop()
+            if start is not None and (last is None or start > last[0]):
+                last = start, token.start()
+    return None if last is None else text[slice(*last)].strip()
 
 
 def answer_part(response: str) -> str:

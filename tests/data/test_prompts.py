@@ -137,7 +137,7 @@ def test_duplicates_and_length_filter_are_counted(tmp_path, tokenizer):
 
 
 def test_chat_template(tmp_path, chat):
-    """A template is applied, generation prompt included; `system_prompt` replaces the file's own; `none` switches off."""
+    """A template is applied, generation prompt included; `system_prompt` replaces the own one; `none` switches off."""
     rows = [
         {"prompt": "q", "answer": "1"},
         {"prompt": [{"role": "system", "content": "S"}, {"role": "user", "content": "r"}], "answer": "1"},

@@ -1,0 +1,200 @@
+"""Grader processes: whatever a grading function does, a verdict comes back in time and no process stays behind.
+
+The verdicts of a hung function rest on real clocks: the timeout is far above what the quick calls need, and only the
+hung ones wait for it.
+"""
+
+import asyncio
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megarl.errors import RunError, UserError
+from megarl.rewards.grade import Grade
+from megarl.rewards.workers import Graders
+
+DEADLINE = 60.0  # seconds for what must happen at all
+
+
+def grade(graders: Graders, *pairs: tuple[str, str]) -> list[Grade]:
+    return asyncio.run(asyncio.wait_for(graders.grade_many(pairs), DEADLINE))
+
+
+@pytest.fixture(scope="module")
+def graders() -> Iterator[Graders]:
+    with Graders("odd_graders:by_answer", workers=2, timeout=2.0) as graders:
+        yield graders
+
+
+@pytest.fixture
+def fifo(tmp_path: Path) -> Iterator[tuple[str, int]]:
+    """A named pipe and its reading end, which sees the end of file when the last process that holds it is gone."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    end = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    yield str(path), end
+    os.close(end)
+
+
+def read(end: int) -> bytes:
+    ready, _, _ = select.select([end], [], [], DEADLINE)
+    assert ready, "nothing came through the pipe in time"
+    return os.read(end, 1)
+
+
+def test_verdicts_are_told_apart(graders):
+    """Every way in which a grading function can end has its verdict, in the order asked, with its message kept."""
+    cases = [
+        ("a", "equal a", "right", 1.0, ""),
+        ("spin", "spin", "timeout", 0.0, "no verdict within 2 s"),
+        ("a", "equal b", "wrong", 0.0, ""),
+        ("", "value 0.5", "right", 0.5, ""),
+        ("", "value 0.25", "wrong", 0.25, ""),
+        ("", "value -1", "wrong", -1.0, ""),
+        ("", "value 'right'", "right", 1.0, ""),
+        ("", "value 'timeout'", "timeout", 0.0, ""),
+        ("", "throw why", "error", 0.0, "KeyError: 'why'"),
+        ("", "leave why", "error", 0.0, "SystemExit: why"),
+        ("", "value None", "error", 0.0, "returned None, not a bool"),
+        ("", "value nan", "error", 0.0, "returned nan, not a bool"),
+        ("", "value 'yes'", "error", 0.0, "returned 'yes', not right, wrong, timeout, error"),
+        ("", "vanish", "error", 0.0, "left with status 3"),
+        ("", "crash", "error", 0.0, "died by SIGSEGV"),
+        ("", "spin_in_c", "timeout", 0.0, "no verdict within 2 s"),
+        ("", "talk", "right", 1.0, ""),
+    ]
+    grades = grade(graders, *[(response, answer) for response, answer, *_ in cases])
+    for (_, answer, verdict, score, message), got in zip(cases, grades, strict=True):
+        assert (got.verdict, got.score) == (verdict, score), answer
+        assert message in got.message, answer
+
+
+def test_formatted_whatever_the_verdict(graders):
+    """The format is judged apart from correctness: also of responses whose grading failed."""
+    boxed, late, early = r"\boxed{1}", r"<think></think>\boxed{1}", r"<think>\boxed{1}</think>1"
+    answers = ["value 1", "value 0", "throw", "vanish"]
+    for text, formatted in [(boxed, True), (late, True), (early, False), ("1", False), (r"\boxed{1", False)]:
+        assert [g.formatted for g in grade(graders, *[(text, a) for a in answers])] == [formatted] * 4, text
+
+
+def test_many_calls_keep_their_order(graders):
+    """More calls than workers, responses far larger than a pipe's buffer, several event loops in a row."""
+    sizes = [1, 3_000_000, 2, 70_000, *range(50)]
+    for _ in range(2):
+        assert [g.score for g in grade(graders, *[("é" * n, "length") for n in sizes])] == sizes
+    assert grade(graders) == []
+
+
+def test_a_hung_worker_is_replaced():
+    """After a timeout, another process answers, and the old one is gone (reaped: its id is unknown)."""
+    with Graders("odd_graders:by_answer", workers=1, timeout=1.0) as graders:
+        before, hung, after = grade(graders, ("", "pid"), ("", "spin"), ("", "pid"))
+        assert hung.verdict == "timeout"
+        assert before.score != after.score
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(before.score), 0)
+        # A stopped process does not even read its request.
+        os.kill(int(after.score), signal.SIGSTOP)
+        stopped, alive = grade(graders, ("x" * 3_000_000, "length"), ("", "equal "))
+        assert (stopped.verdict, alive.verdict) == ("timeout", "right")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(after.score), 0)
+
+
+def test_a_hung_workers_children_die_with_it(fifo):
+    """A grading function that starts processes of its own leaves none behind when it is killed."""
+    path, end = fifo
+    with Graders("odd_graders:by_answer", workers=1, timeout=2.0) as graders:
+        assert grade(graders, ("", f"spin_with_child {path}"))[0].verdict == "timeout"
+        assert read(end) == b"!"
+        assert read(end) == b""
+
+
+def test_workers_die_with_their_parent(fifo):
+    """`kill -9` of the controller amid a grading call ends the workers, though they cannot notice by themselves."""
+    path, end = fifo
+    code = f"""
+import asyncio
+from megarl.rewards.workers import Graders
+graders = Graders("odd_graders:by_answer", workers=2, timeout={DEADLINE})
+asyncio.run(graders.grade_many([("", "spin_alone {path}")] * 2))
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    parent = subprocess.Popen([sys.executable, "-c", code], env=environment)
+    assert read(end) + read(end) == b"!!"
+    parent.kill()
+    parent.wait(DEADLINE)
+    assert read(end) == b""
+
+
+def test_close_breaks_off_what_runs(fifo):
+    """Closing amid calls ends them with an error that says so, and leaves no process."""
+    path, end = fifo
+    graders = Graders("odd_graders:by_answer", workers=1, timeout=DEADLINE)
+
+    async def close_amid() -> list[object]:
+        calls = asyncio.ensure_future(
+            asyncio.gather(
+                graders.grade_many([("", f"spin_alone {path}")]),
+                graders.grade_many([("", "equal ")]),
+                return_exceptions=True,
+            )
+        )
+        assert await asyncio.to_thread(read, end) == b"!"
+        await asyncio.to_thread(graders.close)
+        return await asyncio.wait_for(calls, DEADLINE)
+
+    running, waiting = asyncio.run(close_amid())
+    assert isinstance(running, RunError) and "closed amid a call" in str(running)
+    assert isinstance(waiting, RunError) and "closed" in str(waiting)
+    assert read(end) == b""
+
+
+def test_cancelled_calls_are_not_begun(fifo):
+    """Cancelling grade_many leaves nothing in the queue: the next call does not wait for it."""
+    path, end = fifo
+    with Graders("odd_graders:by_answer", workers=1, timeout=2.0) as graders:
+
+        async def cancel_then_grade() -> list[Grade]:
+            doomed = asyncio.ensure_future(graders.grade_many([("", f"spin_alone {path}")] + [("", "spin")] * 100))
+            assert await asyncio.to_thread(read, end) == b"!"
+            doomed.cancel()
+            return await asyncio.wait_for(graders.grade_many([("a", "equal a")]), DEADLINE)  # not 200 s
+
+        assert [g.verdict for g in asyncio.run(cancel_then_grade())] == ["right"]
+
+
+def test_workers_are_light(graders):
+    """A worker does not import torch or numpy: it starts in a fraction of a second."""
+    assert [g.verdict for g in grade(graders, *[("", f"imported {m}") for m in ("torch", "numpy", "json")])] == [
+        "wrong",
+        "wrong",
+        "right",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("odd_graders", "reward.function: 'odd_graders' is not of the form package.module:function"),
+        ("odd_graders:by_anwser", r"odd_graders has no function 'by_anwser' \(did you mean 'by_answer'\?\)"),
+        ("no_such:grade", "reward.function: 'no_such:grade': cannot import no_such: ModuleNotFoundError"),
+    ],
+)
+def test_a_wrong_path_is_refused_at_start(function, message):
+    """The setting is named, and the nearest function, before anything is graded."""
+    with pytest.raises(UserError, match=message) as error:
+        Graders(function, workers=2, timeout=1.0)
+    assert "\n" not in str(error.value)
+
+
+def test_a_process_that_dies_at_start_is_reported():
+    """Dying while importing is an error of the run, with its cause, not a hang."""
+    with pytest.raises(RunError, match="left with status 1 while it imported vanishes_at_import:grade"):
+        Graders("vanishes_at_import:grade", workers=2, timeout=1.0)
