@@ -1,0 +1,81 @@
+"""How a model is laid over GPUs, and what the software does while it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megarl.planner.hardware import Dtype
+from megarl.planner.shape import Shape
+
+AttentionKernel = Literal["unfused", "fused_softmax", "flash1", "flash"]
+Recompute = Literal["none", "attention", "selective", "moe", "full"]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Sizes of the parallel groups and of the batch. `dp` ranks hold the same non-expert weights."""
+
+    gpus: int
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    cp: int = 1
+    ep: int = 1
+    etp: int = 1
+    micro_batch: int = 1  # sequences of one micro-batch on one data-parallel rank
+    global_batch: int = 1  # sequences of one optimizer step
+    sequence: int = 4096  # tokens
+
+    @property
+    def dp(self) -> int:
+        return max(1, self.gpus // (self.tp * self.pp * self.cp))
+
+    @property
+    def expert_dp(self) -> int:
+        """Ranks that hold the same experts."""
+        return max(1, self.gpus // (self.etp * self.ep * self.pp))
+
+    @property
+    def micro_batches(self) -> int:
+        return max(1, -(-self.global_batch // (self.micro_batch * self.dp)))
+
+    @property
+    def tokens(self) -> int:
+        """Of one micro-batch on one rank, before sequence parallelism."""
+        return max(1, self.micro_batch * self.sequence // self.cp)
+
+    def stage_layers(self, shape: Shape) -> list[int]:
+        """Transformer layers of each pipeline stage; the first and last stage give way when they do not divide."""
+        total = shape.layers + shape.mtp
+        most = -(-total // self.pp)
+        stages = [most] * self.pp
+        short = most * self.pp - total
+        for i in range(short):
+            stages[-1 if i % 2 == 0 else 0] -= 1
+        while stages[-1] < 0 or stages[0] < 0:  # deeper than the model: spread what is missing
+            stages = [total // self.pp + (i < total % self.pp) for i in range(self.pp)]
+        return stages
+
+
+@dataclass(frozen=True, slots=True)
+class Software:
+    """What the training stack does; the defaults are Megatron-Core's own recipes."""
+
+    dtype: Dtype = "bf16"
+    attention: AttentionKernel = "flash"
+    fused: bool = True  # norms, activations, rotary embedding in one kernel each
+    sequence_parallel: bool = True
+    tp_overlap: bool = True
+    dp_overlap: bool = True
+    graphs: bool = False  # CUDA graphs: no launch gaps
+    node_dispatch: bool = False  # DeepEP, HybridEP: a token crosses the network once to each domain that wants it
+    ep_overlap: bool = False  # expert traffic runs beside another micro-batch's compute
+    fused_experts: bool = False  # permutation fused into dispatch and grouped products, no wait for the host
+    distributed_optimizer: bool = True
+    fsdp: bool = False
+    recompute: Recompute = "none"
+    gradient_bytes: float = 4.0  # per parameter, of the main gradient
+    trainable: float = 1.0  # fraction of the parameters with gradients (LoRA: about 0)
+    parallel_loss: bool = True  # cross-entropy on vocabulary shards; else the logits are gathered
+    dropout: bool = False  # hidden dropout: keeps a mask and an output per block

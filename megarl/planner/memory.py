@@ -1,0 +1,203 @@
+"""Peak memory of every pipeline stage of a layout, by part.
+
+Persistent parts (weights, gradients, optimizer state) follow from the parameters that a rank holds; activations from
+the tensors that each module keeps for its backward pass (Korthikanti et al., arXiv 2205.05198, extended by gated MLPs,
+grouped-query and latent attention, experts and FP8 inputs) times the micro-batches in flight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from megarl.planner.hardware import GIB, Gpu
+from megarl.planner.layout import Layout, Software
+from megarl.planner.shape import Shape
+
+PERSISTENT = ("weights", "gradients", "optimizer")
+CONTEXT = 1.5  # GiB: CUDA context, libraries
+COLLECTIVES = 0.35  # GiB of communicator buffers per kind of parallelism in use
+FRAGMENTATION = 0.10  # of the activations: blocks that the caching allocator cannot reuse
+EAGER = 6.0  # bytes per entry that norms and rotary embedding keep when they run operator by operator in fp32
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """Parameters that one rank holds: those shared by its data-parallel group, and its experts."""
+
+    shared: int
+    experts: int
+
+
+@dataclass(frozen=True, slots=True)
+class StageMemory:
+    """Bytes of the fullest moment on one rank of a pipeline stage, by part."""
+
+    stage: int
+    parts: dict[str, float]
+
+    @property
+    def allocated(self) -> float:
+        """GiB of tensors."""
+        return sum(self.parts.values()) / GIB
+
+    def reserved(self) -> float:
+        """GiB that the allocator holds: tensors and what fragmentation keeps."""
+        return self.allocated + FRAGMENTATION * (self.allocated - sum(self.parts[p] for p in PERSISTENT) / GIB)
+
+    def driver(self, layout: Layout) -> float:
+        """GiB that the driver reports: what is reserved, the context and the communicators."""
+        kinds = sum(size > 1 for size in (layout.tp, layout.pp, layout.cp, layout.dp, layout.ep))
+        return self.reserved() + CONTEXT + COLLECTIVES * kinds
+
+    @property
+    def largest(self) -> str:
+        """The part that takes most."""
+        return max(self.parts, key=self.parts.__getitem__)
+
+
+def plan_memory(
+    shape: Shape, layout: Layout, software: Software, holdings: list[Holding] | None = None
+) -> list[StageMemory]:
+    """Memory of each stage; `holdings` from the real model replace the counted parameters."""
+    layers = layout.stage_layers(shape)
+    held = holdings or stage_holdings(shape, layout)
+    return [
+        StageMemory(stage, _stage(shape, layout, software, layers, held[stage], stage)) for stage in range(layout.pp)
+    ]
+
+
+def fits(stages: list[StageMemory], layout: Layout, gpu: Gpu) -> bool:
+    return max(stage.driver(layout) for stage in stages) <= gpu.memory
+
+
+def stage_holdings(shape: Shape, layout: Layout) -> list[Holding]:
+    """Parameters per rank of each stage, counted from the sizes."""
+    held, first = [], 0
+    for stage, layers in enumerate(layout.stage_layers(shape)):
+        dense, moe = _kinds(shape, first, layers)
+        tp = layout.tp
+        shared = layers * (shape.attention_parameters(tp) + 2 * shape.hidden)
+        shared += dense * shape.dense_parameters(tp) + moe * shape.shared_parameters(tp)
+        if stage == 0:
+            shared += shape.embedding_parameters(tp)
+        if stage == layout.pp - 1:
+            shared += shape.hidden
+            if not shape.tied or layout.pp > 1:
+                shared += shape.embedding_parameters(tp)
+            if shape.mtp and layout.pp > 1:
+                shared += shape.embedding_parameters(tp)
+        experts = moe * (shape.experts // layout.ep) * shape.expert_parameters() // layout.etp if moe else 0
+        held.append(Holding(shared, experts))
+        first += layers
+    return held
+
+
+def _kinds(shape: Shape, first: int, layers: int) -> tuple[int, int]:
+    """(dense, expert) layers among `layers` that begin with layer `first`."""
+    dense = max(0, min(layers, shape.layers - shape.moe_layers - first))
+    return dense, layers - dense
+
+
+def _stage(
+    shape: Shape, layout: Layout, software: Software, layers: list[int], held: Holding, stage: int
+) -> dict[str, float]:
+    first = sum(layers[:stage])
+    dense, moe = _kinds(shape, first, layers[stage])
+    parts = _state(layout, software, held)
+    flight = in_flight(layout, stage)
+    kept_dense, kept_moe = (layer_bytes(shape, layout, software, kind) for kind in (False, True))
+    if software.recompute == "full":
+        shard = layout.tp if software.sequence_parallel else 1
+        saved = 2.0 * layout.tokens * shape.hidden / shard * layers[stage]
+        parts["activations"] = flight * saved
+        parts["recomputed"] = kept_moe if moe else kept_dense
+    else:
+        parts["activations"] = flight * (dense * kept_dense + moe * kept_moe)
+    shard = layout.tp if software.sequence_parallel else 1
+    t, h = layout.tokens, shape.hidden
+    if stage == 0:
+        parts["embedding"] = min(flight, layout.pp) * 2.0 * t * h / shard
+    if stage == layout.pp - 1:
+        parts["logits"] = 2.0 * t * h + (1 + shape.mtp) * t * shape.vocab * _logit_bytes(layout, software)
+    # The widest backward moment: gathered inputs and the gradients of the MLP's or the attention's tensors.
+    width = max(shape.ffn if dense else 0, shape.moe_ffn * shape.topk if moe else 0) * shape.mlp_matrices
+    parts["workspace"] = 2.0 * t * (2 * h + max(width, shape.query_width + shape.kv_width) / layout.tp)
+    return parts
+
+
+def _logit_bytes(layout: Layout, software: Software) -> float:
+    """Bytes per token and vocabulary entry around the loss."""
+    if software.parallel_loss:
+        return 8.0 / layout.tp  # bf16 logits, their fp32 softmax in place, bf16 gradient
+    # Whole logits on every rank: bf16, fp32 copy, log-softmax, both gradients; and the shards and copies of a gather.
+    return 16.0 if layout.tp == 1 else 28.0
+
+
+def _state(layout: Layout, software: Software, held: Holding) -> dict[str, float]:
+    dense_ranks = layout.dp * layout.cp
+    both = held.shared + held.experts
+    trained = software.trainable
+    sharded = held.shared / dense_ranks + held.experts / layout.expert_dp
+    # FP8 keeps a row- and a column-wise byte for each weight; nvfp4 about half of that, next to nothing in bf16.
+    weight = {"fp32": 4.0, "bf16": 2.0, "fp8": 2.0, "fp4": 2.0}[software.dtype]
+    if software.fsdp:
+        return {
+            "weights": weight * sharded,
+            "gradients": software.gradient_bytes * sharded,
+            "optimizer": 12.0 * sharded,
+        }
+    optimizer = 12.0 * (sharded if software.distributed_optimizer else both)
+    return {
+        "weights": weight * both,
+        "gradients": software.gradient_bytes * both * trained,
+        "optimizer": optimizer * trained,
+    }
+
+
+def in_flight(layout: Layout, stage: int) -> float:
+    """Micro-batches whose activations stage `stage` holds at its fullest, in whole stages' worth of layers."""
+    if layout.pp == 1:
+        return 1.0
+    if layout.vpp == 1:
+        return float(min(layout.micro_batches, layout.pp - stage))
+    chunks = 2 * (layout.pp - stage - 1) + (layout.vpp - 1) * layout.pp + 1
+    return min(chunks, layout.micro_batches * layout.vpp) / layout.vpp
+
+
+@lru_cache(maxsize=4096)
+def layer_bytes(shape: Shape, layout: Layout, software: Software, moe: bool) -> float:
+    """Bytes that one layer keeps for one micro-batch until its backward pass."""
+    if moe and not shape.experts:
+        return 0.0
+    t, h, tp = layout.tokens, shape.hidden, layout.tp
+    shard = t / tp if software.sequence_parallel else t
+    wide = {"fp32": 4.0}.get(software.dtype, 2.0)
+    # Inputs of matrix products are kept in the product's own type: FP8 keeps the two quantised copies instead.
+    operand = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "fp4": 1.0}[software.dtype]
+    recomputed = software.recompute in ("selective", "moe")
+    norms = 2 * shard * h * (wide + (0.0 if recomputed else operand))  # input and output of both norms
+    if not software.fused:
+        norms += EAGER * (2 * shard * h + t / tp * (shape.query_width + shape.kv_width) / 2)
+    attention = t / tp * (wide * (shape.query_width + shape.kv_width) + (wide + operand) * shape.value_width)
+    if recomputed and shape.kv_lora:  # the up-projections are made again from the latents
+        attention = t / tp * (wide + operand) * shape.value_width
+    attention += shard * (shape.q_lora + shape.kv_lora) * (wide + operand)
+    if software.attention in ("flash", "flash1"):
+        attention += 4.0 * t * shape.heads / tp
+    elif software.recompute != "attention":
+        scores = t * layout.sequence * shape.heads / tp
+        attention += scores * (5.0 if software.attention == "fused_softmax" else 8.0)
+    dropout = 2.0 * shard * h if software.dropout else 0.0
+    up = shape.mlp_matrices - 1
+
+    def mlp(rows: float, width: float) -> float:
+        return rows * width * (wide * up + (0.0 if recomputed else operand))
+
+    if not moe:
+        return norms + attention + dropout + mlp(t / tp, shape.ffn)
+    routed = t / tp * shape.topk
+    expert = routed * (wide * h) + mlp(routed, shape.moe_ffn) + routed * wide * h + 8.0 * shard * shape.experts
+    if software.recompute == "moe":
+        expert = routed * wide * h
+    return norms + attention + dropout + expert + mlp(t / tp, shape.shared_ffn)

@@ -1,0 +1,218 @@
+"""Published training runs as the planner's ground truth: one CSV row is one `Run`.
+
+The columns are those of a table of model sizes, layout, software and measurements (`id, config_group, framework,
+layers, …, step_s, peak_mem_gib, status, complete, notes`). A row that cannot be predicted is
+returned as a `Skipped`, with why.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from megarl.errors import UserError
+from megarl.planner.hardware import GPUS, Dtype, Gpu
+from megarl.planner.layout import AttentionKernel, Layout, Recompute, Software
+from megarl.planner.shape import Shape
+from megarl.planner.steptime import model_flops
+
+Row = dict[str, str]
+MemoryKind = Literal["allocated", "reserved", "driver"]
+REQUIRED = ("layers", "hidden", "heads", "ffn", "vocab", "seq", "gpu", "n_gpus", "TP", "PP", "GBS", "precision")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One published run and what was measured; `seconds` or `memory` is None where it was not."""
+
+    id: str
+    group: str  # runs of one configuration, under any software release
+    source: str
+    label: str
+    shape: Shape
+    layout: Layout
+    software: Software
+    gpu: Gpu
+    seconds: float | None
+    memory: float | None  # GiB
+    memory_kind: MemoryKind
+    fits: bool
+    recompute_stated: bool  # False: the source does not say what was recomputed or offloaded
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    id: str
+    reason: str
+
+
+def read(file: Path) -> tuple[list[Run], list[Skipped]]:
+    """All rows of `file`: the runs that can be predicted, and the others with the reason."""
+    if not file.is_file():
+        raise UserError(f"runs: {file} does not exist")
+    runs, skipped = [], []
+    with file.open(newline="") as stream:
+        for row in csv.DictReader(stream):
+            reason = _unusable(row)
+            if reason:
+                skipped.append(Skipped(row["id"], reason))
+            else:
+                runs.append(_run(row))
+    return runs, skipped
+
+
+def _unusable(row: Row) -> str | None:
+    if not row["complete"]:
+        return "marked as not predictable"
+    if "non-megatron" in row["complete"] or "fsdp" in row["framework"].lower():
+        return "not Megatron-style"
+    missing = [name for name in REQUIRED if not row[name]]
+    if missing:
+        return f"no {', '.join(missing)}"
+    if row["gpu"].lower().removesuffix("-80gb") not in GPUS:
+        return f"unknown GPU {row['gpu']}"
+    if row["complete"].startswith("time") and _seconds(row) is None:
+        return "only a throughput in FLOP/s whose convention is not stated"
+    return None
+
+
+def _run(row: Row) -> Run:
+    shape = _shape(row)
+    layout = _layout(row, shape)
+    gpu = GPUS[row["gpu"].lower().removesuffix("-80gb")]
+    cards = re.search(r"(\d+)x(\d+)g/node", row["notes"].lower())
+    if cards:
+        gpu = replace(gpu, network=int(cards[1]) * int(cards[2]) / 8 / gpu.domain)
+    return Run(
+        id=row["id"],
+        group=row["config_group"],
+        source=row["source_key"],
+        label=f"{row['model']} {row['gpu']}x{layout.gpus} {row['precision']}",
+        shape=shape,
+        layout=layout,
+        software=_software(row),
+        gpu=gpu,
+        seconds=_seconds(row),
+        memory=float(row["peak_mem_gib"]) if row["peak_mem_gib"] else None,
+        memory_kind=_memory_kind(row["mem_def"]),
+        fits=row["status"] != "oom",
+        recompute_stated=bool(row["recompute"])
+        and "unstated" not in row["recompute"]
+        and "recipe" not in row["recompute"],
+    )
+
+
+def _number(row: Row, name: str, default: int = 0) -> int:
+    return int(float(row[name])) if row[name] else default
+
+
+def _shape(row: Row) -> Shape:
+    heads = _number(row, "heads")
+    return Shape(
+        layers=_number(row, "layers"),
+        hidden=_number(row, "hidden"),
+        heads=heads,
+        kv_heads=_number(row, "kv_heads", heads),
+        head_dim=_number(row, "head_dim", _number(row, "hidden") // heads),
+        ffn=_number(row, "ffn"),
+        vocab=_number(row, "vocab"),
+        gated=row["act"] == "swiglu",
+        tied=row["tied"] == "1",
+        experts=_number(row, "experts"),
+        topk=_number(row, "topk"),
+        moe_ffn=_number(row, "moe_ffn"),
+        shared_ffn=_number(row, "shared_ffn"),
+        moe_layers=_number(row, "moe_layers") if row["experts"] else 0,
+        q_lora=_number(row, "q_lora"),
+        kv_lora=_number(row, "kv_lora"),
+        mtp=_number(row, "mtp"),
+        window=128 if "swa128" in row["attn"] else 0,
+    )
+
+
+def _layout(row: Row, shape: Shape) -> Layout:
+    tp, pp, ep, gpus = _number(row, "TP"), _number(row, "PP"), _number(row, "EP", 1), _number(row, "n_gpus")
+    # Megatron-Core's own default is etp = tp; the recipes of its newer front ends, and layouts too small for it, use 1.
+    etp = 1 if "bridge" in row["framework"] or "(dev)" in row["framework"] or gpus % (tp * pp * ep) else tp
+    chunks = re.search(r"vp printed na in this tag \((\d+) in", row["notes"].lower())
+    return Layout(
+        gpus=gpus,
+        tp=tp,
+        pp=pp,
+        vpp=int(chunks[1]) if chunks else _number(row, "VPP", 1),
+        cp=_number(row, "CP", 1),
+        ep=ep,
+        etp=_number(row, "ETP", etp) if shape.experts else 1,
+        micro_batch=_number(row, "MBS", 1),
+        global_batch=_number(row, "GBS"),
+        sequence=_number(row, "seq"),
+    )
+
+
+def _seconds(row: Row) -> float | None:
+    if row["step_s"]:
+        return float(row["step_s"])
+    if row["tok_s_gpu"]:
+        return float(row["GBS"]) * float(row["seq"]) / float(row["tok_s_gpu"]) / float(row["n_gpus"])
+    if row["tflops_per_gpu"] and "megatron_model(causal/2)" in row["flops_def"]:  # `model_flops` counts the same
+        shape, layout = _shape(row), _layout(row, _shape(row))
+        return model_flops(shape, layout) / float(row["tflops_per_gpu"]) / 1e12 / layout.gpus
+    return None
+
+
+def _memory_kind(text: str) -> MemoryKind:
+    if "nvidia-smi" in text:
+        return "driver"
+    return "reserved" if "max reserved" in text else "allocated"
+
+
+def _software(row: Row) -> Software:
+    text = f"{row['notes']}; {row['overlap']}; {row['recompute']}; {row['optimizer']}".lower()
+    early = row["framework"] in ("megatron-lm", "megatron-deepspeed") or "kernel:" in text
+    release = re.search(r"performance summary (\d+)\.(\d+)", row["source"])
+    modern = bool(release) and (int(release[1]), int(release[2])) >= (26, 6)
+    dtype: dict[str, Dtype] = {"fp16": "bf16", "bf16": "bf16", "fp8": "fp8", "nvfp4": "fp4"}
+    attention: AttentionKernel = "flash"
+    if "kernel: torch" in text:
+        attention = "unfused"
+    elif "kernel: fused" in text or (early and "kernel: flash" not in text):
+        attention = "fused_softmax"
+    elif "flash_attentionv1" in text:
+        attention = "flash1"
+    recipe = any(name in row["framework"] for name in ("nemo", "bridge", "(dev)"))
+    plain = row["overlap"] == "dp"  # Megatron-Core's bare defaults: no sequence parallelism
+    overlap = not early and not plain and "all overlap off" not in text and row["overlap"] != "none"
+    return Software(
+        dtype=dtype[row["precision"]],
+        attention=attention,
+        fused="kernel:" not in text or "rms kernel" in text,
+        sequence_parallel="seq_parallel=true" in text or "+sequence-parallel" in text or not (early or plain),
+        tp_overlap=overlap,
+        dp_overlap=overlap or plain,
+        graphs="cuda-graph" in text and "cuda-graph none" not in text,
+        node_dispatch=modern or any(name in text for name in ("hybridep", "deepep")),
+        ep_overlap="moe-a2a" in text or "a2a overlap" in text,
+        fused_experts=modern,
+        distributed_optimizer="no dist" not in text,
+        fsdp=row["FSDP"] not in ("", "0", "1"),
+        recompute=_recompute(row["recompute"].lower()),
+        # DeepSpeed's bf16 optimizer keeps the gradients, their fp32 sum and the flat copy that it reduces.
+        # NVIDIA's benchmark recipes reduce and keep gradients in bf16.
+        gradient_bytes=8.0 if "fp32 grad accumulation" in text else 2.0 if recipe or "kernel:" in text else 4.0,
+        parallel_loss="kernel:" not in text,
+        trainable=0.0 if "lora" in row["kind"] else 1.0,
+    )
+
+
+def _recompute(text: str) -> Recompute:
+    if text.startswith("full"):
+        return "full"
+    if "core_attn" in text:
+        return "attention"
+    if "moe)" in text or '"mlp"' in text or ",moe" in text:
+        return "moe"
+    inside = re.search(r"selective ?[\[(](.+?)[\])]", text)
+    return "selective" if inside else "none"
