@@ -105,7 +105,7 @@ switch_draws = st.builds(
 )
 
 
-@settings(max_examples=150)
+@settings(max_examples=120)
 @given(switches=switch_draws, lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4), seed=st.integers(0, 10_000))
 def test_value_gradient_and_counts_are_those_of_the_formulas(switches, lengths, seed):
     """Proves loss, gradient and metrics for every combination of switches, in float64, on rows with masked nan.
