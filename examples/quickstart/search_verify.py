@@ -22,6 +22,8 @@ from itertools import combinations
 from types import MappingProxyType
 from typing import Literal
 
+from megarl.boxed import answer_part, last_boxed
+
 Split = Literal["train", "validation", "heldout"]
 Kind = Literal["easy", "long", "hopeless"]
 
@@ -100,23 +102,24 @@ def _draw_kind(rng: random.Random, kind: Kind) -> Problem:
                 return Problem(kind, numbers, target)
 
 
-_BOXED_PAIR = re.compile(r"\\boxed\s*\{\s*(\d+)\s*\+\s*(\d+)\s*\}")
+_PAIR = re.compile(r"(\d+)\s*\+\s*(\d+)")
 
 
 def grade(response: str, answer: str) -> bool:
     """Whether the final answer is right: a pair of the problem's numbers that sums to its target.
 
-    `answer` is `Problem.question`. The final answer is the first `\\boxed{a + b}` after the last `</think>`; a response
+    `answer` is `Problem.question`. The final answer is the last `\\boxed{a + b}` after the last `</think>`; a response
     that never closes its thought is wrong. Raises ValueError for an `answer` that is not a question.
     """
     numbers, arrow, target = answer.partition("->")
     if not arrow:
         raise ValueError(f"answer {answer!r} is not of the form '5 2 9 7 -> 11'")
-    _, closed, final = response.rpartition("</think>")
-    boxed = _BOXED_PAIR.search(final)
-    if not closed or boxed is None:
+    if "</think>" not in response:
         return False
-    a, b = int(boxed[1]), int(boxed[2])
+    pair = _PAIR.fullmatch(last_boxed(answer_part(response)) or "")
+    if pair is None:
+        return False
+    a, b = int(pair[1]), int(pair[2])
     return a != b and {a, b} <= set(map(int, numbers.split())) and a + b == int(target)
 
 

@@ -72,8 +72,9 @@ def test_problems_have_one_solution_or_are_hopeless() -> None:
         ("**Final Answer** \\boxed{ 2 + 9 }", True),
         ("**Final Answer** \\boxed{9+2}", True),
         ("\\boxed { 9 + 2 }", True),
-        ("\\boxed{ 9 + 2 } \\boxed{ 5 + 2 }", True),  # the first box is the answer
-        ("\\boxed{ 5 + 2 } \\boxed{ 9 + 2 }", False),
+        ("\\boxed{ 5 + 2 } \\boxed{ 9 + 2 }", True),  # the last box is the answer
+        ("\\boxed{ 9 + 2 } \\boxed{ 5 + 2 }", False),
+        ("\\boxed{ 9 + 2 + 0 }", False),
         ("\\boxed{ 5 + 6 }", False),  # 6 is not in the list
         ("\\boxed{ 5 + 7 }", False),
         ("\\boxed{ 11 }", False),
