@@ -30,7 +30,7 @@ Kind = Literal["easy", "long", "hopeless"]
 LARGEST = 10
 """Numbers of a problem are drawn from 1 … LARGEST."""
 
-LENGTHS: Mapping[Kind, tuple[int, ...]] = MappingProxyType({"easy": (4,), "long": (5, 6), "hopeless": (5,)})
+LENGTHS: Mapping[Kind, tuple[int, ...]] = MappingProxyType({"easy": (4,), "long": (5, 6, 7), "hopeless": (5,)})
 """Numbers in the list of a problem of each kind."""
 
 MIX: Mapping[Kind, float] = MappingProxyType({"easy": 0.2, "long": 0.7, "hopeless": 0.1})

@@ -2,6 +2,7 @@
 that taught responses are what the tokenizer can say, and that the shipped files are what the commands write. Says
 nothing about what a model learns from them (test_sft.py, and the README's figures)."""
 
+import asyncio
 import json
 import random
 from itertools import permutations
@@ -14,6 +15,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from examples.quickstart import make_model, make_problems
 from examples.quickstart.search_verify import MIX, SURE, Habits, Problem, draw_problems, grade, lesson_rows, trace
+from megarl.rewards.workers import Graders
 
 FOLDER = Path("examples/quickstart")
 SPLITS = ("train", "validation", "heldout")
@@ -138,3 +140,15 @@ def test_the_shipped_tokenizer_and_architecture_are_what_the_command_writes(tmp_
 
 
 TOKENIZER = AutoTokenizer.from_pretrained(FOLDER / "reasoner")
+
+
+def test_the_grader_runs_in_worker_processes_by_its_import_path() -> None:
+    """From the repository's root, as the README starts it; other working directories need PYTHONPATH."""
+
+    async def verdicts() -> list[str]:
+        with Graders("examples.quickstart.search_verify:grade", workers=1, timeout=30.0) as graders:
+            right, wrong = "</think> \\boxed{ 9 + 2 }", "</think> \\boxed{ 9 + 5 }"
+            grades = await graders.grade_many([(right, "5 2 9 7 -> 11"), (wrong, "5 2 9 7 -> 11"), (right, "11")])
+            return [grade.verdict for grade in grades]
+
+    assert asyncio.run(verdicts()) == ["right", "wrong", "error"]
