@@ -1,0 +1,57 @@
+"""Tiny models in Hugging Face's layout, for benchmarks and tests that need real weights and no download."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+
+Family = Literal["qwen3", "qwen2", "llama"]
+
+SIZES = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.08,  # larger than usual, so that gradients are not all tiny
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+def write_model(folder: Path, family: Family = "qwen3", tied: bool = False, seed: int = 0, **sizes: Any) -> Any:
+    """Write a random model of `family` to `folder` and return transformers' float32 model of it.
+
+    Norms and biases are random too, so that a forgotten one shows. `sizes` override config.json's entries.
+    """
+    settings = {**SIZES, "tie_word_embeddings": tied, **sizes}
+    if family == "qwen3":
+        config = transformers.Qwen3Config(**{"head_dim": 16, "rope_theta": 1e6, **settings})
+        make = transformers.Qwen3ForCausalLM
+    elif family == "qwen2":
+        config = transformers.Qwen2Config(**{"rope_theta": 1e6, **settings})
+        make = transformers.Qwen2ForCausalLM
+    else:
+        config = transformers.LlamaConfig(**{"rope_parameters": LLAMA3, **settings})
+        make = transformers.LlamaForCausalLM
+    torch.manual_seed(seed)
+    model = make(config).float()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith(".bias"):
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    transformers.logging.disable_progress_bar()
+    model.save_pretrained(folder)
+    return model

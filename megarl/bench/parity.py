@@ -1,0 +1,168 @@
+"""Loss and every gradient of the learner against transformers, in float32, under every layout."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+
+from megarl import config
+from megarl.bench import record
+from megarl.bench.models import Family, write_model
+from megarl.learner.spawn import spawn
+from megarl.trajectory import Batch, Sample
+
+DEADLINE = 240.0
+LENGTHS = (7, 20, 33, 5, 60, 40, 12, 25)  # response tokens
+PROMPT = 6
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table: a layout on `ranks` ranks, and the model and packing it is tried with."""
+
+    layout: str
+    ranks: int
+    parallel: dict[str, Any] = field(default_factory=dict)
+    family: Family = "qwen3"
+    tied: bool = False
+    packed: bool = True
+
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "tp1": (1, {}),
+    "tp1 selective recompute": (1, {"recompute": "selective"}),
+    "tp2": (2, {"tp": 2, "sp": False}),
+    "tp2+sp": (2, {"tp": 2}),
+    "pp2": (2, {"pp": 2}),
+    "pp2·vpp2": (2, {"pp": 2, "vpp": 2}),
+    "cp2": (2, {"cp": 2}),
+    "dp2": (2, {"distributed_optimizer": False}),
+    "dp2 distributed optimizer": (2, {}),
+    "dp2 distributed optimizer, overlap": (2, {"overlap": True}),
+    "tp2+sp full recompute": (2, {"tp": 2, "recompute": "full"}),
+    "tp4+sp": (4, {"tp": 4}),
+    "pp4": (4, {"pp": 4}),
+    "cp4": (4, {"cp": 4}),
+    "tp2·pp2+sp": (4, {"tp": 2, "pp": 2}),
+    "tp2·pp2·vpp2+sp": (4, {"tp": 2, "pp": 2, "vpp": 2}),
+    "tp2·cp2+sp": (4, {"tp": 2, "cp": 2}),
+    "pp2·cp2": (4, {"pp": 2, "cp": 2}),
+    "pp2·dp2 overlap": (4, {"pp": 2, "overlap": True}),
+    "tp2·dp2": (4, {"tp": 2}),
+}
+
+
+def cases() -> list[Case]:
+    """Every layout, tied and untied, packed and unpacked; the other families on a few."""
+    found = []
+    for layout, (ranks, parallel) in LAYOUTS.items():
+        for tied in (False, True):
+            for packed in (True, False):
+                found.append(Case(layout, ranks, parallel, tied=tied, packed=packed))
+    for family in ("qwen2", "llama"):
+        for layout in ("tp1", "tp2+sp", "tp2·pp2+sp", "tp2·cp2+sp"):
+            found.append(Case(layout, *LAYOUTS[layout], family=family, tied=family == "qwen2"))
+    return found
+
+
+def main(json: Annotated[Path | None, typer.Option(help="Write the rows to this file.")] = None) -> None:
+    """Loss and every gradient of the learner against transformers, in float32, for every layout."""
+    record.publish("parity", compare(cases()), json)
+
+
+def compare(wanted: list[Case]) -> list[dict[str, Any]]:
+    """One row a case: `dloss`, `dgrad` (largest absolute differences), `relgrad` (largest, per tensor, over the
+    tensor's largest entry), `dnorm` (relative, of the gradient norm that clipping uses), `gradient` (largest entry)."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        references = {}
+        for case in wanted:
+            key = case.family, case.tied
+            if key not in references:
+                path = Path(folder) / "-".join(map(str, key))
+                references[key] = path, reference(write_model(path, case.family, case.tied), samples())
+        for ranks in sorted({case.ranks for case in wanted}):
+            group = [case for case in wanted if case.ranks == ranks]
+            results = spawn(
+                _measure, ranks, ([(case, references[case.family, case.tied]) for case in group],), DEADLINE
+            )
+            rows += results[0]
+    return rows
+
+
+def samples(vocab: int = 512) -> list[Sample]:
+    """Random sequences with random weights."""
+    rng = np.random.default_rng(0)
+    total = sum(LENGTHS)
+    return [
+        Sample(rng.integers(0, vocab, PROMPT + n).astype(np.int32), PROMPT, float(rng.uniform(0.5, 2.0)) / total)
+        for n in LENGTHS
+    ]
+
+
+def reference(model: Any, samples: list[Sample]) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients by transformers, one sequence at a time."""
+    loss = torch.zeros(())
+    for sample in samples:
+        ids = torch.from_numpy(sample.token_ids).long()
+        logprobs = model(ids[None, :-1]).logits[0].log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
+        loss = loss - sample.scale * logprobs[sample.response_start - 1 :].sum()
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}  # tied weights appear once
+    return loss.item(), gradients
+
+
+def settings(folder: Path, parallel: dict[str, Any], **more: Any) -> config.Settings:
+    """Of a learner for the model in `folder`, in float32."""
+    tree = {"run": folder / "run", "model": {"path": folder}, "data": {"train": []}, "parallel": parallel}
+    return config.parse({**tree, "precision": {"dtype": "fp32"}, **more})
+
+
+def split(samples: list[Sample], replicas: int, size: int) -> Batch:
+    """A batch of rows of `size` samples each, dealt out to the data-parallel ranks."""
+    rows = [list(range(i, min(i + size, len(samples)))) for i in range(0, len(samples), size)]
+    rows += [[]] * (-len(rows) % replicas)
+    return Batch(samples, [rows[r::replicas] for r in range(replicas)], len(samples), 1.0)
+
+
+def _measure(cases: list[tuple[Case, tuple[Path, tuple[float, dict[str, torch.Tensor]]]]]) -> list[dict[str, Any]]:
+    """Runs on every rank: the rows of `cases`, complete on rank 0."""
+    from megarl.learner.learner import Learner, sft_objective
+    from megarl.learner.parallel import start
+
+    rows = []
+    for case, (folder, (loss, gradients)) in cases:
+        chosen = settings(folder, case.parallel)
+        world = start(chosen.parallel, chosen.precision, chosen.seed, DEADLINE)
+        learner = Learner(chosen, world, total_updates=1)
+        batch = split(samples(), world.dp_size, 3 if case.packed else 1) if world.is_controller else None
+        figures = learner.accumulate(batch, sft_objective)
+        found = {name: tensor.clone() for name, tensor in learner.named_gradients()}
+        norm = learner.train_step(batch, sft_objective)["grad_norm"]
+        world.release()
+        if not world.is_controller:
+            continue
+        assert found.keys() == gradients.keys(), sorted(found.keys() ^ gradients.keys())
+        errors = {name: (found[name] - wanted).abs().max().item() for name, wanted in gradients.items()}
+        exact = torch.stack([g.norm() for g in gradients.values()]).norm().item()
+        rows.append(
+            {
+                "layout": case.layout,
+                "ranks": case.ranks,
+                "family": case.family,
+                "tied": case.tied,
+                "packed": case.packed,
+                "dloss": abs(figures["loss"] - loss),
+                "dgrad": max(errors.values()),
+                "relgrad": max(errors[name] / wanted.abs().max().item() for name, wanted in gradients.items()),
+                "dnorm": abs(norm / exact - 1),
+                "gradient": max(wanted.abs().max().item() for wanted in gradients.values()),
+            }
+        )
+    return rows

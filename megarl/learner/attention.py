@@ -1,0 +1,164 @@
+"""Core attention of packed rows in plain torch: rotary embedding, causal attention inside each segment, context
+parallelism. Used wherever Transformer Engine's attention is not; Megatron's own refuses packing.
+
+Under context parallelism every segment is cut into 2 * cp chunks, and rank r holds chunks r and 2 * cp - 1 - r
+(Megatron's zigzag, which balances causal work). Keys and values are gathered; each chunk then sees all that precede it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from checkpoints_conv.shape import ModelShape
+
+
+@dataclass
+class PackedRow(PackedSeqParams):
+    """Megatron's description of a packed row, and what `PackedAttention` precomputes once for all layers."""
+
+    segments: list[int] = field(default_factory=list)  # lengths over all context-parallel ranks, padding included
+    skip_last: bool = False  # the last segment only fills the row up: nothing reads its output
+    cos: Tensor | None = None  # [t, 1, head_dim / 2] at this rank's positions
+    sin: Tensor | None = None
+
+
+def inverse_frequencies(shape: ModelShape) -> Tensor:
+    """Rotary frequencies [head_dim / 2], Llama 3's scaling included (as in transformers' modeling_rope_utils)."""
+    d = shape.head_dim
+    frequencies = 1.0 / shape.rope_theta ** (torch.arange(0, d, 2, dtype=torch.float32) / d)
+    if shape.rope_scaling is None:
+        return frequencies
+    factor, low, high, trained = (
+        shape.rope_scaling[key]
+        for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    )
+    wavelength = 2 * math.pi / frequencies
+    smooth = (trained / wavelength - low) / (high - low)
+    middle = (1 - smooth) * frequencies / factor + smooth * frequencies
+    scaled = torch.where(wavelength > trained / low, frequencies / factor, middle)
+    return torch.where(wavelength < trained / high, frequencies, scaled)
+
+
+class PackedAttention(MegatronModule):
+    """Megatron's `core_attention`: queries [t, heads, d], keys and values [t, groups, d] → [t, heads, d]."""
+
+    def __init__(self, config: Any, pg_collection: Any, softmax_scale: float | None = None, **_: Any) -> None:
+        super().__init__(config=config)
+        self.cp = pg_collection.cp
+        self.scale = softmax_scale or config.kv_channels**-0.5
+        self.grouped = config.num_query_groups != config.num_attention_heads
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: None,
+        packed_seq_params: PackedRow,
+        attn_mask_type: Any = None,
+        attention_bias: None = None,
+    ) -> Tensor:
+        row = packed_seq_params
+        query, key = _rotate(query, row), _rotate(key, row)
+        size = self.cp.size()
+        if size > 1:
+            key, value = _gather(torch.stack([key, value], 1), row.segments, self.cp).unbind(1)
+        query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # [1, heads, t, d]
+        outputs = []
+        start = 0
+        last = len(row.segments) - 1
+        for i, length in enumerate(row.segments):
+            q = query[:, :, start // size : (start + length) // size]
+            if i == last and row.skip_last:
+                outputs.append(torch.zeros_like(q))
+            else:
+                k, v = key[:, :, start : start + length], value[:, :, start : start + length]
+                outputs.append(self._segment(q, k, v, length))
+            start += length
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
+        return output[0].transpose(0, 1)
+
+    def _segment(self, q: Tensor, k: Tensor, v: Tensor, length: int) -> Tensor:
+        size = self.cp.size()
+        if size == 1:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=self.grouped)
+        chunk = length // (2 * size)
+        halves = []
+        for half, number in enumerate((self.cp.rank(), 2 * size - 1 - self.cp.rank())):
+            end = (number + 1) * chunk
+            mask = torch.ones(chunk, end, dtype=torch.bool, device=q.device).tril(end - chunk)
+            halves.append(
+                F.scaled_dot_product_attention(
+                    q[:, :, half * chunk : (half + 1) * chunk],
+                    k[:, :, :end],
+                    v[:, :, :end],
+                    attn_mask=mask,
+                    scale=self.scale,
+                    enable_gqa=self.grouped,
+                )
+            )
+        return torch.cat(halves, 2)
+
+
+class _Rotate(torch.autograd.Function):
+    """x [t, heads, d] with (x1, x2) = halves of d: (x1 cos - x2 sin, x2 cos + x1 sin). Backward rotates back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turn(grad, cos, -sin), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x1, x2 = x.chunk(2, -1)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1)
+
+
+def _rotate(x: Tensor, row: PackedRow) -> Tensor:
+    return _Rotate.apply(x, row.cos.to(x.dtype), row.sin.to(x.dtype))
+
+
+class _GatherRow(torch.autograd.Function):
+    """[t, …] on each context-parallel rank → [cp, t, …] on all; backward sums what the ranks return."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        x = x.contiguous()
+        out = x.new_empty(group.size(), *x.shape)
+        dist.all_gather_into_tensor(out.flatten(0, 1), x, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        out = torch.empty_like(grad[0])
+        dist.reduce_scatter_tensor(out, grad.contiguous().flatten(0, 1), group=ctx.group)
+        return out, None
+
+
+def _gather(x: Tensor, segments: list[int], group: dist.ProcessGroup) -> Tensor:
+    """This rank's zigzag part [t / cp, …] of every segment → all segments [t, …] in order."""
+    size = group.size()
+    parts = _GatherRow.apply(x, group)
+    ordered = []
+    start = 0
+    for length in segments:
+        chunk = length // (2 * size)
+        ordered += [parts[r, start : start + chunk] for r in range(size)]
+        ordered += [parts[r, start + chunk : start + 2 * chunk] for r in reversed(range(size))]
+        start += length // size
+    return torch.cat(ordered)

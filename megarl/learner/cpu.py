@@ -1,0 +1,100 @@
+"""Megatron-Core without CUDA: the "current CUDA device" is pointed at the CPU. Inert when CUDA is present.
+
+None of Megatron's files is edited. What is redirected is what Megatron asks of torch by CUDA's name: the current
+device and stream, the random generator, factories called with device="cuda" or pinned memory, `Tensor.cuda()`, and the
+type names it compares with. `install` must come before the first `import megatron.core`, which copies some names.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+import torch
+
+CPU = torch.device("cpu")
+
+
+def install() -> None:
+    """Redirect; no effect when CUDA is present, or the second time."""
+    if torch.cuda.is_available() or getattr(torch.cuda, "megarl_shim", False):
+        return
+    torch.cuda.megarl_shim = True
+    _devices()
+    _random()
+    _factories()
+    _tensors()
+
+
+class _Stream:
+    """A stream on which everything has already happened."""
+
+    def wait_stream(self, other: Any) -> None: ...
+    def wait_event(self, event: Any) -> None: ...
+    def synchronize(self) -> None: ...
+    def record_event(self, event: Any = None) -> Any:
+        return event
+
+
+class _Generators:
+    """`torch.cuda.default_generators`: whatever the device, the CPU's."""
+
+    def __getitem__(self, device: Any) -> torch.Generator:
+        return torch.default_generator
+
+
+def _devices() -> None:
+    stream = _Stream()
+    torch.cuda.current_device = lambda: CPU
+    torch.cuda.set_device = lambda device: None
+    torch.cuda.synchronize = lambda device=None: None
+    torch.cuda.current_stream = torch.cuda.default_stream = lambda device=None: stream
+
+
+def _random() -> None:
+    torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
+    torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
+    torch.cuda.set_rng_state = torch.cuda.random.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+    torch.cuda.default_generators = _Generators()
+    torch.cuda._lazy_call = lambda call, **_: call()  # without CUDA, torch would queue the call for ever
+
+
+def _factories() -> None:
+    from torch.utils import _device
+
+    _device._device_constructors()  # caches the originals: `with torch.device("meta")` looks functions up there
+    for name in ("tensor", "zeros", "ones", "empty", "empty_like"):
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+
+
+def _on_cpu(factory: Any) -> Any:
+    @functools.wraps(factory)
+    def call(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if "device" in kwargs and _means_cuda(kwargs["device"]):
+            kwargs["device"] = CPU
+        if "pin_memory" in kwargs:
+            kwargs["pin_memory"] = False
+        return factory(*args, **kwargs)
+
+    return call
+
+
+def _means_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, int) or (isinstance(device, str) and device.startswith("cuda"))
+
+
+def _tensors() -> None:
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    name_of = torch.Tensor.type
+
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        name = name_of(self, *args, **kwargs)
+        # Megatron's optimizers compare with "torch.cuda.FloatTensor" and the like; nobody else is told that name.
+        if not args and not kwargs and sys._getframe(1).f_globals.get("__name__", "").startswith("megatron."):
+            return name.replace("torch.", "torch.cuda.", 1)
+        return name
+
+    torch.Tensor.type = type_

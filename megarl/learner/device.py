@@ -1,0 +1,35 @@
+"""The one place that decides between CPU and CUDA."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+
+
+def on_cuda() -> bool:
+    """Whether this machine has a CUDA device; if not, the learner runs on the CPU."""
+    return torch.cuda.is_available()
+
+
+@functools.cache
+def transformer_engine() -> bool:
+    """Whether Transformer Engine's layers can be used: a CUDA device, and the package."""
+    return on_cuda() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def backend() -> str:
+    """Of the model's collectives."""
+    return "nccl" if on_cuda() else "gloo"
+
+
+def claim(local_rank: int, local_world_size: int) -> torch.device:
+    """This rank's device. On the CPU, the machine's cores are shared out among its ranks."""
+    if on_cuda():
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size))
+    return torch.device("cpu")

@@ -1,0 +1,105 @@
+"""Log-probabilities and entropies straight from hidden states, over a vocabulary split among tensor-parallel ranks.
+
+The output layer is part of the function: logits exist for one chunk of positions and this rank's rows of the
+vocabulary at a time, and are computed again in the backward unless all of them are small.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+CHUNK_BYTES = 1 << 26  # of float32 logits at a time
+KEEP_BYTES = 1 << 26  # logits up to this size are kept for the backward
+
+
+def logprobs_and_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float, vocab: int, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor]:
+    """log softmax(hidden @ weight.T / temperature)[labels] and the entropy of that distribution, float32 [n] each.
+
+    hidden: [n, h], equal on the ranks of `group`; its gradient is this rank's part, still to be summed over them.
+    weight: [rows, h], this rank's equal part of the padded vocabulary. labels: int64 [n], below `vocab`.
+    """
+    return _LogProbs.apply(hidden, weight, labels, temperature, vocab, group)
+
+
+class _LogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        temperature: float,
+        vocab: int,
+        group: dist.ProcessGroup,
+    ) -> tuple[Tensor, Tensor]:
+        rows = len(weight)
+        first = group.rank() * rows
+        real = min(max(vocab - first, 0), rows)  # the rows after these are padding
+        weight = weight[:real]
+        local = labels - first
+        owned = (local >= 0) & (local < real)
+        local = local.where(owned, 0)
+        n = len(hidden)
+        # Of this rank's rows: log-sum-exp, mean logit under their softmax, the label's logit (0 if not here).
+        stats = hidden.new_zeros(3, n, dtype=torch.float32)
+        stats[0] = -torch.inf
+        chunk = max(1, CHUNK_BYTES // (4 * max(real, 1)))
+        keep = any(ctx.needs_input_grad) and 4 * n * real <= KEEP_BYTES
+        kept = []
+        for start in range(0, n if real else 0, chunk):
+            part = slice(start, start + chunk)
+            logits = _logits(hidden[part], weight, temperature)
+            stats[0, part] = logits.logsumexp(-1)
+            stats[1, part] = ((logits - stats[0, part, None]).exp_() * logits).sum(-1)
+            stats[2, part] = logits.gather(-1, local[part, None]).squeeze(-1).where(owned[part], 0.0)
+            if keep:
+                kept.append(logits)
+        total, mean, label = _combine(stats, group)
+        ctx.save_for_backward(hidden, weight, local, owned, total, mean, *kept)
+        ctx.temperature, ctx.chunk, ctx.rows = temperature, chunk, rows
+        ctx.set_materialize_grads(False)
+        return label - total, total - mean
+
+    @staticmethod
+    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Any, ...]:
+        hidden, weight, local, owned, total, mean, *kept = ctx.saved_tensors
+        grad_hidden = torch.zeros_like(hidden)
+        rows = torch.zeros(ctx.rows, hidden.shape[1], dtype=torch.float32, device=hidden.device)
+        grad_weight = rows[: len(weight)]
+        for i, start in enumerate(range(0, len(hidden) if len(weight) else 0, ctx.chunk)):
+            part = slice(start, start + ctx.chunk)
+            logits = kept[i] if kept else _logits(hidden[part], weight, ctx.temperature)
+            p = (logits - total[part, None]).exp_()
+            # d logp / d z = onehot - p;   d H / d z = -p * (z - mean z)
+            factor = torch.zeros_like(total[part, None]) if grad_logprobs is None else -grad_logprobs[part, None]
+            if grad_entropy is not None:
+                factor = factor - grad_entropy[part, None] * (logits - mean[part, None])
+            grad = p.mul_(factor)
+            if grad_logprobs is not None:
+                grad.scatter_add_(-1, local[part, None], grad_logprobs[part].where(owned[part], 0.0)[:, None])
+            grad = grad.div_(ctx.temperature).to(hidden.dtype)
+            torch.mm(grad, weight, out=grad_hidden[part])
+            grad_weight += grad.t() @ hidden[part]
+        return grad_hidden, rows.to(weight.dtype), None, None, None, None
+
+
+def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    logits = (hidden @ weight.t()).float()
+    return logits.div_(temperature) if temperature != 1.0 else logits
+
+
+def _combine(stats: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[3, n] of each rank's rows → log-sum-exp, mean logit and label logit over the whole vocabulary."""
+    if group.size() == 1:
+        return stats
+    every = stats.new_empty(group.size(), *stats.shape)
+    dist.all_gather_into_tensor(every.flatten(0, 1), stats, group=group)
+    total = every[:, 0].logsumexp(0)
+    share = (every[:, 0] - total).exp_()
+    return torch.stack([total, (share * every[:, 1]).sum(0), every[:, 2].sum(0)])

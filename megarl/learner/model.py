@@ -1,0 +1,193 @@
+"""The policy: Megatron-Core's GPTModel whose last stage returns log-probs and entropies instead of logits.
+
+One function, `layer_spec`, chooses between Transformer Engine's layers and Megatron's own with `PackedAttention`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from checkpoints_conv.layout import padded_vocab
+from checkpoints_conv.rules import Spec
+from checkpoints_conv.shape import ModelShape
+from megarl.config import Parallel, Precision
+from megarl.learner import device
+from megarl.learner import precision as precisions
+from megarl.learner.attention import PackedAttention, PackedRow, inverse_frequencies
+from megarl.learner.logprobs import logprobs_and_entropy
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """Megatron's torch norm refuses sequence parallelism; this one marks its weight, whose gradient is then summed."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel
+
+
+class ScoringLayer(ColumnParallelLinear):
+    """The output layer, returning log-probs and entropies instead of logits."""
+
+    def forward(
+        self, hidden: Tensor, scored: Tensor, targets: Tensor, temperature: float, vocab: int, weight: Tensor | None
+    ) -> Tensor:
+        """hidden [t, 1, h] (with sequence parallelism this rank's part of t) → float32 [2, n], as in PolicyModel."""
+        if self.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, group=self.tp_group)
+        hidden = hidden.squeeze(1).index_select(0, scored)
+        if not self.sequence_parallel:
+            hidden = copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
+        weight = self.weight if weight is None else weight
+        return torch.stack(logprobs_and_entropy(hidden, weight, targets, temperature, vocab, self.tp_group))
+
+
+class PolicyModel(GPTModel):
+    """One chunk of the model. Chunks before the last return hidden states [t, 1, h]."""
+
+    def __init__(self, *, vocab: int, **settings: Any) -> None:
+        """`vocab`: unpadded; the rest is GPTModel's."""
+        super().__init__(**settings)
+        self.vocab = vocab
+        if self.post_process:
+            # GPTModel offers no choice of this layer, and replacing the module would allocate its weight twice.
+            self.output_layer.__class__ = ScoringLayer
+
+    def forward(
+        self, tokens: Tensor, positions: Tensor, row: PackedRow, targets: Tensor, scored: Tensor, temperature: float
+    ) -> Tensor:
+        """One packed row: tokens and positions int64 [t] → log-probs and entropies, float32 [2, n].
+
+        They belong to the positions `scored` (int64 [n], indices below t), each predicting its entry of `targets` [n].
+        With context parallelism, t counts this rank's positions; with sequence parallelism all tensor-parallel ranks
+        pass the whole row.
+        """
+        hidden = self.embedding(tokens[None], positions[None]) if self.pre_process else None
+        rotary = None
+        if self.position_embedding_type == "rope":
+            rotary = self.rotary_pos_emb(row.max_seqlen_q, packed_seq=True)
+        hidden = self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=row)
+        if not self.post_process:
+            return hidden
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        return self.output_layer(hidden, scored, targets, temperature, self.vocab, weight)
+
+
+def spec_kind() -> Spec:
+    """Whose layers: Transformer Engine's on a CUDA device that has it, else Megatron's own."""
+    return "te" if device.transformer_engine() else "local"
+
+
+def transformer_config(shape: ModelShape, parallel: Parallel, precision: Precision) -> TransformerConfig:
+    """Megatron's settings for this model and layout."""
+    te = spec_kind() == "te"
+    settings: dict[str, Any] = {
+        "num_layers": shape.layers,
+        "hidden_size": shape.hidden,
+        "num_attention_heads": shape.heads,
+        "num_query_groups": shape.kv_groups,
+        "kv_channels": shape.head_dim,
+        "ffn_hidden_size": shape.ffn,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": shape.norm_eps,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "add_qkv_bias": shape.qkv_bias,
+        "qk_layernorm": shape.qk_norm,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "tensor_model_parallel_size": parallel.tp,
+        "pipeline_model_parallel_size": parallel.pp,
+        "context_parallel_size": parallel.cp,
+        "expert_model_parallel_size": parallel.ep,
+        "sequence_parallel": parallel.sequence_parallel,
+        # The loss is a sum whose denominators are fixed beforehand: nothing divides it by what a rank happens to hold.
+        "calculate_per_token_loss": True,
+        "perform_initialization": False,  # weights.py fills every parameter, and marks the sharded ones
+        "use_cpu_initialization": not device.on_cuda(),
+        "masked_softmax_fusion": False,
+        "bias_dropout_fusion": te,
+        "bias_activation_fusion": te,
+        "apply_rope_fusion": te,
+        "persist_layer_norm": te,
+        "gradient_accumulation_fusion": te and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+    }
+    if parallel.vpp > 1:
+        settings["virtual_pipeline_model_parallel_size"] = parallel.vpp
+    if parallel.pp > 1:
+        # With two stages the previous and the next rank are one peer, and Megatron's batched exchange mixes them up
+        # under the interleaved schedule: wrong gradients, no error.
+        settings |= {"overlap_p2p_comm": parallel.vpp > 1, "batch_p2p_comm": parallel.vpp == 1}
+    if parallel.recompute == "full":
+        settings |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    elif parallel.recompute == "selective":
+        settings["recompute_granularity"] = "selective"
+    return TransformerConfig(**settings, **precisions.transformer_settings(precision))
+
+
+def layer_spec(config: TransformerConfig, layers: int) -> TransformerBlockSubmodules | ModuleSpec:
+    """The modules of one chunk of `layers` layers."""
+    if spec_kind() == "te":
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    modules, attention = layer.submodules, layer.submodules.self_attention.submodules
+    modules.input_layernorm = modules.pre_mlp_layernorm = RMSNorm
+    attention.core_attention = PackedAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
+
+
+def build(shape: ModelShape, config: TransformerConfig) -> list[torch.nn.Module]:
+    """This rank's model chunks, parameters not filled. In bf16 each is wrapped in Megatron's Float16Module."""
+    vpp = config.virtual_pipeline_model_parallel_size
+    chunks = []
+    for stage in range(vpp or 1):
+        place = {"ignore_virtual": False, "vp_stage": stage} if vpp else {}
+        layers = shape.layers // (config.pipeline_model_parallel_size * (vpp or 1))
+        model = PolicyModel(
+            vocab=shape.vocab,
+            config=config,
+            transformer_layer_spec=layer_spec(config, layers),
+            vocab_size=padded_vocab(shape.vocab, config.tensor_model_parallel_size),
+            max_sequence_length=shape.max_positions,
+            pre_process=parallel_state.is_pipeline_first_stage(**place),
+            post_process=parallel_state.is_pipeline_last_stage(**place),
+            share_embeddings_and_output_weights=shape.tied,
+            position_embedding_type="rope" if spec_kind() == "te" else "none",  # PackedAttention rotates by itself
+            rotary_base=shape.rope_theta,
+            vp_stage=stage if vpp else None,
+        )
+        if spec_kind() == "te":
+            model.rotary_pos_emb.inv_freq = inverse_frequencies(shape).to(model.rotary_pos_emb.inv_freq.device)
+        if device.on_cuda():
+            model.cuda(torch.cuda.current_device())
+        chunks.append(Float16Module(config, model) if config.bf16 else model)
+    return chunks
+
+
+def unwrap(module: torch.nn.Module) -> PolicyModel:
+    """The PolicyModel inside Megatron's wrappers."""
+    while not isinstance(module, PolicyModel):
+        module = module.module
+    return module

@@ -1,0 +1,188 @@
+"""Process groups: who this rank is, which layouts are possible, and waiting with a deadline."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from checkpoints_conv.layout import Layout
+from checkpoints_conv.shape import ModelShape
+from megarl.config import Parallel, Precision
+from megarl.errors import DeadlineExceeded, RunError, UserError
+from megarl.learner import device
+from megarl.learner import precision as precisions
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How this process was started."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+
+def launch_info() -> Launch:
+    """This process's place, from torchrun's or srun's environment; one rank when there is neither."""
+    env = os.environ
+    if "RANK" in env:
+        names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
+        return Launch(*(int(env.get(name, default)) for name, default in zip(names, "0101", strict=True)))
+    if "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env:
+        tasks = int(env["SLURM_STEP_NUM_TASKS"])
+        nodes = int(env.get("SLURM_STEP_NUM_NODES", "1"))
+        return Launch(int(env["SLURM_PROCID"]), tasks, int(env.get("SLURM_LOCALID", "0")), -(-tasks // nodes))
+    return Launch()
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """This rank among the others."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    parallel: Parallel
+    deadline_s: float
+    control: dist.ProcessGroup  # all ranks, gloo: small messages from CPU memory
+
+    @property
+    def is_controller(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def dp_rank(self) -> int:
+        return parallel_state.get_data_parallel_rank()
+
+    @property
+    def dp_size(self) -> int:
+        return self.world_size // self.parallel.model_ranks
+
+    @property
+    def tp_rank(self) -> int:
+        return parallel_state.get_tensor_model_parallel_rank()
+
+    @property
+    def pp_rank(self) -> int:
+        return parallel_state.get_pipeline_model_parallel_rank()
+
+    @property
+    def cp_rank(self) -> int:
+        return parallel_state.get_context_parallel_rank()
+
+    @property
+    def last_stage(self) -> bool:
+        """Whether this rank computes the loss."""
+        return self.pp_rank == self.parallel.pp - 1
+
+    @property
+    def layout(self) -> Layout:
+        """The sizes that the map of checkpoints_conv asks for."""
+        return layout_of(self.parallel)
+
+    def barrier(self, name: str) -> None:
+        """Wait for every rank. Raises DeadlineExceeded, naming `name` and the ranks that did not come."""
+        timeout = datetime.timedelta(seconds=self.deadline_s)
+        try:
+            dist.monitored_barrier(self.control, timeout, wait_all_ranks=True)
+        except RuntimeError as e:
+            if "closed" in str(e) or "reset" in str(e):
+                raise RunError(f"{name}: another rank has left ({e})") from None
+            raise DeadlineExceeded(f"{name} ({' '.join(str(e).split())})", self.deadline_s) from None
+
+    def release(self) -> None:
+        """End the model-parallel groups; `start` may then lay the same ranks out anew."""
+        parallel_state.destroy_model_parallel()
+        # Megatron only forgets its groups; each gloo group keeps threads, and a few hundred of them stall the machine.
+        for group in [g for g in dist.distributed_c10d._world.pg_map if g not in (dist.group.WORLD, self.control)]:
+            dist.destroy_process_group(group)
+
+    def close(self) -> None:
+        """End this rank's part in the group."""
+        self.release()
+        dist.destroy_process_group()
+
+
+def start(parallel: Parallel, precision: Precision, seed: int, deadline_s: float) -> World:
+    """Join the process group and build the model-parallel groups; every collective fails after `deadline_s` seconds.
+
+    Raises UserError when the ranks cannot be laid out like this, or when the precision is not to be had here.
+    """
+    launch = launch_info()
+    check_ranks(parallel, launch.world_size)
+    precisions.check(precision)
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron overlaps communication in issue order
+    timeout = datetime.timedelta(seconds=deadline_s)
+    here = device.claim(launch.local_rank, launch.local_world_size)
+    if not dist.is_initialized():
+        _join(launch, timeout, here)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+        context_parallel_size=parallel.cp,
+        expert_model_parallel_size=parallel.ep,
+        distributed_timeout_minutes=deadline_s / 60,
+        create_gloo_process_groups=False,
+    )
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    control = dist.group.WORLD if not device.on_cuda() else dist.new_group(backend="gloo", timeout=timeout)
+    return World(launch.rank, launch.world_size, here, parallel, deadline_s, control)
+
+
+def check(parallel: Parallel, shape: ModelShape) -> None:
+    """Raise UserError, naming the setting and the nearest valid value, when the model cannot be laid out like this.
+
+    Needs no process group.
+    """
+    try:
+        layout_of(parallel).check(shape)
+    except UserError as e:
+        raise UserError(f"parallel.{e}") from None
+    if parallel.sp and parallel.tp == 1:
+        raise UserError("parallel.sp: true needs parallel.tp > 1; nearest valid value: false")
+
+
+def check_ranks(parallel: Parallel, world_size: int) -> None:
+    """Raise UserError unless `world_size` ranks hold a whole number of models."""
+    if world_size % parallel.model_ranks:
+        sizes = f"tp {parallel.tp} * pp {parallel.pp} * cp {parallel.cp} = {parallel.model_ranks}"
+        nearest = max(1, round(world_size / parallel.model_ranks)) * parallel.model_ranks
+        raise UserError(f"parallel: {world_size} ranks are not a multiple of {sizes}; nearest valid number: {nearest}")
+    replicas = world_size // (parallel.tp * parallel.pp)
+    if replicas % parallel.ep:
+        best = max(d for d in range(1, parallel.ep) if replicas % d == 0)
+        raise UserError(
+            f"parallel.ep: {parallel.ep} does not divide the {replicas} ranks of each tensor- and pipeline-parallel "
+            f"part; nearest valid value: {best}"
+        )
+
+
+def layout_of(parallel: Parallel) -> Layout:
+    """Model-parallel sizes in the terms of checkpoints_conv."""
+    return Layout(tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp, ep=parallel.ep)
+
+
+def _join(launch: Launch, timeout: datetime.timedelta, here: torch.device) -> None:
+    bound = {"device_id": here} if here.type == "cuda" else {}
+    if launch == Launch():
+        dist.init_process_group(
+            device.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, **bound
+        )
+        return
+    try:
+        dist.init_process_group(
+            device.backend(), rank=launch.rank, world_size=launch.world_size, timeout=timeout, **bound
+        )
+    except dist.DistNetworkError as e:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise RunError(f"rank {launch.rank} could not reach the rendezvous at {where}: {e}") from None
+    except dist.DistStoreError:
+        raise DeadlineExceeded(f"{launch.world_size} ranks to join", timeout.total_seconds()) from None
