@@ -103,8 +103,10 @@ class Learner:
         return {**_figures(self._total(parts)), "grad_norm": float(grad_norm), "lr": rate}
 
     @torch.no_grad()
-    def logprobs(self, batch: Batch | None, which: Literal["policy", "reference"]) -> dict[int, np.ndarray]:
-        """Log-probs of the response tokens at the sampling temperature: sample index → float32 [n].
+    def logprobs(
+        self, batch: Batch | None, which: Literal["policy", "reference"], temperature: float | None = None
+    ) -> dict[int, np.ndarray]:
+        """Log-probs of the response tokens: sample index → float32 [n]. `temperature`: default the sampling one.
 
         Complete on rank 0; other ranks get an empty dict. Covers the samples that appear in rank 0's `batch.rows`.
         """
@@ -117,9 +119,9 @@ class Learner:
         starts = dict(zip(used, np.cumsum([0, *lengths[:-1]]), strict=True)) if used else {}
         flat = torch.zeros(sum(lengths))
         if self.world.tp_rank == 0:
-            rows = self._run(models, batch, _scores, forward_only=True)
+            rows = self._run(models, batch, _scores, temperature, forward_only=True)
         else:
-            self._run(models, batch, _scores, forward_only=True)
+            self._run(models, batch, _scores, temperature, forward_only=True)
             rows = []
         for row, values in rows:
             for i, entries, positions in row.ranges:
@@ -213,12 +215,13 @@ class Learner:
         models: list[torch.nn.Module],
         batch: Batch,
         loss: Callable[[Row, Tensor], Any],
+        temperature: float | None = None,
         forward_only: bool = False,
     ) -> list[Any]:
         """Megatron's schedule over this rank's rows; on last stages what `loss` returned for each row."""
         rows = self._rows(batch)
         return get_forward_backward_func()(
-            forward_step_func=partial(self._forward, loss),
+            forward_step_func=partial(self._forward, loss, temperature or self.temperature),
             data_iterator=[iter(rows) for _ in models] if len(models) > 1 else iter(rows),
             model=models if len(models) > 1 else models[0],
             num_microbatches=len(rows),
@@ -244,7 +247,9 @@ class Learner:
             for ids, row, length in zip(plan, samples, lengths, strict=True)
         ]
 
-    def _forward(self, loss: Callable[[Row, Tensor], Any], rows: Iterator[Row], model: torch.nn.Module) -> Any:
+    def _forward(
+        self, loss: Callable[[Row, Tensor], Any], temperature: float, rows: Iterator[Row], model: torch.nn.Module
+    ) -> Any:
         """Megatron's forward step."""
         row = next(rows)
         micro = row.micro
@@ -254,7 +259,7 @@ class Learner:
             row=row.packed,
             targets=micro.labels[row.scored],
             scored=row.scored,
-            temperature=self.temperature,
+            temperature=temperature,
         )
         return output, partial(loss, row)
 
