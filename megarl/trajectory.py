@@ -76,6 +76,7 @@ class Completion:
     text: str = ""
 
     verdict: Verdict | None = None
+    score: float = 0.0  # the grader's, 1 = right
     formatted: bool = False  # a \boxed{} is present
     steps: int = 1  # semantic steps, algorithms/steps.py
     reward: float = 0.0

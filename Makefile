@@ -1,0 +1,34 @@
+# Two commands do everything on a fresh machine with Python 3.11 (or newer), pip and make:
+#   make quickstart   set up, then teach a small reasoner by reinforcement learning on this CPU
+#   make test         set up, then pass the tests
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test lint clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -3
+
+setup: $(STAMP)
+
+# torch first and pinned: an unpinned one brings another build. The second line may then pull nothing else.
+$(STAMP): setup.py pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet torch==2.13.0 --editable '.[dev]'
+	@touch $(STAMP)
+
+quickstart: setup
+	$(BIN)/python -m examples.quickstart
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,84 @@
+"""The command line. Commands import what they need when they run, so that `megarl --help` is instant."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from megarl.errors import RunError, UserError, nearest
+
+app = typer.Typer(
+    name="megarl",
+    help="Reinforcement learning for reasoning models on Megatron-Core: from a laptop CPU to a cluster, one code path.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_PASS_ON: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+Config = Annotated[Path, typer.Argument(help="YAML file of settings.", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as key=value, e.g. optimizer.lr=1e-5.")]
+Ranks = Annotated[int | None, typer.Option(min=1, help="Ranks to start on this machine; default: one model copy.")]
+
+
+@app.command()
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    nproc: Ranks = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest whole checkpoint.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the derived sizes, stop.")] = False,
+) -> None:
+    """Train a policy by reinforcement learning. Starts its ranks itself, or runs as one rank of torchrun or srun."""
+    from megarl import config as settings_file
+    from megarl import launch
+
+    launch.train(settings_file.load(config, overrides), nproc, resume, dry_run)
+
+
+@app.command(context_settings=_PASS_ON, add_help_option=False)
+def bench(
+    context: typer.Context,
+    name: Annotated[str | None, typer.Argument(help="Which benchmark; without it, they are listed.")] = None,
+) -> None:
+    """Run a benchmark: prints its table and, with --json FILE, writes it."""
+    from megarl import bench as package
+
+    known = [m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "record" and not m.name.startswith("_")]
+    if name in (None, "--help"):
+        for each in known:
+            module = importlib.import_module(f"megarl.bench.{each}")
+            typer.echo(f"{each:12} {(module.__doc__ or '').strip().splitlines()[0]}")
+        return
+    if name not in known:
+        raise UserError(f"bench: no benchmark is called '{name}'{nearest(str(name), known)}")
+    _run(importlib.import_module(f"megarl.bench.{name}").main, f"megarl bench {name}", context.args)
+
+
+def _run(function: Any, name: str, arguments: list[str]) -> None:
+    """Run a function that has typer-style parameters as a command of its own."""
+    command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    command.command()(function)
+    command(args=arguments, prog_name=name)
+
+
+def main() -> None:
+    """Entry point: the user's mistakes end with code 2, failures of the run with code 1, each on one line."""
+    try:
+        app()
+    except UserError as e:
+        for line in str(e).splitlines():
+            print(f"megarl: {line}", file=sys.stderr)
+        sys.exit(2)
+    except RunError as e:
+        print(f"megarl: {e}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

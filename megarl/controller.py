@@ -1,0 +1,85 @@
+"""What only rank 0 holds: prompts and their order, graders, the ledger and the run directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from megarl.algorithms import pruning
+from megarl.config import Settings
+from megarl.data.ledger import Ledger
+from megarl.data.loader import Loader
+from megarl.data.prompts import read_prompts
+from megarl.errors import RunError
+from megarl.experience import Collected, Experience
+from megarl.progress import RunProgress
+from megarl.rewards.workers import Graders
+from megarl.rundir import RunDirectory
+from megarl.trajectory import Batch, Prompt
+
+
+class Controller:
+    """Reads the data and starts the graders; `with Controller(…) as controller` ends them."""
+
+    def __init__(self, settings: Settings, tokenizer: PreTrainedTokenizerBase, progress: RunProgress) -> None:
+        self.settings, self.progress = settings, progress
+        prompts, report = read_prompts(settings.data.train, tokenizer, settings.data)
+        progress.say(f"training prompts: {report}")
+        self.held_out: list[Prompt] = []
+        if settings.data.eval:
+            table, report = read_prompts(settings.data.eval, tokenizer, settings.data, setting="data.eval")
+            progress.say(f"held-out prompts: {report}")
+            self.held_out = [table[i] for i in range(min(len(table), settings.data.eval_limit or len(table)))]
+        self.loader = Loader(prompts, settings.pruning, settings.seed, settings.data.shuffle)
+        self.ledger = Ledger()
+        self.expected_length = pruning.ExpectedLength()
+        self.graders = Graders(settings.reward.function, settings.reward.workers, settings.reward.timeout)
+        self.run: RunDirectory | None = None
+
+    def open_run(self, resume_step: int | None) -> None:
+        """Start the run directory, or go on with it after `resume_step`."""
+        self.run = RunDirectory(self.settings.run, self.settings, resume_step)
+
+    def report(self, step: int, metrics: dict[str, Any]) -> None:
+        """Record figures and show them."""
+        assert self.run
+        self.run.metrics(step, metrics)
+        self.progress.step(step, metrics)
+
+    def make(self, collected: Collected, experience: Experience, step: int) -> list[Batch]:
+        """The batches of a step."""
+        if not collected.groups:
+            raise RunError("algorithm.dynamic_sampling: every group of the step has equal rewards; nothing to learn from")
+        expected = self.expected_length.mean() if self.settings.pruning.prompts else None
+        return experience.make(collected, step, expected)
+
+    def finish_step(self, step: int, collected: Collected, metrics: dict[str, Any]) -> None:
+        """Remember what the step saw: rollouts, metrics, pruning history, ledger, expected response length."""
+        assert self.run
+        self.run.rollouts(step, collected.groups)
+        for index, group in zip(collected.indices, collected.groups, strict=True):
+            self.loader.history.update(index, float(np.mean([abs(c.advantage) for c in group.completions])))
+        self.expected_length.update(
+            np.array([len(c) for c in collected.completions]),
+            np.array([1 / group.keep for group in collected.groups for _ in group.completions]),
+        )
+        self.ledger.record_step(step, collected)
+        self.report(step, metrics)
+
+    def save(self, folder: Path) -> None:
+        """Write data position, pruning history, expected length and ledger into a checkpoint's folder."""
+
+    def load(self, folder: Path) -> None:
+        """Take over what `save` wrote."""
+
+    def __enter__(self) -> Controller:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.graders.close()
+        if self.run:
+            self.run.close()

@@ -1,0 +1,68 @@
+"""This rank's rollout engine, if it drives one, and keeping its weights the learner's."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from megarl.config import Settings
+from megarl.learner.learner import Learner
+from megarl.learner.parallel import World
+from megarl.rollout import early_exit, weight_sync
+from megarl.rollout.engine import Engine
+from megarl.rollout.local import LocalEngine
+from megarl.trajectory import Batch, Sample, derive_seed
+
+CANARY_TOKENS = 32
+
+
+class Engines:
+    """`drivers`: the first so many ranks drive an engine and share the prompts. `engine` is None on the others."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        world: World,
+        runner: asyncio.Runner,
+        tokenizer: PreTrainedTokenizerBase,
+        learner: Learner,
+    ) -> None:
+        self.settings, self.world, self.runner, self.learner = settings, world, runner, learner
+        early_exit.check(settings.rollout.early_exit, tokenizer)
+        self.drivers = world.world_size
+        self.engine: Engine = LocalEngine(
+            settings.model.path,
+            tokenizer,
+            device=world.device,
+            dtype=torch.float32 if settings.precision.dtype == "fp32" else torch.bfloat16,
+            batch_slots=settings.rollout.local_batch,
+            max_length=early_exit.longest_sequence(settings),
+        )
+        self.canary_difference = 0.0
+        generator = np.random.default_rng(derive_seed(settings.seed, "canary"))
+        self._canary = generator.integers(0, learner.shape.vocab, CANARY_TOKENS).astype(np.int32)
+
+    def push(self, version: int) -> None:
+        """Give every engine the learner's weights, checked tensor by tensor and by the canary. Collective."""
+        expected = self._canary_logprobs()
+        canary = weight_sync.Canary(self._canary.tolist(), expected.tolist())
+        tensors = self.learner.named_tensors()
+        bound = self.settings.rollout.canary_limit
+        self.canary_difference = self.runner.run(weight_sync.sync(self.engine, version, tensors, canary, bound))
+
+    def close(self) -> None:
+        self.runner.run(self.engine.close())
+
+    def _canary_logprobs(self) -> np.ndarray:
+        """The learner's log-probs of the canary, on every rank that drives an engine."""
+        from megarl.exchange import broadcast
+
+        batch = None
+        if self.world.is_controller:
+            rows: list[list[list[int]]] = [[[0]], *([[]] for _ in range(self.world.dp_size - 1))]
+            batch = Batch([Sample(self._canary, response_start=1, scale=1.0)], rows, 1.0, float(CANARY_TOKENS))
+        scores = self.learner.logprobs(batch, "policy", temperature=1.0)
+        return broadcast(scores.get(0), self.world)

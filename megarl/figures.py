@@ -1,0 +1,86 @@
+"""The figures of one step, under the names of metrics.jsonl."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from megarl.algorithms import metrics, pruning
+from megarl.config import Settings
+from megarl.engines import Engines
+from megarl.errors import RunError
+from megarl.experience import Collected
+from megarl.rollout import early_exit
+from megarl.trajectory import Batch
+
+
+def of_step(
+    collected: Collected,
+    batches: Sequence[Batch],
+    updates: Sequence[dict[str, float]],
+    engines: Engines,
+    settings: Settings,
+) -> dict[str, Any]:
+    """Every figure of a step but its timings. Raises RunError when train and rollout log-probs drifted apart."""
+    completions = collected.completions
+    n = len(completions)
+    verdicts = Counter(c.verdict for c in completions)
+    trained = learner_figures(updates)
+    if trained.get("mismatch_mean", 0.0) > settings.rollout.mismatch_limit:
+        raise RunError(
+            f"rollout.mismatch_limit: train and rollout log-probs differ by {trained['mismatch_mean']:.3g} on average, "
+            f"more than {settings.rollout.mismatch_limit:g}: the engine does not sample from the policy that is trained"
+        )
+    weights = np.array([c.weight for c in completions])
+    return {
+        "reward": float(np.mean([c.reward for c in completions])),
+        "accuracy": float(np.mean([c.score for c in completions])),
+        "response_tokens": float(np.mean([len(c) for c in completions])),
+        "overlong": sum(c.finish == "length" for c in completions) / n,
+        **{f"verdict_{name}": verdicts.get(name, 0) for name in ("right", "wrong", "timeout", "error")},
+        "steps_per_response": float(np.mean([c.steps for c in completions])),
+        **early_exit.summarise(collected.groups),
+        "tokens_generated": sum(map(len, completions)),
+        "prompts_drawn": collected.taken,
+        "prompts_pruned": collected.taken - collected.survived,
+        "completions_dropped": int((weights == 0).sum()),
+        "effective_sample_size": pruning.effective_sample_size(weights[weights > 0]),
+        "added_variance": pruning.added_variance(
+            np.abs([c.advantage for c in completions]), weights
+        ),
+        "packing_density": density(batches, settings.batch.tokens_per_row),
+        **trained,
+        "canary_difference": engines.canary_difference,
+        "weight_version": completions[0].spans[0].version if n and completions[0].spans else -1,
+    }
+
+
+def learner_figures(updates: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Means over the step's updates; the mismatch is the first update's, whose policy is the one that sampled."""
+    each = [metrics.summarise(update) for update in updates]
+    mean = {name: float(np.mean([e[name] for e in each])) for name in each[0]}
+    mean |= {name: value for name, value in each[0].items() if name.startswith("mismatch")}
+    mean |= {"tokens_trained": sum(e["tokens_trained"] for e in each)}
+    for name in ("grad_norm", "lr"):
+        mean[name] = float(np.mean([update[name] for update in updates]))
+    return mean
+
+
+def density(batches: Sequence[Batch], tokens_per_row: int) -> float:
+    """Valid tokens over the capacity of all non-empty rows."""
+    used = [row for batch in batches for rank in batch.rows for row in rank if row]
+    tokens = sum(sample.input_length for batch in batches for sample in batch.samples)
+    return tokens / (len(used) * tokens_per_row) if used else 0.0
+
+
+def evaluation_due(step: int, settings: Settings) -> bool:
+    every = settings.evaluation.every
+    return step in (0, settings.steps) or (every > 0 and step % every == 0)
+
+
+def checkpoint_due(step: int, settings: Settings) -> bool:
+    every = settings.checkpoint.every
+    return step == settings.steps or (every > 0 and step % every == 0)

@@ -1,0 +1,83 @@
+"""From settings to running ranks: early refusals, the derived table, one process per rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from checkpoints_conv.shape import ModelShape, read_shape
+from megarl.config import Settings
+from megarl.errors import UserError, nearest
+from megarl.learner import parallel
+from megarl.learner.spawn import spawn
+
+
+def train(settings: Settings, nproc: int | None, resume: bool, dry_run: bool) -> None:
+    """Check what can be checked without loading weights, then run: as this rank of torchrun/srun, or spawning ranks."""
+    world_size = parallel.launched_world_size() or nproc or settings.parallel.model_ranks
+    shape = preflight(settings, world_size, resume)
+    if dry_run:
+        show(derived(settings, shape, world_size))
+        return
+    from megarl.train import train as run
+
+    if parallel.launched_world_size():
+        run(settings, resume)
+        return
+    show(derived(settings, shape, world_size))
+    spawn(run, world_size, (settings, resume))
+
+
+def preflight(settings: Settings, world_size: int, resume: bool) -> ModelShape:
+    """Every refusal that needs no weights. Raises UserError; writes nothing."""
+    if not (settings.model.path / "config.json").is_file():
+        raise UserError(f"model.path: {settings.model.path} holds no config.json")
+    for name, files in (("train", settings.data.train), ("eval", settings.data.eval)):
+        for file in files:
+            if not file.is_file():
+                raise UserError(f"data.{name}: {file} does not exist{_near(file)}")
+    shape = read_shape(settings.model.path / "config.json")
+    parallel.check(settings.parallel, shape, world_size, settings.precision)
+    if not resume and (settings.run / "metrics.jsonl").exists():
+        raise UserError(f"run: {settings.run} already holds a run; pass --resume to go on with it, or name another folder")
+    return shape
+
+
+def derived(settings: Settings, shape: ModelShape, world_size: int) -> dict[str, Any]:
+    """What the settings amount to."""
+    b, p = settings.batch, settings.parallel
+    dp = world_size // p.model_ranks
+    per_step = b.prompts_per_step * b.completions_per_prompt
+    return {
+        "model": f"{shape.family}, {shape.layers} layers, hidden {shape.hidden}, vocabulary {shape.vocab}",
+        "layout": f"{world_size} ranks = tp {p.tp} x pp {p.pp} x cp {p.cp} x dp {dp}"
+        + (f", {p.vpp} chunks a stage" if p.vpp > 1 else "")
+        + (", sequence parallel" if p.sequence_parallel else ""),
+        "precision": settings.precision.dtype,
+        "rollout": f"{settings.rollout.engine}: {b.prompts_per_step} prompts x {b.completions_per_prompt} completions "
+        f"= {per_step} a step, at most {settings.rollout.max_response_tokens} tokens each",
+        "updates": f"{b.updates_per_step} a step, {per_step // b.updates_per_step} completions each, before pruning",
+        "rows": f"at most {b.tokens_per_row} tokens, packed {settings.packing.strategy}",
+        "step-grpo": "early exit at " + ", ".join(settings.rollout.early_exit.markers)
+        if settings.rollout.early_exit.enabled
+        else "off",
+        "dppo": f"prompts {settings.pruning.prompts:g}, completions {settings.pruning.completions:g}"
+        if settings.pruning.prompts or settings.pruning.completions
+        else "off",
+        "steps": settings.steps,
+        "run": settings.run,
+    }
+
+
+def show(rows: dict[str, Any]) -> None:
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for key, value in rows.items():
+        table.add_row(f"[bold]{key}", str(value))
+    Console(stderr=True, highlight=False).print(table)
+
+
+def _near(file) -> str:
+    siblings = [f.name for f in file.parent.iterdir() if f.is_file()] if file.parent.is_dir() else []
+    return nearest(file.name, siblings) if siblings else ""

@@ -1,0 +1,102 @@
+"""The loop. Every rank runs it; rank 0 is the controller, which holds the data, the groups and the run directory.
+
+One step, as the papers tell it:
+
+    draw prompts; DPPO leaves out those whose history says little        data/loader.py
+    roll out G completions each; Step-GRPO ends finished thoughts early  rollout/early_exit.py, through collector.py
+    grade, shape the reward, take advantages over whole groups           rewards/, algorithms/steps.py, advantage.py
+    drop completions of low |advantage|, weight what is kept, pack       algorithms/pruning.py, data/packing.py
+    old and reference log-probs; forward and backward; optimizer         learner/, algorithms/loss.py
+    push the new weights into the engines, proven by a canary            engines.py, rollout/weight_sync.py
+    commit weights, data position and history by one rename              checkpoints.py
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import ExitStack
+from functools import partial
+
+from megarl import figures, logprobs
+from megarl.algorithms import presets
+from megarl.algorithms.loss import policy_loss
+from megarl.checkpoints import Checkpoints
+from megarl.collector import Collector
+from megarl.config import Settings
+from megarl.controller import Controller
+from megarl.data.tokenizer import load_tokenizer
+from megarl.engines import Engines
+from megarl.exchange import broadcast
+from megarl.experience import Experience
+from megarl.interrupt import Interrupt
+from megarl.learner import parallel
+from megarl.learner.learner import Learner
+from megarl.progress import RunProgress, Stopwatch
+
+
+def train(settings: Settings, resume: bool = False) -> None:
+    """Run the job on this rank until it is done or asked to stop; the first Ctrl-C saves and leaves."""
+    updates = settings.batch.updates_per_step
+    switches = presets.resolve(settings.algorithm, settings.rollout.max_response_tokens, updates)
+    objective = partial(policy_loss, switches=switches)
+    deadline = settings.collective_deadline + settings.rollout.deadline  # ranks wait for others' rollouts
+
+    with ExitStack() as stack:
+        interrupt = stack.enter_context(Interrupt())
+        world = parallel.start(settings.parallel, settings.precision, settings.seed, deadline)
+        stack.callback(world.close)
+        progress = RunProgress(settings.steps, quiet=not world.is_controller)
+        stack.callback(progress.close)
+        watch = Stopwatch(progress)
+
+        tokenizer = load_tokenizer(settings.model.path)
+        controller = None
+        if world.is_controller:
+            controller = stack.enter_context(Controller(settings, tokenizer, progress))
+        learner = Learner(settings, world, total_updates=settings.steps * updates)
+        checkpoints = Checkpoints(settings, world, learner, controller, progress)
+        done = checkpoints.restore() if resume else 0
+        if controller:
+            controller.open_run(resume_step=done if resume else None)
+
+        runner = stack.enter_context(asyncio.Runner())
+        engines = Engines(settings, world, runner, tokenizer, learner)
+        stack.callback(engines.close)
+        experience = Experience(settings, switches, world.dp_size)
+        collector = Collector(settings, world, runner, engines, tokenizer, controller, experience)
+
+        def evaluate(step: int) -> dict[str, float]:
+            with watch("evaluation"):
+                return collector.evaluate() if figures.evaluation_due(step, settings) else {}
+
+        with watch("sync"):
+            engines.push(version=done)
+        if done == 0 and (measured := evaluate(0)):
+            controller.report(0, measured)
+        watch.lap()
+
+        for step in range(done + 1, settings.steps + 1):
+            with watch("rollout"):
+                collected = collector.collect(step, switches.dynamic_sampling)
+            with watch("reward"):
+                if switches.kl_reward_coef:
+                    logprobs.penalise(collected.groups, learner, switches, experience)
+                batches = controller.make(collected, experience, step) if controller else [None] * updates
+            with watch("logprobs"):
+                logprobs.fill(batches, learner, switches)
+            with watch("train"):
+                trained = [learner.train_step(batch, objective) for batch in batches]
+            with watch("sync"):
+                engines.push(version=step)
+            measured = evaluate(step)
+
+            if controller:
+                measured |= figures.of_step(collected, batches, trained, engines, settings)
+                controller.finish_step(step, collected, measured | watch.lap())
+            leaving = broadcast(interrupt.asked, world)
+            if leaving or figures.checkpoint_due(step, settings):
+                with watch("checkpoint"):
+                    checkpoints.save(step)
+            if leaving:
+                progress.say(f"stopped after step {step}, saved; go on with --resume")
+                return

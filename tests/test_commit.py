@@ -1,0 +1,73 @@
+"""Checkpoint folders: whole or absent, checked before use."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from megarl import commit
+from megarl.errors import RunError, UserError
+
+
+def save(folder: Path, step: int, keep: int = 2) -> Path:
+    partial = commit.prepare(folder, step)
+    (partial / "learner").mkdir()
+    (partial / "learner" / "weights").write_bytes(os.urandom(64))
+    (partial / "state.json").write_text(f'{{"step": {step}}}')
+    return commit.commit(folder, step, keep)
+
+
+def test_nothing_is_visible_before_commit(tmp_path: Path) -> None:
+    partial = commit.prepare(tmp_path, 1)
+    (partial / "weights").write_bytes(b"x")
+    assert commit.steps(tmp_path) == []
+    assert commit.newest_good(tmp_path, print) is None
+
+
+def test_retention_keeps_the_newest(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    assert commit.steps(tmp_path) == [2, 3]
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest"])
+def test_damaged_checkpoint_falls_back(tmp_path: Path, damage: str) -> None:
+    """A flipped byte, a cut file, a missing file or manifest: the one before is taken, with a message."""
+    save(tmp_path, 1)
+    weights = save(tmp_path, 2) / "learner" / "weights"
+    content = weights.read_bytes()
+    if damage == "flip":
+        weights.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    elif damage == "cut":
+        weights.write_bytes(content[:-1])
+    elif damage == "remove":
+        weights.unlink()
+    else:
+        (commit.folder_of(tmp_path, 2) / commit.MANIFEST).unlink()
+    said: list[str] = []
+    assert commit.newest_good(tmp_path, said.append) == 1
+    assert len(said) == 1 and "step 2" in said[0]
+
+
+def test_no_whole_checkpoint_is_an_error(tmp_path: Path) -> None:
+    (save(tmp_path, 1) / "state.json").unlink()
+    with pytest.raises(UserError, match="none of 1"):
+        commit.newest_good(tmp_path, lambda message: None)
+
+
+def test_an_interrupted_save_is_forgotten(tmp_path: Path) -> None:
+    """What a killed save left is neither seen nor in the way of the next."""
+    save(tmp_path, 1)
+    (commit.prepare(tmp_path, 2) / "half").write_bytes(b"x")
+    assert commit.newest_good(tmp_path, print) == 1
+    assert not (save(tmp_path, 2) / "half").exists()
+
+
+def test_full_disk_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="No space left.*earlier checkpoints are untouched"), commit.clear_errors(tmp_path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(OSError, match="interrupted"), commit.clear_errors(tmp_path):
+        raise OSError(errno.EINTR, "interrupted")

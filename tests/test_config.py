@@ -1,0 +1,88 @@
+"""Settings: what is refused, and that each refusal names the setting and a valid value."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megarl import config
+from megarl.errors import UserError
+
+LEAST = {"run": "r", "model": {"path": "m"}, "data": {"train": ["t.jsonl"]}}
+
+
+def written(folder: Path, **more: object) -> Path:
+    file = folder / "c.yaml"
+    file.write_text(yaml.safe_dump({**LEAST, **more}))
+    return file
+
+
+def test_overrides_reach_nested_settings(tmp_path: Path) -> None:
+    """Values are read as YAML, and 1e-4 is a number although YAML 1.1 says otherwise."""
+    settings = config.load(written(tmp_path), ["optimizer.lr=1e-4", "rollout.early_exit.markers=[Wait, Hmm]", "seed=3"])
+    assert settings.optimizer.lr == 1e-4
+    assert settings.rollout.early_exit.markers == ["Wait", "Hmm"]
+    assert settings.seed == 3
+
+
+def test_dump_is_what_was_loaded(tmp_path: Path) -> None:
+    settings = config.load(written(tmp_path), ["batch.prompts_per_step=12"])
+    again = tmp_path / "again.yaml"
+    again.write_text(config.dump(settings))
+    assert config.load(again) == settings
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optimizer.lrr=1", ["optimizer.lrr", "'lr'"]),
+        ("rolout.engine=local", ["rolout", "'rollout'"]),
+        ("rollout.engine=tgi", ["rollout.engine", "tgi", "'local'"]),
+        ("batch.completions_per_prompt=1", ["batch.completions_per_prompt", "1", "2"]),
+        ("pruning.prompts=1.0", ["pruning.prompts", "1.0", "less than 1"]),
+        ("pruning.completions=-0.1", ["pruning.completions", "-0.1"]),
+        ("pruning.until=0", ["pruning.until", "greater than 0"]),
+        ("packing.window=0", ["packing.window", "0", "1"]),
+        ("rollout.early_exit.threshold=1.5", ["threshold", "1.5", "1"]),
+        ("rollout.early_exit={enabled: true, markers: []}", ["markers", "Wait"]),
+        ("rollout={max_response_tokens: 2, early_exit: {enabled: true}}", ["thinking_share", "room for an answer"]),
+        ("batch={prompts_per_step: 10, prompts_per_update: 4}", ["prompts_per_update", "4", "10", "5"]),
+        ("optimizer.min_lr=1", ["optimizer.min_lr", "at most"]),
+        ("seed", ["seed", "key=value"]),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, override: str, words: list[str]) -> None:
+    """One line a mistake, with the setting, the value and what would be valid."""
+    with pytest.raises(UserError) as caught:
+        config.load(written(tmp_path), [override])
+    for word in words:
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_and_missing_settings(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        config.load(tmp_path / "none.yaml")
+    (tmp_path / "empty.yaml").write_text("seed: 1\n")
+    with pytest.raises(UserError) as caught:
+        config.load(tmp_path / "empty.yaml")
+    assert [line.split(":")[0] for line in str(caught.value).splitlines()] == ["run", "model", "data"]
+
+
+def test_every_setting_is_documented() -> None:
+    """Each setting has a description where it is declared, unless its name and type say it all."""
+    plain = {"seed", "temperature", "top_p", "lr", "min_lr", "betas", "eps", "weight_decay", "estimator", "place",
+             "strategy", "dtype", "engine", "coef", "entropy_coef", "preset", "train"}  # fmt: skip
+
+    def undocumented(section: type[config.Section], prefix: str) -> list[str]:
+        found = []
+        for name, field in section.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, config.Section):
+                found += undocumented(field.annotation, f"{prefix}{name}.")
+            elif not field.description and name not in plain:
+                found.append(prefix + name)
+        return found
+
+    assert undocumented(config.Settings, "") == []
