@@ -13,7 +13,9 @@ EPSILON = 1e-6
 """Added to the standard deviation, as in GRPO's and Step-GRPO's released code."""
 
 
-def advantages(rewards: Sequence[np.ndarray], kind: Advantage, keep: Sequence[float] | None = None) -> list[np.ndarray]:
+def advantages(
+    rewards: Sequence[np.ndarray], kind: Advantage, keep: Sequence[float] | np.ndarray | None = None
+) -> list[np.ndarray]:
     """One advantage per completion: float64 arrays of the shapes of `rewards`, one array a group; sizes may differ.
 
     With R the rewards of a group of G:

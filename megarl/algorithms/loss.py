@@ -81,7 +81,7 @@ def policy_loss(
     mismatch = torch.where(behaved, trainer - micro.rollout_logprobs, 0)
     if switches.tis_cap is not None:
         weight = torch.exp(mismatch.clamp(max=LOG_RATIO_BOUND))
-        clipped["tis_clip"] = weight > switches.tis_cap
+        clipped["tis_clip"] = behaved & (weight > switches.tis_cap)
         surrogate = surrogate * torch.where(behaved, weight.clamp(max=switches.tis_cap), 1)
 
     referred = learned & ~torch.isnan(micro.ref_logprobs)
@@ -108,7 +108,7 @@ def policy_loss(
             "mismatch_kl": (torch.exp(mismatch.clamp(max=LOG_RATIO_BOUND)) - mismatch - 1).sum(),
             "mismatch_tokens": behaved.sum(),
             "mismatch_max": mismatch.abs().max() if len(mismatch) else mismatch.sum(),
-            **{name: (learned & where).sum() for name, where in clipped.items()},
+            **{name: where.sum() for name, where in clipped.items()},
         }
     return loss, {name: value.detach().to(loss.dtype) for name, value in sums.items()}
 
