@@ -53,6 +53,9 @@ def test_every_kind_is_its_definition(kind, batch):
 @pytest.mark.parametrize("value", [0.0, 0.1, 1.0, 1 / 3])
 def test_equal_rewards_have_advantage_exactly_zero(kind, value):
     """Exactly 0, not 1e-11: pruning's zero-variance shortcut compares with 0. A lone completion is such a group."""
+    # 0.1 and 1/3 have sizes at which their mean is not themselves, to the last bit.
+    for size in range(2, 30):
+        assert (advantages([np.full(size, value)], kind)[0] == 0).all()
     got = advantages([np.full(5, value), np.array([0.0, 1.0, 1.0]), np.array([value])], kind)
     assert (got[0] == 0).all()
     assert got[1].any()

@@ -27,7 +27,7 @@ from megarl.errors import UserError
         ("Wait\nAlternatively, Wait", ["Wait", "Alternatively"], 4),
         ("Alternatively", ["Wait"], 1),
         ("But wait. But so", ["But wait", "But"], 3),  # the longest marker counts, once
-        ("But wait. But so", ["But", "But wait"], 3),
+        ("But wait. But so", ["But", "wait", "But wait"], 3),
         ("a.b axb", ["a.b"], 2),  # markers are words, not patterns
     ],
 )
