@@ -208,8 +208,21 @@ def added_variance(magnitude: np.ndarray, weights: np.ndarray) -> float:
     return float((np.asarray(magnitude, np.float64) ** 2 * weights * np.maximum(weights - 1, 0)).sum())
 
 
+def warning(weights: np.ndarray, settings: config.Pruning) -> str | None:
+    """One line when a step's kept samples are worth less than the share `min_effective` of their number, else None."""
+    kept = int(np.count_nonzero(weights))
+    effective = effective_sample_size(weights)
+    if effective >= settings.min_effective * kept:
+        return None
+    return (
+        f"pruning: the {kept} kept samples are worth {effective:.1f}, below pruning.min_effective "
+        f"{settings.min_effective:g} of them; lower pruning.prompts ({settings.prompts:g}) or pruning.completions "
+        f"({settings.completions:g})"
+    )
+
+
 def notice(settings: config.Pruning) -> str | None:
-    """What a run's log must say about the chosen selection; None for the unbiased one."""
+    """What a run's log must say at its start about the chosen selection; None for the unbiased one."""
     if settings.selection == "deterministic" and (settings.prompts or settings.completions):
         return "pruning.selection: deterministic is biased (an ablation); random_low is the unbiased estimator"
     return None

@@ -310,6 +310,14 @@ def test_effective_sample_size():
     assert pruning.effective_sample_size(np.array([])) == 0
 
 
+def test_warning_when_few_samples_carry_the_weight():
+    """One of weight 100 beside nine of 1: 109² / 10009 = 1.2 effective samples of 10."""
+    heavy = np.array([100.0] + [1.0] * 9 + [0.0] * 5)
+    assert "10 kept samples are worth 1.2, below pruning.min_effective 0.25" in pruning.warning(heavy, config.Pruning())
+    assert pruning.warning(np.ones(10), config.Pruning(min_effective=1.0)) is None
+    assert pruning.warning(np.zeros(3), config.Pruning(min_effective=1.0)) is None
+
+
 @given(
     g=st.lists(st.floats(-3, 3), min_size=1, max_size=5),
     rate=st.sampled_from([0.3, 0.5, 0.9]),
