@@ -182,8 +182,8 @@ class Rollout(Section):
     """Seconds for the rollout of one step."""
     mismatch_limit: Annotated[float, Field(gt=0)] = 0.5
     """Mean |train - rollout| log-prob over a step above which the run stops."""
-    async_steps: Natural = 0
-    """0 = strictly on-policy; 1 = roll out the next batch while this one trains."""
+    canary_limit: Annotated[float, Field(gt=0)] = 0.1
+    """Largest |engine - learner| log-prob of the canary after a weight sync; beyond it the run stops."""
     early_exit: EarlyExit = EarlyExit()
     servers: Servers = Servers()
 

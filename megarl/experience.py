@@ -6,6 +6,7 @@ prompts that were taken from the data, the pruned ones included.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -17,6 +18,7 @@ from megarl.algorithms.loss import token_scale
 from megarl.algorithms.presets import Switches
 from megarl.config import Settings
 from megarl.data import packing
+from megarl.data.balance import Cost, balance
 from megarl.trajectory import Batch, Completion, Group, Origin, Sample
 
 
@@ -131,8 +133,14 @@ class Experience:
         )
 
 
-def pack_rows(samples: list[Sample], settings: Settings, dp_size: int) -> list[list[list[int]]]:
-    """Rows of at most tokens_per_row tokens, the same number on each data-parallel rank."""
+def pack_rows(samples: Sequence[Sample], settings: Settings, dp_size: int) -> list[list[list[int]]]:
+    """Rows of at most tokens_per_row tokens, equally many on each data-parallel rank, of as nearly equal work."""
+    if not samples:
+        return [[[]] for _ in range(dp_size)]
     lengths = np.array([sample.input_length for sample in samples], dtype=np.int64)
-    rows = packing.pack(lengths, settings.batch.tokens_per_row, settings.packing.strategy, settings.packing.window)
-    return packing.balance(rows, lengths, dp_size)
+    capacity, parallel = settings.batch.tokens_per_row, settings.parallel
+    rows = packing.pack(lengths, capacity, settings.packing.strategy, settings.packing.window)
+    cost = Cost.of_model(json.loads((settings.model.path / "config.json").read_text()))
+    multiple = parallel.pp if parallel.vpp > 1 else 1  # the interleaved schedule takes whole rounds
+    ranks = balance(rows, lengths, dp_size, cost, capacity, multiple)
+    return [[row.tolist() for row in rank] for rank in ranks]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from megarl.algorithms import metrics, pruning
+from megarl.algorithms import pruning
 from megarl.config import Settings
 from megarl.engines import Engines
 from megarl.errors import RunError
@@ -60,13 +60,9 @@ def of_step(
 
 def learner_figures(updates: Sequence[dict[str, float]]) -> dict[str, float]:
     """Means over the step's updates; the mismatch is the first update's, whose policy is the one that sampled."""
-    each = [metrics.summarise(update) for update in updates]
-    mean = {name: float(np.mean([e[name] for e in each])) for name in each[0]}
-    mean |= {name: value for name, value in each[0].items() if name.startswith("mismatch")}
-    mean |= {"tokens_trained": sum(e["tokens_trained"] for e in each)}
-    for name in ("grad_norm", "lr"):
-        mean[name] = float(np.mean([update[name] for update in updates]))
-    return mean
+    mean = {name: float(np.mean([update[name] for update in updates])) for name in updates[0]}
+    mean |= {name: value for name, value in updates[0].items() if name.startswith("mismatch")}
+    return mean | {"tokens_trained": sum(update["tokens_trained"] for update in updates)}
 
 
 def density(batches: Sequence[Batch], tokens_per_row: int) -> float:

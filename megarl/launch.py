@@ -10,20 +10,21 @@ from rich.table import Table
 from checkpoints_conv.shape import ModelShape, read_shape
 from megarl.config import Settings
 from megarl.errors import UserError, nearest
-from megarl.learner import parallel
+from megarl.learner import parallel, precision
 from megarl.learner.spawn import spawn
 
 
 def train(settings: Settings, nproc: int | None, resume: bool, dry_run: bool) -> None:
     """Check what can be checked without loading weights, then run: as this rank of torchrun/srun, or spawning ranks."""
-    world_size = parallel.launched_world_size() or nproc or settings.parallel.model_ranks
+    launched = parallel.launch_info().world_size if parallel.under_launcher() else 0
+    world_size = launched or nproc or settings.parallel.model_ranks
     shape = preflight(settings, world_size, resume)
     if dry_run:
         show(derived(settings, shape, world_size))
         return
     from megarl.train import train as run
 
-    if parallel.launched_world_size():
+    if launched:
         run(settings, resume)
         return
     show(derived(settings, shape, world_size))
@@ -38,8 +39,10 @@ def preflight(settings: Settings, world_size: int, resume: bool) -> ModelShape:
         for file in files:
             if not file.is_file():
                 raise UserError(f"data.{name}: {file} does not exist{_near(file)}")
-    shape = read_shape(settings.model.path / "config.json")
-    parallel.check(settings.parallel, shape, world_size, settings.precision)
+    shape = read_shape(settings.model.path)
+    parallel.check(settings.parallel, shape)
+    parallel.check_ranks(settings.parallel, world_size)
+    precision.check(settings.precision)
     if not resume and (settings.run / "metrics.jsonl").exists():
         raise UserError(f"run: {settings.run} already holds a run; pass --resume to go on with it, or name another folder")
     return shape

@@ -41,6 +41,11 @@ def launch_info() -> Launch:
     return Launch()
 
 
+def under_launcher() -> bool:
+    """Whether torchrun or srun started this process as one of several ranks, or as the only one."""
+    return "RANK" in os.environ or "SLURM_STEP_NUM_TASKS" in os.environ
+
+
 @dataclass(frozen=True, slots=True)
 class World:
     """This rank among the others."""
