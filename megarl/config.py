@@ -345,7 +345,10 @@ class Settings(Section):
         e = self.rollout.early_exit
         if e.enabled and not e.markers:
             raise ValueError("rollout.early_exit.markers: [] names no marker; the paper's is ['Wait']")
-        if e.enabled and self.rollout.max_response_tokens - int(e.thinking_share * self.rollout.max_response_tokens) < 2:
+        if (
+            e.enabled
+            and self.rollout.max_response_tokens - int(e.thinking_share * self.rollout.max_response_tokens) < 2
+        ):
             raise ValueError(
                 f"rollout.early_exit.thinking_share: {e.thinking_share} of {self.rollout.max_response_tokens} tokens "
                 "leaves no room for an answer; lower it, e.g. 0.9"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,8 +15,9 @@ from megarl.trajectory import Finish, Span
 class Sampling:
     """How to sample one generation.
 
-    The token at response position `offset + i` is drawn from the random stream of `(seed, offset + i)`: continuing a
-    completion with the same seed and a larger offset draws what an uninterrupted generation would have drawn.
+    The last `offset` of the given tokens are the response so far. The token at response position `offset + i` is drawn
+    from the random stream of `(seed, offset + i)`: continuing a completion with the same seed and a larger offset
+    draws what an uninterrupted generation would have drawn, and a stop may begin in what was given.
     """
 
     max_tokens: int
@@ -27,7 +28,9 @@ class Sampling:
     offset: int = 0
     stop_token_ids: tuple[int, ...] = ()
     stop_sequences: tuple[tuple[int, ...], ...] = ()
-    stop_words: tuple[str, ...] = ()  # stand-alone words: no ASCII letter directly before or after
+    stop_words: tuple[str, ...] = ()  # stand-alone words of the response: no ASCII letter directly before or after
+    stop_texts: tuple[str, ...] = ()  # strings anywhere in the response, inside words too
+    scratch: bool = False  # the result will not be continued (a probe): an engine need not keep its cache
 
 
 @dataclass(slots=True)
@@ -35,8 +38,10 @@ class Generation:
     """What one `generate` call made.
 
     `token_ids` hold every sampled token, matched stops included: nothing is trimmed. After a stop word they end with
-    the token that confirmed that the word stands alone (the one holding the character after it, or the end-of-text
-    token), and `stop_start` is the index of the token in which the word begins.
+    the token that confirmed that the word stands alone (the one holding the character after it). `stop_start` is the
+    index of the token in which a matched word, text or sequence begins; it is negative, counted back from the first
+    sampled token, when it begins in the response given. A token that completes several stops reports the first of:
+    token id, token sequence, text or word (the one that begins first).
     `logprobs[i]` is log p(token_ids[i]) at `temperature` (at 1 where it is 0), before top-p and top-k.
     """
 
@@ -46,6 +51,12 @@ class Generation:
     matched_stop: int | tuple[int, ...] | str | None = None
     stop_start: int | None = None
     spans: list[Span] = field(default_factory=list)
+
+
+def lineage(request_id: str) -> str:
+    """The completion that a request belongs to: what precedes the last "|" of its id. All requests of one completion
+    share a prefix, so a pool sends them to the engine that holds it."""
+    return request_id.rpartition("|")[0] or request_id
 
 
 class Engine(Protocol):
@@ -63,8 +74,12 @@ class Engine(Protocol):
         """End the request early; unknown or finished ids are ignored."""
         ...
 
-    async def update_weights(self, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Replace the weights by Hugging Face-named tensors; generations started later carry `version`."""
+    async def update_weights(self, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> Mapping[str, int]:
+        """Replace the weights by Hugging Face-named tensors; tokens sampled later carry `version`.
+
+        Returns the checksums (`weight_sync.checksum`) of the tensors that the engine now holds, by name; of those it
+        can read back. Raises RunError naming missing, unknown or mis-shaped tensors.
+        """
         ...
 
     async def health(self) -> None:

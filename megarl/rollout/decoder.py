@@ -1,0 +1,246 @@
+"""A compact decoder for Qwen3, Qwen2(.5) and Llama models: the forward pass of the `local` engine.
+
+Weights go by their Hugging Face names; query, key and value projections, and gate and up, are stored fused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig, PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from megarl.errors import UserError
+from megarl.rollout.kv_cache import KVCache
+
+FAMILIES = ("qwen3", "qwen2", "llama")
+_ROPES = ("default", "linear", "yarn", "llama3")  # those whose frequencies do not depend on the sequence's length
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What of a model's config.json the forward pass needs."""
+
+    vocabulary: int
+    hidden: int
+    layers: int
+    heads: int
+    groups: int  # key/value heads
+    head_dim: int
+    ffn: int
+    eps: float  # of the RMS norms
+    frequencies: tuple[float, ...]  # rotary, [head_dim / 2], radians a token
+    rope_scale: float  # of the rotary cosines and sines (YaRN), else 1
+    tied: bool  # the output projection is the embedding
+    qk_norm: bool
+    qkv_bias: bool
+    out_bias: bool
+    ffn_bias: bool
+
+    @classmethod
+    def read(cls, model: Path) -> Shape:
+        """From a folder with a config.json; UserError when it is missing or of another family."""
+        if not (model / "config.json").is_file():
+            raise UserError(f"model.path: {model} has no config.json")
+        return cls.of(AutoConfig.from_pretrained(model))
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> Shape:
+        """From a transformers configuration; UserError when the decoder cannot run it."""
+        family = config.model_type
+        if family not in FAMILIES:
+            raise UserError(f"model.path: the local engine has no {family!r}; it runs {', '.join(FAMILIES)}")
+        if getattr(config, "use_sliding_window", False):
+            raise UserError("model.path: the local engine has no sliding-window attention; use rollout.engine=sglang")
+        rope = config.rope_parameters["rope_type"]
+        if rope not in _ROPES:
+            raise UserError(f"model.path: the local engine has no {rope!r} rotary scaling; it has {', '.join(_ROPES)}")
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        if rope == "default":
+            exponents = torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim
+            frequencies, rope_scale = 1.0 / (config.rope_parameters["rope_theta"] ** exponents), 1.0
+        else:
+            frequencies, rope_scale = ROPE_INIT_FUNCTIONS[rope](config, torch.device("cpu"))
+        attention_bias = bool(getattr(config, "attention_bias", False))
+        return cls(
+            vocabulary=config.vocab_size,
+            hidden=config.hidden_size,
+            layers=config.num_hidden_layers,
+            heads=config.num_attention_heads,
+            groups=config.num_key_value_heads,
+            head_dim=head_dim,
+            ffn=config.intermediate_size,
+            eps=config.rms_norm_eps,
+            frequencies=tuple(frequencies.tolist()),
+            rope_scale=float(rope_scale),
+            tied=config.tie_word_embeddings,
+            qk_norm=family == "qwen3",
+            qkv_bias=attention_bias or family == "qwen2",
+            out_bias=attention_bias and family != "qwen2",
+            ffn_bias=bool(getattr(config, "mlp_bias", False)),
+        )
+
+
+class _Layer:
+    """The weights of one transformer layer. Biases are zero vectors where the model has none, and then unused."""
+
+    def __init__(self, shape: Shape, device: torch.device, dtype: torch.dtype) -> None:
+        def new(*size: int) -> torch.Tensor:
+            return torch.zeros(*size, device=device, dtype=dtype)
+
+        q, kv = shape.heads * shape.head_dim, shape.groups * shape.head_dim
+        self.norm1 = new(shape.hidden)
+        self.qkv = new(q + 2 * kv, shape.hidden)
+        self.qkv_bias = new(q + 2 * kv) if shape.qkv_bias else None
+        self.q_norm = new(shape.head_dim)
+        self.k_norm = new(shape.head_dim)
+        self.qk_norm = new(shape.heads + shape.groups, shape.head_dim)  # both, a row a head; see Decoder.refresh
+        self.out = new(shape.hidden, q)
+        self.out_bias = new(shape.hidden) if shape.out_bias else None
+        self.norm2 = new(shape.hidden)
+        self.gate_up = new(2 * shape.ffn, shape.hidden)
+        self.gate_up_bias = new(2 * shape.ffn) if shape.ffn_bias else None
+        self.down = new(shape.hidden, shape.ffn)
+        self.down_bias = new(shape.hidden) if shape.ffn_bias else None
+
+    def named(self, shape: Shape, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+        """Views of the weights by their Hugging Face names."""
+        q, kv = shape.heads * shape.head_dim, shape.groups * shape.head_dim
+        yield f"{prefix}.input_layernorm.weight", self.norm1
+        yield f"{prefix}.post_attention_layernorm.weight", self.norm2
+        for name, part in zip("qkv", self.qkv.split([q, kv, kv]), strict=True):
+            yield f"{prefix}.self_attn.{name}_proj.weight", part
+        if self.qkv_bias is not None:
+            for name, part in zip("qkv", self.qkv_bias.split([q, kv, kv]), strict=True):
+                yield f"{prefix}.self_attn.{name}_proj.bias", part
+        if shape.qk_norm:
+            yield f"{prefix}.self_attn.q_norm.weight", self.q_norm
+            yield f"{prefix}.self_attn.k_norm.weight", self.k_norm
+        yield f"{prefix}.self_attn.o_proj.weight", self.out
+        if self.out_bias is not None:
+            yield f"{prefix}.self_attn.o_proj.bias", self.out_bias
+        for name, part in zip(("gate", "up"), self.gate_up.chunk(2), strict=True):
+            yield f"{prefix}.mlp.{name}_proj.weight", part
+        if self.gate_up_bias is not None:
+            for name, part in zip(("gate", "up"), self.gate_up_bias.chunk(2), strict=True):
+                yield f"{prefix}.mlp.{name}_proj.bias", part
+        yield f"{prefix}.mlp.down_proj.weight", self.down
+        if self.down_bias is not None:
+            yield f"{prefix}.mlp.down_proj.bias", self.down_bias
+
+
+class Decoder:
+    """The model and its KV cache. Tensors named [R, T] hold T new tokens for each of R sequences."""
+
+    def __init__(self, shape: Shape, device: torch.device, dtype: torch.dtype, slots: int, columns: int) -> None:
+        self.shape, self.device, self.dtype = shape, device, dtype
+        self.cache = KVCache(shape.layers, slots, shape.groups, shape.head_dim, columns, device, dtype)
+        self._layers = [_Layer(shape, device, dtype) for _ in range(shape.layers)]
+        self._embedding = torch.zeros(shape.vocabulary, shape.hidden, device=device, dtype=dtype)
+        self._norm = torch.zeros(shape.hidden, device=device, dtype=dtype)
+        self._head = self._embedding if shape.tied else torch.zeros_like(self._embedding)
+        self._rows = torch.arange(slots, device=device)
+        # Rotation of (a, b) by t: a' = a cos t - b sin t, b' = b cos t + a sin t; `_sin` carries the signs, so that
+        # the halves need only be swapped. The spare column's position is in the table too.
+        angles = torch.outer(torch.arange(columns + 1.0), torch.tensor(shape.frequencies))
+        cos, sin = angles.cos() * shape.rope_scale, angles.sin() * shape.rope_scale
+        self._cos = torch.cat([cos, cos], -1).to(device, dtype)[:, None]  # [columns + 1, 1, head_dim]
+        self._sin = torch.cat([-sin, sin], -1).to(device, dtype)[:, None]
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Views of all weights by their Hugging Face names; after writing to them call `refresh`."""
+        named = {"model.embed_tokens.weight": self._embedding, "model.norm.weight": self._norm}
+        for i, layer in enumerate(self._layers):
+            named |= dict(layer.named(self.shape, f"model.layers.{i}"))
+        return named if self.shape.tied else named | {"lm_head.weight": self._head}
+
+    def refresh(self) -> None:
+        """Recompute what is derived from the weights."""
+        for layer in self._layers:
+            layer.qk_norm[: self.shape.heads] = layer.q_norm
+            layer.qk_norm[self.shape.heads :] = layer.k_norm
+
+    @torch.inference_mode()
+    def decode(self, tokens: torch.Tensor, columns: torch.Tensor, positions: torch.Tensor, width: int) -> torch.Tensor:
+        """Feed one token to each of the first B slots; logits float32 [B, V] of the next.
+
+        All int64 [B]: the token, the column it is written to, its position in the sequence. No slot sees a column
+        from `width` on. Slots with nothing to feed write to the spare column.
+        """
+        rows = self._rows[: len(tokens)]
+        self.cache.bias[rows, columns] = 0
+        bias = self.cache.bias[: len(tokens), None, :width]
+        hidden = self._forward(tokens[:, None], rows[:, None], columns[:, None], positions[:, None], bias, None)
+        return self.logits(hidden[:, 0])
+
+    @torch.inference_mode()
+    def extend(
+        self,
+        tokens: torch.Tensor,
+        slots: torch.Tensor,
+        starts: torch.Tensor,
+        counts: torch.Tensor,
+        gaps: torch.Tensor,
+    ) -> torch.Tensor:
+        """Feed `counts[r]` tokens to slot `slots[r]`, into the columns from `starts[r]` on; hidden states [R, T, h].
+
+        `tokens` int64 [R, T], padded at will; the others int64 [R]. A token's position is its column less `gaps[r]`.
+        """
+        steps = torch.arange(tokens.shape[1], device=self.device)
+        columns = torch.where(steps < counts[:, None], starts[:, None] + steps, self.cache.spare)
+        positions = (columns - gaps[:, None]).clamp_(min=0)
+        self.cache.bias[slots[:, None], columns] = 0
+        width = int((starts + counts).max())
+        later = torch.arange(width, device=self.device) > columns[:, :, None]
+        bias = self.cache.bias[slots, None, :width].masked_fill(later, float("-inf"))
+        return self._forward(tokens, slots[:, None], columns, positions, bias, slots)
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Float32 [..., V] of hidden states [..., h]."""
+        return F.linear(hidden, self._head).float()
+
+    def _forward(
+        self,
+        tokens: torch.Tensor,  # int64 [R, T]
+        rows: torch.Tensor,  # int64 [R, 1], slots to write to
+        columns: torch.Tensor,  # int64 [R, T]
+        positions: torch.Tensor,  # int64 [R, T]
+        bias: torch.Tensor,  # [R, T or 1, width], added to the scores
+        slots: torch.Tensor | None,  # int64 [R]; None = the first R, which are then read in place
+    ) -> torch.Tensor:
+        shape, (R, T), width = self.shape, tokens.shape, bias.shape[-1]
+        H, KV, D = shape.heads, shape.groups, shape.head_dim
+        cos, sin = self._cos[positions.flatten()], self._sin[positions.flatten()]
+        bias = bias[:, None, None]  # [R, 1, 1, T, width]
+        zero = bias.new_zeros(1)
+        x = self._embedding[tokens.flatten()]
+        for layer, keys, values in zip(self._layers, self.cache.keys, self.cache.values, strict=True):
+            h = F.rms_norm(x, (shape.hidden,), layer.norm1, shape.eps)
+            qkv = F.linear(h, layer.qkv, layer.qkv_bias).view(R * T, H + 2 * KV, D)
+            qk = qkv[:, : H + KV]
+            if shape.qk_norm:
+                qk = F.rms_norm(qk, (D,), None, shape.eps) * layer.qk_norm
+            qk = torch.addcmul(qk * cos, qk.roll(D // 2, -1), sin)
+            keys[rows, :, :, columns] = qk[:, H:].view(R, T, KV, D)
+            values[rows, :, columns] = qkv[:, H + KV :].view(R, T, KV, D)
+            q = qk[:, :H].view(R, T, KV, H // KV, D).permute(0, 2, 3, 1, 4).reshape(R * KV, H // KV * T, D)
+            read = slice(R) if slots is None else slots
+            k, v = keys[read, :, :, :width].flatten(0, 1), values[read, :, :width].flatten(0, 1)
+            scores = torch.baddbmm(zero, q, k, beta=0, alpha=D**-0.5).view(R, KV, H // KV, T, width).add_(bias)
+            share = scores.softmax(-1, dtype=torch.float32).to(v.dtype).view(R * KV, H // KV * T, width)
+            mixed = torch.bmm(share, v).view(R, KV, H // KV, T, D).permute(0, 3, 1, 2, 4).reshape(R * T, H * D)
+            x = _add_linear(x, mixed, layer.out, layer.out_bias)
+            h = F.rms_norm(x, (shape.hidden,), layer.norm2, shape.eps)
+            gate, up = F.linear(h, layer.gate_up, layer.gate_up_bias).chunk(2, -1)
+            x = _add_linear(x, F.silu(gate) * up, layer.down, layer.down_bias)
+        return F.rms_norm(x, (shape.hidden,), self._norm, shape.eps).view(R, T, -1)
+
+
+def _add_linear(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x + y @ weight.T (+ bias), in one kernel where there is no bias."""
+    return torch.addmm(x, y, weight.t()) if bias is None else x + F.linear(y, weight, bias)

@@ -1,0 +1,80 @@
+"""What each token id adds to the text, as bytes: exact where a character is cut in half between two tokens."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+
+from transformers import PreTrainedTokenizerBase
+
+
+class Vocabulary:
+    """A tokenizer seen from the token ids: their bytes, the text of a sequence, the ids of a text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, end_ids: Iterable[int] = ()) -> None:
+        """`end_ids` are further end-of-text tokens (a chat model's generation_config.json may name several)."""
+        self.tokenizer = tokenizer
+        own = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
+        self.end_ids: tuple[int, ...] = tuple(dict.fromkeys((*own, *end_ids)))
+
+    @cached_property
+    def pieces(self) -> list[bytes]:
+        """The bytes that each id adds inside a text; joined over a sequence they are its text in UTF-8 (tokenizers
+        that put blanks between words add one at the very start, which decoding leaves out)."""
+        return _pieces(self.tokenizer)
+
+    def bytes_of(self, token_ids: Iterable[int]) -> bytes:
+        """The bytes of a sequence; ids beyond the tokenizer (padding of the model's vocabulary) have none."""
+        known = len(self.pieces)
+        return b"".join(self.pieces[i] for i in token_ids if i < known)
+
+    def text(self, token_ids: Sequence[int]) -> str:
+        """The whole text, special tokens included; a character cut in half is shown as U+FFFD."""
+        return _decode(self.tokenizer, token_ids)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text` inside a sequence: nothing is added at its ends."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
+    names = {i: name for name, i in tokenizer.get_vocab().items()}
+    size = max(names) + 1
+    added = {i: token.content.encode() for i, token in tokenizer.added_tokens_decoder.items()}
+    kinds = _decoder_kinds(tokenizer)
+    if "ByteLevel" in kinds:
+        plain = {i: bytes(_BYTE_OF[c] for c in name) for i, name in names.items() if i not in added}
+        return [added.get(i) or plain.get(i, b"") for i in range(size)]
+    # Any other tokenizer: what an id adds to the text after a token that stands for itself.
+    anchor = next(i for i in sorted(names) if i not in added and _decode(tokenizer, [i]).strip().isalnum())
+    before = _decode(tokenizer, [anchor])
+    texts = [_decode(tokenizer, [anchor, i]) for i in range(size)]
+    pieces = [text[len(before) :].encode() if text.startswith(before) else text.encode() for text in texts]
+    if "ByteFallback" in kinds:
+        for i, name in names.items():
+            if byte := re.fullmatch(r"<0x([0-9A-F]{2})>", name):
+                pieces[i] = bytes([int(byte[1], 16)])
+    return pieces
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _decoder_kinds(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """The `type`s of the fast tokenizer's decoder and of its parts; empty for a slow tokenizer."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    decoder = json.loads(backend.to_str())["decoder"] if backend else None
+    return {part["type"] for part in (decoder or {}).get("decoders", [decoder] if decoder else [])}
+
+
+def _byte_of_char() -> dict[str, int]:
+    """GPT-2's byte-level alphabet: printable bytes stand for themselves, the others for characters from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
+
+
+_BYTE_OF = _byte_of_char()

@@ -1,0 +1,47 @@
+"""Keys and values of the sequences that are being decoded, and which of them each sequence sees."""
+
+from __future__ import annotations
+
+import torch
+
+
+class KVCache:
+    """Room for `slots` sequences of `columns` tokens, per layer.
+
+    Keys are [slots, groups, head_dim, columns] and values [slots, groups, columns, head_dim]: the layouts in which both
+    products of attention read memory in order. `bias` [slots, columns] is added to the scores: 0 where a sequence sees
+    the column, -inf elsewhere. Column `spare`, the last, takes what padding writes and is never read.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        slots: int,
+        groups: int,
+        head_dim: int,
+        columns: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.spare = columns
+        self.keys = [
+            torch.zeros(slots, groups, head_dim, columns + 1, device=device, dtype=dtype) for _ in range(layers)
+        ]
+        self.values = [
+            torch.zeros(slots, groups, columns + 1, head_dim, device=device, dtype=dtype) for _ in range(layers)
+        ]
+        self.bias = torch.full((slots, columns + 1), float("-inf"), device=device, dtype=dtype)
+        self.bias[:, 0] = 0  # an idle slot sees something: its scores stay finite
+
+    def show(self, slot: int, end: int, gap: tuple[int, int] = (0, 0)) -> None:
+        """Let a sequence see columns [0, end) but not [gap[0], gap[1])."""
+        row = self.bias[slot]
+        row[:end] = 0
+        row[max(end, 1) :] = float("-inf")
+        row[gap[0] : gap[1]] = float("-inf")
+
+    def copy(self, source: int, target: int, end: int) -> None:
+        """Copy columns [0, end) of one sequence over another's."""
+        for keys, values in zip(self.keys, self.values, strict=True):
+            keys[target, :, :, :end] = keys[source, :, :, :end]
+            values[target, :, :end] = values[source, :, :end]

@@ -1,0 +1,136 @@
+"""The host's view of the decoder's slots: which tokens each holds, and which slot a request should take.
+
+A slot's tokens lie in columns; `fed` of them are in the KV cache, `end` are known (the newest sampled token is known
+before it is fed). A *branch* holds the tokens of a probe behind the trunk it forked from: the trunk's remainder stays
+in a gap that the branch does not see, so that going on with the trunk afterwards costs nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+_REWIND = 64  # an idle slot is rewound, and not copied, when that loses at most so many tokens
+_RECENT = 2  # ticks for which an idle slot is expected to be continued
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a request goes: `slot`, of whose cache the first `shared` tokens are its own."""
+
+    slot: int
+    shared: int
+    source: int  # the slot to copy the shared tokens from; equal to `slot` when they are there
+    branch: bool = False
+
+
+class Slots:
+    """Tokens and progress of every slot; arrays are indexed by slot, integer ones count columns."""
+
+    def __init__(self, count: int, columns: int) -> None:
+        self.count, self.columns = count, columns
+        self.tokens = np.zeros((count, columns), np.int32)
+        self.logprobs = np.zeros((count, columns), np.float32)
+        self.fed = np.zeros(count, np.int64)
+        self.end = np.zeros(count, np.int64)
+        self.gap = np.zeros(count, np.int64)  # columns hidden in a branch's gap: position = column - gap
+        self.active = np.zeros(count, bool)
+        self.trunk_fed = np.zeros(count, np.int64)
+        self.trunk_end = np.zeros(count, np.int64)  # 0 = no branch
+        self.used = np.full(count, -_RECENT - 1, np.int64)  # tick of the last use
+        self.tick = 0
+
+    def place(self, token_ids: np.ndarray, max_tokens: int, scratch: bool) -> Placement | None:
+        """The best slot for a request; None when all are active. `token_ids` int32 [n], all but the last to be cached.
+
+        A sequence whose cache is in an idle slot goes on there. What is in an active slot, or would be lost by going
+        on in place, is copied to another. `scratch` requests branch off an idle slot's trunk where there is room.
+        """
+        if self.active.all():
+            return None
+        shared = self._shared(token_ids[:-1])
+        best = int(np.argmax(2 * shared + ~self.active))
+        n = int(shared[best])
+        if n and not self.active[best]:
+            lost = int(self.fed[best]) - n
+            room = self.columns - int(self.end[best]) - (len(token_ids) - n) - max_tokens
+            if lost and scratch and room >= 0:
+                return Placement(best, n, best, branch=True)
+            if lost <= _REWIND:
+                return Placement(best, n, best)
+        target = self._free(avoid=best if n else -1)
+        if target is None:  # the only idle slot is the one with the shared tokens
+            return Placement(best, n, best)
+        return Placement(target, n, best if n else target)
+
+    def _shared(self, token_ids: np.ndarray) -> np.ndarray:
+        """Length of the prefix of `token_ids` that each slot's cache holds, int64 [count]."""
+        n = len(token_ids)
+        held = np.where(self.trunk_end > 0, self.trunk_fed, self.fed)
+        if n == 0:
+            return np.zeros_like(held)
+        differs = self.tokens[:, :n] != token_ids
+        first = differs.argmax(1)
+        return np.minimum(np.where(differs[np.arange(self.count), first], first, n), held)
+
+    def _free(self, avoid: int) -> int | None:
+        """The lowest idle slot that nobody is expected to continue, else the one idle for longest."""
+        idle = ~self.active
+        if avoid >= 0:
+            idle[avoid] = False
+        free = np.flatnonzero(idle)
+        if not len(free):
+            return None
+        old = free[self.used[free] < self.tick - _RECENT]
+        return int(old[0]) if len(old) else int(free[np.argmin(self.used[free])])
+
+    def start(self, placement: Placement, token_ids: np.ndarray) -> None:
+        """Put a request's tokens into its slot."""
+        slot, n = placement.slot, placement.shared
+        begin = n
+        if placement.branch:
+            self.trunk_fed[slot], self.trunk_end[slot] = self.fed[slot], self.end[slot]
+            begin = int(self.end[slot])
+            self.gap[slot] = begin - n
+        self.tokens[slot, begin : begin + len(token_ids) - n] = token_ids[n:]
+        if placement.source != slot:
+            self.tokens[slot, :n] = token_ids[:n]
+        self.fed[slot] = begin
+        self.end[slot] = begin + len(token_ids) - n
+        self.active[slot] = True
+
+    def stop(self, slot: int) -> bool:
+        """The slot falls idle, its tokens kept for a continuation; a branch is dropped. True if there was one."""
+        self.active[slot] = False
+        self.used[slot] = self.tick
+        if not self.trunk_end[slot]:
+            return False
+        self.fed[slot], self.end[slot] = self.trunk_fed[slot], self.trunk_end[slot]
+        self.gap[slot] = self.trunk_end[slot] = 0
+        return True
+
+    def forget(self, slot: int) -> None:
+        """Nothing in an idle slot's cache is valid any more."""
+        self.fed[slot] = self.end[slot] = self.gap[slot] = self.trunk_end[slot] = 0
+        self.used[slot] = -_RECENT - 1
+
+    def move(self, source: int, target: int) -> None:
+        """Hand an active slot's sequence over to an idle slot."""
+        for array in (self.tokens, self.logprobs, self.fed, self.end, self.gap, self.trunk_fed, self.trunk_end):
+            array[target] = array[source]
+        self.active[target], self.active[source] = True, False
+        self.forget(source)
+
+    def straighten(self, slot: int) -> int:
+        """Turn a branch into a trunk of its own; returns by how many columns its newest tokens moved down."""
+        gap = int(self.gap[slot])
+        if self.trunk_end[slot]:
+            for array in (self.tokens, self.logprobs):
+                array[slot, self.trunk_end[slot] - gap : self.end[slot] - gap] = array[
+                    slot, self.trunk_end[slot] : self.end[slot]
+                ].copy()
+            self.fed[slot] -= gap
+            self.end[slot] -= gap
+            self.gap[slot] = self.trunk_end[slot] = 0
+        return gap

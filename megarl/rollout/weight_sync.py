@@ -1,0 +1,92 @@
+"""Weights from the learner into an engine, and the proof that they arrived: checksums and a canary.
+
+Transport is the engine's own (`Engine.update_weights`); what is sent and what must hold afterwards is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megarl.errors import RunError
+from megarl.rollout.engine import Engine
+
+_CHUNK = 1 << 20  # elements a checksum looks at together
+
+
+@dataclass(frozen=True, slots=True)
+class Canary:
+    """A fixed sequence and the learner's log-probs of its tokens [n - 1] at temperature 1."""
+
+    token_ids: Sequence[int]
+    logprobs: Sequence[float]
+
+
+@torch.no_grad()
+def checksum(tensor: torch.Tensor) -> int:
+    """64 bits of a tensor's bytes in row-major order: differs when a value changes or two values change places.
+
+    Computed on the tensor's own device, so engines and learners need not move weights to compare them.
+    """
+    values = tensor.detach().contiguous().flatten().view(torch.uint8)
+    if len(values) % 4 == 0:
+        values = values.view(torch.int32)
+    total = torch.zeros((), dtype=torch.int64, device=values.device)
+    for start in range(0, len(values), _CHUNK):
+        chunk = values[start : start + _CHUNK].to(torch.int64)
+        places = torch.arange(start, start + len(chunk), device=values.device)
+        # Odd multipliers that depend on the place; arithmetic is modulo 2^64.
+        total += ((chunk + 1) * ((places * 0x5851F42D4C957F2D + 0x14057B7EF767814F) | 1)).sum()
+    return int(total.item()) & (2**64 - 1)
+
+
+async def sync(
+    engine: Engine,
+    version: int,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    canary: Canary,
+    bound: float,
+    dtype: torch.dtype | None = None,
+) -> float:
+    """Stream Hugging Face-named `tensors`, cast to the engine's `dtype`, into `engine` as weight `version`.
+
+    Raises RunError naming the first tensor whose checksum at the engine differs from what was sent, or saying that all
+    arrived but that a log-prob of the canary differs by more than `bound`. Returns that largest difference. `tensors`
+    is always drained: the learner's ranks gather them together, and none may be left waiting for the others.
+    """
+    sent: dict[str, int] = {}
+
+    def outgoing() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in source:
+            tensor = tensor.to(dtype) if dtype else tensor
+            sent[name] = checksum(tensor)
+            yield name, tensor
+
+    source = iter(tensors)
+    try:
+        arrived = await engine.update_weights(version, outgoing())
+    finally:
+        for _ in source:
+            pass
+    for name, expected in sent.items():
+        if name in arrived and arrived[name] != expected:
+            raise RunError(f"weight sync {version}: {name} is not at the engine as it was sent (checksums differ)")
+    return await _check_canary(engine, version, canary, bound, len(sent))
+
+
+async def _check_canary(engine: Engine, version: int, canary: Canary, bound: float, count: int) -> float:
+    scored = await engine.score(canary.token_ids)
+    if len(scored) != len(canary.logprobs):
+        raise RunError(
+            f"weight sync {version}: the engine scored {len(scored)} of {len(canary.logprobs)} canary tokens"
+        )
+    differences = [abs(a - b) for a, b in zip(scored, canary.logprobs, strict=True)]
+    worst = max(differences, key=lambda d: d if d == d else float("inf"))
+    if not worst <= bound:
+        raise RunError(
+            f"weight sync {version}: all {count} tensors arrived, but the canary's log-probs differ from the learner's "
+            f"by {worst:.3g} at token {differences.index(worst) + 1} (bound {bound:g}): the two forward passes disagree"
+        )
+    return worst
