@@ -24,6 +24,7 @@ _PASS_ON: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": 
 Config = Annotated[Path, typer.Argument(help="YAML file of settings.", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as key=value, e.g. optimizer.lr=1e-5.")]
 Ranks = Annotated[int | None, typer.Option(min=1, help="Ranks to start on this machine; default: one model copy.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the derived sizes, stop.")]
 
 
 @app.command()
@@ -32,13 +33,27 @@ def train(
     overrides: Overrides = None,
     nproc: Ranks = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest whole checkpoint.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the derived sizes, stop.")] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Train a policy by reinforcement learning. Starts its ranks itself, or runs as one rank of torchrun or srun."""
     from megarl import config as settings_file
     from megarl import launch
 
     launch.train(settings_file.load(config, overrides), nproc, resume, dry_run)
+
+
+@app.command()
+def sft(
+    config: Config,
+    overrides: Overrides = None,
+    nproc: Ranks = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Fine-tune a model on prompts and responses (data.train), with the learner of `train`; ends up in RUN/model."""
+    from megarl import config as settings_file
+    from megarl import launch
+
+    launch.sft(settings_file.load(config, overrides), nproc, dry_run)
 
 
 @app.command(context_settings=_PASS_ON, add_help_option=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -16,19 +17,44 @@ from megarl.learner.spawn import spawn
 
 def train(settings: Settings, nproc: int | None, resume: bool, dry_run: bool) -> None:
     """Check what can be checked without loading weights, then run: as this rank of torchrun/srun, or spawning ranks."""
-    launched = parallel.launch_info().world_size if parallel.under_launcher() else 0
-    world_size = launched or nproc or settings.parallel.model_ranks
+    world_size = _world_size(settings, nproc)
     shape = preflight(settings, world_size, resume)
+    sizes = derived(settings, shape, world_size)
     if dry_run:
-        show(derived(settings, shape, world_size))
+        show(sizes)
         return
     from megarl.train import train as run
 
-    if launched:
-        run(settings, resume)
+    _start(run, (settings, resume), world_size, sizes)
+
+
+def sft(settings: Settings, nproc: int | None, dry_run: bool) -> None:
+    """As `train`, for supervised fine-tuning."""
+    world_size = _world_size(settings, nproc)
+    shape = preflight(settings, world_size, resume=False)
+    sizes = derived(settings, shape, world_size)
+    sizes = {name: sizes[name] for name in ("model", "layout", "precision", "rows", "steps", "run")}
+    sizes["updates"] = f"1 a step, {settings.batch.prompts_per_step} demonstrations each"
+    if dry_run:
+        show(sizes)
         return
-    show(derived(settings, shape, world_size))
-    spawn(run, world_size, (settings, resume))
+    from megarl.sft import sft as run
+
+    _start(run, (settings,), world_size, sizes)
+
+
+def _world_size(settings: Settings, nproc: int | None) -> int:
+    if parallel.under_launcher():
+        return parallel.launch_info().world_size
+    return nproc or settings.parallel.model_ranks
+
+
+def _start(run: Callable[..., None], arguments: tuple[Any, ...], world_size: int, sizes: dict[str, Any]) -> None:
+    if parallel.under_launcher():
+        run(*arguments)
+        return
+    show(sizes)
+    spawn(run, world_size, arguments)
 
 
 def preflight(settings: Settings, world_size: int, resume: bool) -> ModelShape:

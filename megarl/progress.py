@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 _SHOWN = (  # (metric, label, format)
+    ("nll", "nll", "{:.3f}"),
     ("reward", "reward", "{:.3f}"),
     ("accuracy", "acc", "{:.3f}"),
     ("response_tokens", "tokens", "{:.0f}"),

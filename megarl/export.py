@@ -1,0 +1,103 @@
+"""The learner's weights as a model folder in Hugging Face's layout, which every engine and tool can read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from megarl.errors import UserError
+from megarl.learner.learner import Learner
+from megarl.learner.parallel import World
+
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf")
+
+
+def export(learner: Learner, world: World, source: Path, folder: Path, shard_bytes: int = 5 * 10**9) -> None:
+    """Write the policy to `folder`, with `source`'s tokenizer and configuration beside it. Collective.
+
+    Files of at most `shard_bytes`, streamed: the controller holds one of them in memory at a time. The folder appears
+    under its name when it is whole. Raises UserError when it is there already.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    if world.is_controller:
+        if folder.exists():
+            raise UserError(f"export: {folder} already exists")
+        shutil.rmtree(partial, ignore_errors=True)
+        _copy_companions(source, partial)
+    writer = _Shards(partial, shard_bytes) if world.is_controller else None
+    for name, tensor in learner.named_tensors():
+        if writer:
+            writer.add(name, tensor)
+    if writer:
+        writer.finish()
+        partial.rename(folder)
+    world.barrier(f"the export to {folder}")
+
+
+class _Shards:
+    """Collects tensors and writes a file whenever the next one would not fit."""
+
+    def __init__(self, folder: Path, shard_bytes: int) -> None:
+        self.folder, self.shard_bytes = folder, shard_bytes
+        self._held: dict[str, torch.Tensor] = {}
+        self._files: list[list[str]] = []  # names of the tensors in each file written
+        self._bytes = self._total = 0
+        self._dtype: torch.dtype | None = None
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        size = tensor.numel() * tensor.element_size()
+        if self._held and self._bytes + size > self.shard_bytes:
+            self._write()
+        self._held[name] = tensor.detach().cpu().contiguous().clone()
+        self._bytes += size
+        self._total += size
+        self._dtype = tensor.dtype
+
+    def finish(self) -> None:
+        self._write()
+        self._record_dtype()
+        count = len(self._files)
+        if count == 1:
+            self._shard(0).rename(self.folder / "model.safetensors")
+            return
+        weight_map = {}
+        for number, names in enumerate(self._files):
+            file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            self._shard(number).rename(self.folder / file)
+            weight_map |= dict.fromkeys(names, file)
+        index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(weight_map.items()))}
+        (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+    def _write(self) -> None:
+        save_file(self._held, self._shard(len(self._files)), {"format": "pt"})
+        self._files.append(list(self._held))
+        self._held, self._bytes = {}, 0
+
+    def _shard(self, number: int) -> Path:
+        return self.folder / f"shard-{number}.safetensors"
+
+    def _record_dtype(self) -> None:
+        """What loads the folder takes the numbers' type from config.json."""
+        file = self.folder / "config.json"
+        config = json.loads(file.read_text())
+        config.pop("torch_dtype", None)  # the name before transformers 5
+        config["dtype"] = str(self._dtype).removeprefix("torch.")
+        file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _copy_companions(source: Path, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for file in _companions(source):
+        shutil.copyfile(file, folder / file.name)
+
+
+def _companions(source: Path) -> Iterator[Path]:
+    """The files of a model folder that hold no weights."""
+    for file in sorted(source.iterdir()):
+        if file.is_file() and not any(file.match(pattern) for pattern in WEIGHTS):
+            yield file

@@ -1,0 +1,78 @@
+"""Supervised fine-tuning through the loop's own learner: `megarl sft CONFIG [key=value …] [--nproc N]`.
+
+Every rank runs `sft`; rank 0 holds the demonstrations. Of the settings it reads `run`, `seed`, `steps`, `model`, `data`
+(train files of prompts and responses), `parallel`, `precision`, `optimizer`, `packing`, and of `batch`
+`prompts_per_step`, the demonstrations per update, and `tokens_per_row`. The model ends up in `run`/model.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import numpy as np
+
+from megarl.config import Settings
+from megarl.data.demonstrations import Demonstration, read_demonstrations
+from megarl.data.tokenizer import load_tokenizer
+from megarl.experience import pack_rows
+from megarl.export import export
+from megarl.learner import parallel
+from megarl.learner.learner import Learner, sft_objective
+from megarl.progress import RunProgress
+from megarl.trajectory import Batch, Sample, derive_seed
+
+
+def sft(settings: Settings) -> None:
+    """Fine-tune on this rank. The loss of an update is the mean over its response tokens."""
+    with ExitStack() as stack:
+        world = parallel.start(settings.parallel, settings.precision, settings.seed, settings.collective_deadline)
+        stack.callback(world.close)
+        progress = RunProgress(settings.steps, quiet=not world.is_controller)
+        stack.callback(progress.close)
+
+        demonstrations: list[Demonstration] = []
+        if world.is_controller:
+            tokenizer = load_tokenizer(settings.model.path)
+            longest = settings.batch.tokens_per_row + 1  # a sequence's last token is no input
+            demonstrations, too_long = read_demonstrations(settings.data.train, tokenizer, settings.data, longest)
+            progress.say(
+                f"{len(demonstrations)} demonstrations, {too_long} left out as longer than batch.tokens_per_row"
+            )
+            settings.run.mkdir(parents=True, exist_ok=True)
+            metrics = stack.enter_context((settings.run / "metrics.jsonl").open("x"))
+        learner = Learner(settings, world, total_updates=settings.steps)
+
+        order = draw_order(len(demonstrations), settings.seed, settings.data.shuffle)
+        for step in range(1, settings.steps + 1):
+            began = time.perf_counter()
+            batch = None
+            if world.is_controller:
+                chosen = [demonstrations[next(order)] for _ in range(settings.batch.prompts_per_step)]
+                batch = make_batch(chosen, settings, world.dp_size)
+            figures = learner.train_step(batch, sft_objective)
+            if world.is_controller:
+                figures = {"step": step, **figures, "seconds_train": time.perf_counter() - began}
+                metrics.write(json.dumps(figures) + "\n")
+                metrics.flush()
+                progress.step(step, figures)
+        export(learner, world, settings.model.path, settings.run / "model")
+        progress.say(f"the model is in {settings.run / 'model'}")
+
+
+def draw_order(count: int, seed: int, shuffle: bool) -> Iterator[int]:
+    """Positions 0 … count - 1 again and again; each round in an order of its own when shuffled."""
+    epoch = 0
+    while count:
+        key = derive_seed(seed, "sft", epoch)
+        yield from (np.random.default_rng(key).permutation(count) if shuffle else np.arange(count)).tolist()
+        epoch += 1
+
+
+def make_batch(demonstrations: list[Demonstration], settings: Settings, dp_size: int) -> Batch:
+    """One update's samples, each response token scaled by 1 / the update's response tokens."""
+    tokens = sum(len(d.token_ids) - d.response_start for d in demonstrations)
+    samples = [Sample(d.token_ids, d.response_start, scale=1.0 / tokens) for d in demonstrations]
+    return Batch(samples, pack_rows(samples, settings, dp_size), float(len(samples)), float(tokens))
