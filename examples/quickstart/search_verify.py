@@ -142,7 +142,7 @@ class Habits:
 
 
 SURE = Habits(recheck=0.2, loop=0.0, give_up=0.01, overlook=0.02, imagine=0.004, jump=0.03)
-"""Easier to learn from: the first part of the lesson."""
+"""Few detours and re-checks: easier to learn from."""
 
 
 def trace(rng: random.Random, problem: Problem, habits: Habits = Habits()) -> str:
@@ -194,8 +194,11 @@ def _step(pair: Pair, accepted: bool) -> str:
 
 
 def lesson_rows(count: int, seed: int) -> Iterator[dict[str, str]]:
-    """`count` rows `{"prompt", "response"}` for supervised fine-tuning: short re-checks first, then the full habits."""
+    """`count` rows `{"prompt", "response"}` for supervised fine-tuning, from easy to hard.
+
+    The first 30 % are short lists, searched without detours; then come all lists; the last 40 % show the full habits.
+    """
     rng = random.Random(f"lesson {seed}")
     for i in range(count):
-        problem = draw_problem(rng, "train")
-        yield {"prompt": problem.prompt, "response": trace(rng, problem, SURE if 2 * i < count else Habits())}
+        problem = draw_problem(rng, "train", {"easy": 1.0} if i < 0.3 * count else MIX)
+        yield {"prompt": problem.prompt, "response": trace(rng, problem, SURE if i < 0.6 * count else Habits())}
