@@ -161,8 +161,14 @@ class Servers(Section):
     """Seconds for a server to become healthy."""
     request_deadline: Annotated[float, Field(gt=0)] = 1800.0
     """Seconds for one request, retries included."""
+    attempt_deadline: Annotated[float, Field(gt=0)] = 900.0
+    """Seconds for one attempt at a request, before it is redone elsewhere."""
+    restarts: Natural = 3
+    """How often one server may be started again (or awaited, when megarl did not start it) before it is given up."""
     concurrency: Positive = 256
     """Requests in flight per server."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """What started servers run on; `auto` = CUDA where the trainer sees a GPU."""
     sync: Literal["auto", "disk", "tensor", "distributed"] = "auto"
     """How weights travel; `auto` takes the fastest that the engine can do here."""
 

@@ -1,0 +1,81 @@
+"""JSON over HTTP to one server: every request has a deadline, every failure names the server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import aiohttp
+
+from megarl.errors import DeadlineExceeded, RunError
+
+# Below the servers' own keep-alive time (uvicorn: 5 s): a kept connection is never used as the server closes it.
+KEEP_ALIVE = 2.0
+
+
+class ServerError(RunError):
+    """The server failed or answered what it should not; the same request may succeed on another server."""
+
+
+class Refused(RunError):
+    """The server understood the request and declined it (HTTP 4xx): it would be declined anywhere."""
+
+
+class Endpoint:
+    """One HTTP server at `http://host:port`. Use from one event loop."""
+
+    def __init__(self, address: str, *, api_key: str | None = None) -> None:
+        self.address = address.rstrip("/")
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._session: aiohttp.ClientSession | None = None
+
+    async def get(self, path: str, *, deadline: float, purpose: str) -> Any:
+        """GET `path` and return the JSON of the answer; see `post`."""
+        return await self._request("GET", path, None, deadline, purpose)
+
+    async def post(self, path: str, payload: dict[str, Any] | None = None, *, deadline: float, purpose: str) -> Any:
+        """POST `payload` as JSON and return the JSON of the answer (None where it is empty).
+
+        Raises ServerError (unreachable, 5xx, not JSON), Refused (4xx) or DeadlineExceeded after `deadline` seconds;
+        `purpose` says what was waited for.
+        """
+        return await self._request("POST", path, payload, deadline, purpose)
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def _request(self, method: str, path: str, payload: Any, deadline: float, purpose: str) -> Any:
+        try:
+            async with asyncio.timeout(deadline):
+                async with self._connected().request(method, self.address + path, json=payload) as response:
+                    body = await response.read()
+        except TimeoutError:
+            raise DeadlineExceeded(f"{purpose} from {self.address}{path}", deadline) from None
+        except (aiohttp.ClientError, OSError, RuntimeError) as e:  # RuntimeError: the session was closed under it
+            raise ServerError(f"{self.address}{path}: {type(e).__name__}: {e}") from None
+        if response.status >= 400:
+            kind = Refused if response.status < 500 and response.status not in (408, 429) else ServerError
+            raise kind(f"{self.address}{path}: HTTP {response.status}: {_excerpt(body)}")
+        if not body:
+            return None
+        try:
+            return json.loads(body)
+        except ValueError:
+            raise ServerError(f"{self.address}{path}: not JSON: {_excerpt(body)}") from None
+
+    def _connected(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE),
+                timeout=aiohttp.ClientTimeout(total=None),  # ours is the one deadline
+                headers=self._headers,
+            )
+        return self._session
+
+
+def _excerpt(body: bytes) -> str:
+    text = " ".join(body.decode("utf-8", "replace").split())
+    return text if len(text) <= 300 else text[:300] + "…"

@@ -1,0 +1,127 @@
+"""Starting and ending server processes, with a three-line HTTP server in place of an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megarl.errors import DeadlineExceeded, RunError
+from megarl.rollout import keeper
+from megarl.rollout.http import Endpoint
+from megarl.rollout.servers import Server
+
+SERVE = """
+import http.server, os, subprocess, sys
+class Ok(http.server.BaseHTTPRequestHandler):
+    def do_GET(self): self.send_response(200); self.end_headers(); self.wfile.write(b"{}")
+    def log_message(self, *_): pass
+worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])  # an engine's scheduler
+print("worker", worker.pid, flush=True)
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Ok).serve_forever()
+"""
+
+
+def server(tmp_path: Path, code: str = SERVE) -> Server:
+    return Server("toy", lambda port: [sys.executable, "-c", code, str(port)], log=tmp_path / "logs" / "toy.log")
+
+
+async def healthy(toy: Server) -> None:
+    endpoint = Endpoint(toy.address)
+    try:
+        await endpoint.get("/", deadline=5, purpose="toy")
+    finally:
+        await endpoint.close()
+
+
+def worker_of(toy: Server) -> int:
+    return int(toy.log.read_text().rpartition("worker ")[2].split()[0])
+
+
+def ended(pid: int) -> bool:
+    """No such process, or one that only waits to be reaped."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def test_start_health_stop_and_start_again(tmp_path: Path) -> None:
+    """Proves that stopping ends the server's own children too, and that a second start works."""
+
+    async def main() -> None:
+        toy = server(tmp_path)
+        for _ in range(2):
+            toy.start()
+            await toy.wait_until(lambda: healthy(toy), 60)
+            pid, worker = toy.pid, worker_of(toy)
+            assert toy.running and not ended(pid) and not ended(worker)
+            await toy.stop()
+            assert not toy.running and ended(pid) and ended(worker)
+
+    asyncio.run(main())
+
+
+def test_a_killed_server_is_seen_and_its_workers_are_ended(tmp_path: Path) -> None:
+    async def main() -> None:
+        toy = server(tmp_path)
+        toy.start()
+        await toy.wait_until(lambda: healthy(toy), 60)
+        worker = worker_of(toy)
+        os.kill(toy.pid, signal.SIGKILL)
+        await asyncio.to_thread(toy._process.wait, 60)  # type: ignore[union-attr]
+        assert not toy.running and ended(worker)
+        await toy.stop()
+
+    asyncio.run(main())
+
+
+def test_a_server_that_ends_while_starting_is_an_error_with_its_last_words(tmp_path: Path) -> None:
+    async def main() -> None:
+        toy = server(tmp_path, "print('loading'); raise SystemExit('no such model')")
+        toy.start()
+        with pytest.raises(RunError, match=r"toy ended while starting .*no such model"):
+            await toy.wait_until(lambda: healthy(toy), 60)
+        await toy.stop()
+
+    asyncio.run(main())
+
+
+def test_a_server_that_never_gets_healthy_meets_its_deadline(tmp_path: Path) -> None:
+    async def main() -> None:
+        toy = server(tmp_path, "import time; time.sleep(600)")
+        toy.start()
+        with pytest.raises(DeadlineExceeded, match="gave up after 0.5 s waiting for toy to become healthy"):
+            await toy.wait_until(lambda: healthy(toy), 0.5)
+        await toy.stop()
+
+    asyncio.run(main())
+
+
+def test_the_server_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+    """The starter is killed with SIGKILL: it can clean up nothing, only its end of the pipe closes."""
+    told = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+    code = (
+        "import subprocess, sys, time; child = subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE); time.sleep(600)"
+    )
+    starter = subprocess.Popen(
+        [sys.executable, "-c", code, sys.executable, keeper.__file__, sys.executable, "-c", told],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert starter.stdout is not None
+    pid = int(starter.stdout.readline())
+    keeper_pid = int(Path(f"/proc/{starter.pid}/task/{starter.pid}/children").read_text().split()[0])
+    waits = [os.pidfd_open(pid), os.pidfd_open(keeper_pid)]
+    starter.kill()
+    starter.wait()
+    while waits:
+        readable, _, _ = select.select(waits, [], [], 60)
+        assert readable, "the server outlived the process that started it"
+        waits = [fd for fd in waits if fd not in readable]

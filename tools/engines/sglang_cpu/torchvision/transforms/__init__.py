@@ -1,0 +1,10 @@
+"""Image transforms: the names that are imported, none that works."""
+
+from . import functional, v2
+from .functional import InterpolationMode
+
+__all__ = ["InterpolationMode", "functional", "v2"]
+
+
+def __getattr__(name):
+    return getattr(functional, name)
