@@ -1,0 +1,134 @@
+"""The engines that the settings ask for: servers started here, or running ones, behind one pool."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megarl.config import Rollout, Servers, Settings
+from megarl.errors import UserError
+from megarl.rollout import sglang, vllm
+from megarl.rollout.detokenize import Vocabulary
+from megarl.rollout.pool import Pool
+from megarl.rollout.remote import RemoteEngine
+from megarl.rollout.servers import Server
+from megarl.rollout.transport import Transport
+from megarl.rollout.transport.disk import DiskTransport
+from megarl.rollout.transport.distributed import DistributedTransport
+from megarl.rollout.transport.tensor import TensorTransport
+
+ENGINES: dict[str, tuple[type[RemoteEngine], Callable[..., Any], Callable[..., dict[str, str]]]] = {
+    "sglang": (sglang.SGLangEngine, sglang.command, sglang.environment),
+    "vllm": (vllm.VLLMEngine, vllm.command, vllm.environment),
+}
+
+
+def check(rollout: Rollout) -> None:
+    """Refuse what an engine cannot do; raises UserError. Before anything is started."""
+    servers = rollout.servers
+    if rollout.engine == "vllm":
+        if rollout.top_p < 1 or rollout.top_k > 0:
+            name, value, valid = ("top_p", rollout.top_p, "1.0") if rollout.top_p < 1 else ("top_k", rollout.top_k, "0")
+            raise UserError(
+                f"rollout.{name}: {value}: vLLM returns log-probs after the cut, which training cannot use; "
+                f"use {valid}, or rollout.engine: sglang"
+            )
+        if servers.sync not in ("auto", "disk"):
+            raise UserError(f"rollout.servers.sync: '{servers.sync}' needs SGLang; vLLM takes 'disk'")
+    if not servers.addresses and not python_of(rollout).is_file():
+        raise UserError(
+            f"rollout.servers.python: {python_of(rollout)} does not exist; build it with `make engines`, or name the "
+            "interpreter of an environment that has the engine"
+        )
+    if servers.api_key_env and servers.api_key_env not in os.environ:
+        raise UserError(f"rollout.servers.api_key_env: the variable {servers.api_key_env} is not set")
+    if servers.attempt_deadline > servers.request_deadline:
+        raise UserError(
+            f"rollout.servers.attempt_deadline: {servers.attempt_deadline:g} is above request_deadline; "
+            f"at most {servers.request_deadline:g}"
+        )
+
+
+def build(settings: Settings, vocabulary: Vocabulary) -> Pool:
+    """The pool that `settings.rollout` asks for; nothing is started. Call its `start`, then use it as an `Engine`."""
+    rollout, servers, model = settings.rollout, settings.rollout.servers, settings.model
+    check(rollout)
+    config = json.loads((model.path / "config.json").read_text())
+    dtype = torch.float32 if settings.precision.dtype == "fp32" else torch.bfloat16
+    transport = choose_transport(rollout, model.path, dtype, settings.run / "weights")
+    kind, command, environment = ENGINES[rollout.engine]
+    api_key = os.environ[servers.api_key_env] if servers.api_key_env else None
+    line = command(
+        python_of(rollout),
+        model.path.resolve(),
+        dtype=str(dtype).removeprefix("torch."),
+        cuda=on_cuda(servers),
+        weights=model.weights,
+        flags=[*servers.flags, *(["--api-key", api_key] if api_key else [])],
+    )
+    places: Sequence[str | Server] = servers.addresses or [
+        Server(
+            f"{rollout.engine}-{i}",
+            line,
+            log=settings.run / "logs" / f"{rollout.engine}-{i}.log",
+            environment={**environment(cuda=on_cuda(servers)), **one_of(i, servers)},
+        )
+        for i in range(servers.count)
+    ]
+    engines = [
+        kind(
+            place.name if isinstance(place, Server) else place,
+            place,
+            vocabulary,
+            servers,
+            vocab_size=int(config["vocab_size"]),
+            transport=transport,
+            api_key=api_key,
+        )
+        for place in places
+    ]
+    return Pool(engines, transport, servers, tied=bool(config.get("tie_word_embeddings")))
+
+
+def choose_transport(rollout: Rollout, model: Path, dtype: torch.dtype, folder: Path) -> Transport:
+    """The way for weights: what `servers.sync` says, or for `auto` shared memory where the host is one and the servers
+    run on its CPU, a broadcast to other SGLang servers, and a folder for vLLM."""
+    servers, cuda = rollout.servers, on_cuda(rollout.servers)
+    mode = servers.sync
+    if mode == "auto":
+        mode = "disk" if rollout.engine == "vllm" else "distributed" if cuda or servers.addresses else "tensor"
+    if mode == "disk":
+        return DiskTransport(folder, model, dtype)
+    if mode == "tensor":
+        return TensorTransport(dtype)
+    return DistributedTransport(
+        dtype, backend="nccl" if cuda else "gloo", address=os.environ.get("MASTER_ADDR", "127.0.0.1")
+    )
+
+
+def python_of(rollout: Rollout) -> Path:
+    """The interpreter that runs the servers."""
+    return rollout.servers.python or Path(".engines") / rollout.engine / "bin" / "python"
+
+
+def on_cuda(servers: Servers) -> bool:
+    return servers.device == "cuda" or (servers.device == "auto" and torch.cuda.is_available())
+
+
+def one_of(index: int, servers: Servers) -> dict[str, str]:
+    """Keeps several servers of one host apart: on a CPU one thread each, on CUDA one share of the visible devices."""
+    if not on_cuda(servers):
+        return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    share = len(devices) // servers.count
+    if share == 0:
+        raise UserError(
+            f"rollout.servers.count: {servers.count} servers for {len(devices)} devices; at most {len(devices)}"
+        )
+    return {"CUDA_VISIBLE_DEVICES": ",".join(devices[index * share : (index + 1) * share])}

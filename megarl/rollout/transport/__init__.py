@@ -1,0 +1,122 @@
+"""How weights travel from rank 0 into remote engines. Called by `RemoteEngine.update_weights` and the pool."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+import torch
+
+from megarl.errors import RunError
+from megarl.rollout.remote import Digests, RemoteEngine
+from megarl.rollout.weight_sync import checksum
+
+BUCKET = 256 << 20  # bytes that travel together; at most so much is held beside the learner's shards
+
+E = TypeVar("E", bound=RemoteEngine)
+Named = tuple[str, torch.Tensor]
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a send achieved: checksums of what was read back, by name, and the engines that did not make it."""
+
+    arrived: Mapping[str, int] = field(default_factory=dict)
+    failures: dict[RemoteEngine, Exception] = field(default_factory=dict)
+    sent_bytes: int = 0  # that left the trainer, per engine where each gets its own
+
+
+class Transport(Protocol):
+    """One way for weights. An engine that fails is reported in the outcome; the others still get the weights."""
+
+    async def send(self, version: int, tensors: Iterable[Named], engines: Sequence[RemoteEngine]) -> Outcome:
+        """Bring `tensors` (Hugging Face names; drained in order, once) into every engine as weight `version`.
+
+        Raises RunError, naming the tensor, where an engine holds something else than what was sent.
+        """
+        ...
+
+    async def resend(self, engine: RemoteEngine) -> bool:
+        """Give an engine that started anew the weights of the last send; False = it must wait for the next send."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+def buckets(tensors: Iterable[Named], dtype: torch.dtype, limit: int = BUCKET) -> Iterator[list[Named]]:
+    """Group `tensors`, cast to the engine's `dtype`, into lists of at most `limit` bytes (one tensor may exceed it)."""
+    bucket: list[Named] = []
+    size = 0
+    for name, tensor in tensors:
+        tensor = tensor.detach().to(dtype)
+        if bucket and size + tensor.nbytes > limit:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append((name, tensor))
+        size += tensor.nbytes
+    if bucket:
+        yield bucket
+
+
+async def hush(quiet: AsyncExitStack, engines: Sequence[RemoteEngine], outcome: Outcome) -> list[RemoteEngine]:
+    """Quieten every engine until `quiet` closes; returns those that are, and notes the failures of the others."""
+
+    async def one(engine: RemoteEngine) -> None:
+        await quiet.enter_async_context(engine.quiet())
+
+    return await each(engines, one, outcome)
+
+
+async def each(engines: Sequence[E], action: Callable[[E], Awaitable[None]], outcome: Outcome) -> list[E]:
+    """Run `action` on every engine at once; those that fail are noted and left out of what is returned."""
+    results = await asyncio.gather(*(action(engine) for engine in engines), return_exceptions=True)
+    for engine, result in zip(engines, results, strict=True):
+        if isinstance(result, RunError):
+            outcome.failures[engine] = result
+        elif isinstance(result, BaseException):
+            raise result
+    return [engine for engine in engines if engine not in outcome.failures]
+
+
+def observed(tensors: Iterable[Named], dtype: torch.dtype, collectors: Sequence[Digests]) -> Iterator[Named]:
+    """Cast `tensors` and show each, as it is sent, to the collectors of digests."""
+    for name, tensor in tensors:
+        tensor = tensor.detach().to(dtype)
+        for collector in collectors:
+            collector.add(name, tensor)
+        yield name, tensor
+
+
+class Changes:
+    """Leaves out tensors that every engine already holds, by checksum."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, int] = {}
+        self._version: int | None = None
+
+    def only(self, version: int, tensors: Iterable[Named], engines: Sequence[RemoteEngine]) -> Iterator[Named]:
+        """Those of `tensors` that differ from the last complete send; all of them when an engine missed that."""
+        complete = self._version is not None and all(engine.version == self._version for engine in engines)
+        last, self._held, self._version = (self._held if complete else {}), {}, None
+        for name, tensor in tensors:
+            self._held[name] = digest = checksum(tensor)
+            if last.get(name) != digest:
+                yield name, tensor
+        self._version = version
+
+
+def check_tied(tensors: Iterable[Named], tied: bool) -> Iterator[Named]:
+    """Pass `tensors` on; raise RunError when the output layer differs from the embedding that the model ties it to."""
+    embedding: int | None = None
+    head: int | None = None
+    for name, tensor in tensors:
+        if tied and name == "model.embed_tokens.weight":
+            embedding = checksum(tensor)
+        if tied and name == "lm_head.weight":
+            head = checksum(tensor)
+        if embedding is not None and head is not None and embedding != head:
+            raise RunError("lm_head.weight differs from model.embed_tokens.weight, though the model ties them")
+        yield name, tensor

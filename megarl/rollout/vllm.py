@@ -1,0 +1,126 @@
+"""vLLM servers: its tokens-in, tokens-out protocol, and how megarl starts one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megarl.rollout.engine import Sampling
+from megarl.rollout.http import ServerError
+from megarl.rollout.remote import CONTROL_DEADLINE, RemoteEngine, Segment, field
+from megarl.trajectory import derive_seed
+
+MODEL = "policy"  # the name under which the server offers its one model
+
+
+class VLLMEngine(RemoteEngine):
+    """A vLLM server started with VLLM_SERVER_DEV_MODE=1 and `--logprobs-mode processed_logprobs`.
+
+    Seeds: the server's stream begins with the request, so each call gets a seed derived from (seed, offset). A call
+    repeated as it was draws the same again; a continuation does not draw what an uninterrupted call would have.
+    Log-probs: at the sampling temperature and *after* top-p and top-k, which the contract does not mean: with either
+    in force they are nan. Training needs top_p = 1 and top_k = 0 here; see `check`.
+    Stops: a stand-alone word is confirmed by a request for one more token.
+    """
+
+    kind = "vllm"
+
+    async def score(self, token_ids: Sequence[int]) -> list[float]:
+        self._check_tokens(token_ids)
+        answer = await self._post(
+            "/inference/v1/generate",
+            {
+                "model": MODEL,
+                "token_ids": list(token_ids),
+                "sampling_params": {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False},
+            },
+            f"score {len(token_ids)} tokens",
+            CONTROL_DEADLINE,
+        )
+        rows = field(answer, "prompt_logprobs")
+        try:
+            return [float(row[str(token)]["logprob"]) for token, row in zip(token_ids[1:], rows[1:], strict=True)]
+        except (KeyError, TypeError, ValueError):
+            raise ServerError(f"{self.name}: scored other tokens than those sent") from None
+
+    async def load_folder(self, version: int, folder: Path) -> None:
+        await self._post(
+            "/collective_rpc",
+            {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}},
+            f"load weights {version} from {folder}",
+            CONTROL_DEADLINE,
+        )
+        await self._post(
+            "/update_weight_version", {"new_version": str(version)}, f"take weight version {version}", CONTROL_DEADLINE
+        )
+        await self._post("/reset_prefix_cache", None, "drop cached prefixes", CONTROL_DEADLINE)
+        self.version = version
+
+    async def _segment(self, server_id: str, token_ids: list[int], sampling: Sampling) -> Segment:
+        texts, ids = self._hints(sampling)
+        answer = await self._post(
+            "/inference/v1/generate",
+            {
+                "model": MODEL,
+                "request_id": server_id,
+                "token_ids": token_ids,
+                "sampling_params": {
+                    "max_tokens": sampling.max_tokens,
+                    "temperature": sampling.temperature,
+                    "top_p": sampling.top_p,
+                    "top_k": sampling.top_k,
+                    "seed": derive_seed(sampling.seed, sampling.offset),
+                    "stop": [*texts, *sampling.stop_words] if sampling.max_tokens > 1 else [],
+                    "stop_token_ids": ids,
+                    "ignore_eos": True,  # the stops that count are listed
+                    "logprobs": 0,
+                    "skip_special_tokens": False,
+                    "spaces_between_special_tokens": False,
+                    "include_stop_str_in_output": True,
+                },
+            },
+            f"answer '{server_id}'",
+            self.settings.attempt_deadline,
+        )
+        choice = field(answer, "choices")[0]
+        made, finish = choice.get("token_ids") or [], choice.get("finish_reason")
+        rows = (choice.get("logprobs") or {}).get("content") or []
+        if len(rows) != len(made) or finish not in ("stop", "length", "abort"):
+            raise ServerError(f"{self.name}: an answer that does not add up: {len(made)} tokens, finish '{finish}'")
+        self._check_version([span.get("version") for span in choice.get("weight_versions") or []])
+        truncated = sampling.temperature > 0 and (sampling.top_p < 1 or sampling.top_k > 0)
+        return Segment(made, [math.nan if truncated else float(row["logprob"]) for row in rows], finish)
+
+    async def _abort(self, server_id: str) -> None:
+        await self._post(
+            "/abort_requests", {"request_ids": [f"generate-tokens-{server_id}"]}, "abort a request", CONTROL_DEADLINE
+        )
+
+    async def _abort_all(self) -> None:
+        await self._post("/abort_requests", {}, "abort its requests", CONTROL_DEADLINE)
+
+
+def command(
+    python: Path, model: Path, *, dtype: str, cuda: bool, weights: str, flags: Sequence[str]
+) -> Callable[[int], Sequence[str]]:
+    """The server's command line, given its port. `flags` come last and override."""
+    common = ["--model", model, "--host", "127.0.0.1", "--dtype", dtype, "--served-model-name", MODEL]
+    common += ["--logprobs-mode", "processed_logprobs", "--enable-scale-out", "--generation-config", "vllm"]
+    common += ["--disable-uvicorn-access-log"]
+    if weights == "random":
+        common += ["--load-format", "dummy"]
+    if not cuda:
+        common += ["--enforce-eager"]
+    arguments = [str(part) for part in common]
+
+    def build(port: int) -> list[str]:
+        return [str(python), "-m", "vllm.entrypoints.openai.api_server", *arguments, "--port", str(port), *flags]
+
+    return build
+
+
+def environment(*, cuda: bool) -> dict[str, str]:
+    """Variables that the server needs beside ours: the control endpoints, and the size of a CPU's cache in GiB."""
+    cpu = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    return {"VLLM_SERVER_DEV_MODE": "1", **({} if cuda else cpu)}
