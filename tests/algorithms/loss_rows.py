@@ -14,7 +14,7 @@ def make_row(
     """A row of random samples: `prompt` masked positions, then lengths[i] learned ones; one masked tail of padding.
 
     Masked positions hold nan everywhere that nan can stand. About one learned token in four was inserted, one in six
-    has no old log-prob and one in six no reference.
+    has no old log-prob, one in six no reference and one in seven no advantage.
     """
     rng = np.random.default_rng(seed)
     learned = np.concatenate([[False] * prompt + [True] * n for n in lengths] + [[False] * 3])
@@ -37,7 +37,7 @@ def make_row(
         cu_seqlens=torch.tensor([0, size], dtype=torch.int32),
         sequence=torch.from_numpy(sequence),
         scale=torch.tensor(np.where(learned, rng.uniform(0.01, 1, size), 0), dtype=dtype),
-        advantage=values(-2, 2),
+        advantage=values(-2, 2).where(torch.from_numpy(rng.random(size) < 0.85), 0),
         sampled=~torch.isnan(rollout),
         rollout_logprobs=rollout,
         old_logprobs=holes(old, 1 / 6),

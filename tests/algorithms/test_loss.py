@@ -55,8 +55,8 @@ def naive(row, switches: Switches):
         bounded = min(max(r, low), high)
         if switches.ratio == "cispo":
             term, slope = -bounded * a * logp[t], -bounded * a
-            counts["clip_low"] += r < low
-            counts["clip_high"] += r > high
+            counts["clip_low"] += a != 0 and r < low
+            counts["clip_high"] += a != 0 and r > high
         else:
             is_clipped = (a > 0 and r > high) or (a < 0 and r < low)
             counts["clip_low"] += a < 0 and r < low
