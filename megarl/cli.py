@@ -56,6 +56,20 @@ def sft(
     launch.sft(settings_file.load(config, overrides), nproc, dry_run)
 
 
+@app.command()
+def eval(
+    place: Annotated[Path, typer.Argument(help="A run directory (its newest checkpoint) or a YAML file (its model).")],
+    overrides: Overrides = None,
+    nproc: Ranks = None,
+    temperature: Annotated[list[float] | None, typer.Option(help="May be given several times.")] = None,
+) -> None:
+    """Measure accuracy and response lengths on held-out problems, by plain generation."""
+    from megarl import evaluate, launch
+
+    settings, trained = evaluate.find(place, overrides)
+    launch.evaluate(settings, trained, temperature or [settings.evaluation.temperature], nproc)
+
+
 @app.command(context_settings=_PASS_ON, add_help_option=False)
 def bench(
     context: typer.Context,
@@ -64,7 +78,9 @@ def bench(
     """Run a benchmark: prints its table and, with --json FILE, writes it."""
     from megarl import bench as package
 
-    known = [m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "record" and not m.name.startswith("_")]
+    known = [
+        m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "record" and not m.name.startswith("_")
+    ]
     if name in (None, "--help"):
         for each in known:
             module = importlib.import_module(f"megarl.bench.{each}")

@@ -69,7 +69,9 @@ class Collector:
 
     def generate(self, prompts: Sequence[Prompt], step: int) -> list[Group]:
         """A group for every prompt, with early exit if it is on; all of them on the controller, [] elsewhere."""
-        return self._shared(prompts, lambda share: early_exit.rollout(self.engine, share, self.settings, self.tokenizer, step))
+        return self._shared(
+            prompts, lambda share: early_exit.rollout(self.engine, share, self.settings, self.tokenizer, step)
+        )
 
     def evaluate(self) -> dict[str, float]:
         """Accuracy and lengths of plain generation on the held-out prompts; on the controller ({} elsewhere)."""
@@ -96,12 +98,16 @@ class Collector:
     def grade(self, groups: Sequence[Group]) -> None:
         """Fill verdict, format and reward of every completion, in place (controller only)."""
         pairs = [(group.prompt, c) for group in groups for c in group.completions]
-        grades = self._run("the grades", self.controller.graders.grade_many([(c.text, prompt.answer) for prompt, c in pairs]))
+        grades = self._run(
+            "the grades", self.controller.graders.grade_many([(c.text, prompt.answer) for prompt, c in pairs])
+        )
         for (_, c), grade in zip(pairs, grades, strict=True):
             c.verdict, c.score, c.formatted = grade.verdict, grade.score, grade.formatted
         failed = [grade for grade in grades if grade.verdict == "error"]
         if len(failed) == len(grades) and grades:
-            raise RunError(f"reward.function: every one of {len(grades)} grades failed, the first with: {failed[0].message}")
+            raise RunError(
+                f"reward.function: every one of {len(grades)} grades failed, the first with: {failed[0].message}"
+            )
         self.experience.score(groups)
 
     def _shared(self, prompts: Sequence[Prompt], work: Any) -> list[Group]:
@@ -124,4 +130,3 @@ class Collector:
                 raise DeadlineExceeded(f"{what} on rank {self.world.rank}", seconds) from None
 
         return self.runner.run(bounded())
-

@@ -53,7 +53,9 @@ class Controller:
     def make(self, collected: Collected, experience: Experience, step: int) -> list[Batch]:
         """The batches of a step."""
         if not collected.groups:
-            raise RunError("algorithm.dynamic_sampling: every group of the step has equal rewards; nothing to learn from")
+            raise RunError(
+                "algorithm.dynamic_sampling: every group of the step has equal rewards; nothing to learn from"
+            )
         expected = self.expected_length.mean() if self.settings.pruning.prompts else None
         return experience.make(collected, step, expected)
 
@@ -79,7 +81,9 @@ class Controller:
     def __enter__(self) -> Controller:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.graders.close()
         if self.run:
             self.run.close()

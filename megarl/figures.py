@@ -48,9 +48,7 @@ def of_step(
         "prompts_pruned": collected.taken - collected.survived,
         "completions_dropped": int((weights == 0).sum()),
         "effective_sample_size": pruning.effective_sample_size(weights[weights > 0]),
-        "added_variance": pruning.added_variance(
-            np.abs([c.advantage for c in completions]), weights
-        ),
+        "added_variance": pruning.added_variance(np.abs([c.advantage for c in completions]), weights),
         "packing_density": density(batches, settings.batch.tokens_per_row),
         **trained,
         "canary_difference": engines.canary_difference,

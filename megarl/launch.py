@@ -9,10 +9,13 @@ from rich.console import Console
 from rich.table import Table
 
 from checkpoints_conv.shape import ModelShape, read_shape
+from megarl.algorithms import presets, steps
 from megarl.config import Settings
+from megarl.data.tokenizer import load_tokenizer
 from megarl.errors import UserError, nearest
 from megarl.learner import parallel, precision
 from megarl.learner.spawn import spawn
+from megarl.rollout import early_exit
 
 
 def train(settings: Settings, nproc: int | None, resume: bool, dry_run: bool) -> None:
@@ -43,18 +46,30 @@ def sft(settings: Settings, nproc: int | None, dry_run: bool) -> None:
     _start(run, (settings,), world_size, sizes)
 
 
+def evaluate(settings: Settings, trained: bool, temperatures: list[float], nproc: int | None) -> None:
+    """As `train`, for evaluation; prints a table."""
+    world_size = _world_size(settings, nproc)
+    preflight(settings, world_size, resume=True)
+    from megarl.bench.record import show_rows
+    from megarl.evaluate import evaluate as run
+
+    rows = _start(run, (settings, trained, temperatures), world_size, {})
+    if rows:
+        show_rows("held-out problems", rows)
+
+
 def _world_size(settings: Settings, nproc: int | None) -> int:
     if parallel.under_launcher():
         return parallel.launch_info().world_size
     return nproc or settings.parallel.model_ranks
 
 
-def _start(run: Callable[..., None], arguments: tuple[Any, ...], world_size: int, sizes: dict[str, Any]) -> None:
+def _start(run: Callable[..., Any], arguments: tuple[Any, ...], world_size: int, sizes: dict[str, Any]) -> Any:
+    """Run on every rank; what rank 0 returned, or this rank under a launcher."""
     if parallel.under_launcher():
-        run(*arguments)
-        return
+        return run(*arguments)
     show(sizes)
-    spawn(run, world_size, arguments)
+    return spawn(run, world_size, arguments)[0]
 
 
 def preflight(settings: Settings, world_size: int, resume: bool) -> ModelShape:
@@ -69,8 +84,13 @@ def preflight(settings: Settings, world_size: int, resume: bool) -> ModelShape:
     parallel.check(settings.parallel, shape)
     parallel.check_ranks(settings.parallel, world_size)
     precision.check(settings.precision)
+    presets.resolve(settings.algorithm, settings.rollout.max_response_tokens, settings.batch.updates_per_step)
+    steps.check_shaping(settings.reward, settings.rollout.max_response_tokens)
+    early_exit.check(settings.rollout.early_exit, load_tokenizer(settings.model.path))
     if not resume and (settings.run / "metrics.jsonl").exists():
-        raise UserError(f"run: {settings.run} already holds a run; pass --resume to go on with it, or name another folder")
+        raise UserError(
+            f"run: {settings.run} already holds a run; pass --resume to go on with it, or name another folder"
+        )
     return shape
 
 

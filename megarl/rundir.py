@@ -23,7 +23,9 @@ class RunDirectory:
         """`resume_step` None starts a run, and refuses a folder that holds one."""
         self.folder = folder
         if resume_step is None and (folder / "metrics.jsonl").exists():
-            raise UserError(f"run: {folder} already holds a run; pass --resume to go on with it, or name another folder")
+            raise UserError(
+                f"run: {folder} already holds a run; pass --resume to go on with it, or name another folder"
+            )
         (folder / "rollouts").mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(config.dump(settings))
         if resume_step is not None:

@@ -17,13 +17,7 @@ from rich.table import Table
 
 def publish(name: str, rows: list[dict[str, Any]], file: Path | None = None, **extra: Any) -> None:
     """Print `rows` as a table; write `{"command", "commit", "machine", "rows", **extra}` to `file` when given."""
-    table = Table(title=name)
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    for column in columns:
-        table.add_column(column)
-    for row in rows:
-        table.add_row(*(_cell(row.get(column, "")) for column in columns))
-    Console().print(table)
+    show_rows(name, rows)
     if file is None:
         return
     command = " ".join(["megarl", *sys.argv[1:]])
@@ -32,6 +26,17 @@ def publish(name: str, rows: list[dict[str, Any]], file: Path | None = None, **e
     partial = file.with_name(file.name + ".partial")
     partial.write_text(json.dumps(result, indent=1) + "\n")
     partial.replace(file)
+
+
+def show_rows(title: str, rows: list[dict[str, Any]]) -> None:
+    """Print rows as a table, one column a key."""
+    table = Table(title=title)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*(_cell(row.get(column, "")) for column in columns))
+    Console().print(table)
 
 
 def machine() -> dict[str, Any]:

@@ -1,0 +1,61 @@
+"""Evaluation apart from training: a model folder, or the newest checkpoint of a run, on held-out problems."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from megarl import config
+from megarl.algorithms import presets
+from megarl.checkpoints import Checkpoints
+from megarl.collector import Collector
+from megarl.config import Settings
+from megarl.controller import Controller
+from megarl.data.tokenizer import load_tokenizer
+from megarl.engines import Engines
+from megarl.errors import UserError
+from megarl.experience import Experience
+from megarl.learner import parallel
+from megarl.learner.learner import Learner
+from megarl.progress import RunProgress
+
+
+def evaluate(settings: Settings, trained: bool, temperatures: list[float]) -> list[dict[str, Any]]:
+    """Evaluate on this rank; one object per temperature, on rank 0 ([] elsewhere).
+
+    `trained` takes the weights from the newest whole checkpoint of `settings.run`; else from `settings.model.path`.
+    """
+    if not settings.data.eval:
+        raise UserError("data.eval: names no held-out problems; e.g. data.eval=[heldout.jsonl]")
+    with ExitStack() as stack:
+        deadline = settings.collective_deadline + settings.rollout.deadline
+        world = parallel.start(settings.parallel, settings.precision, settings.seed, deadline)
+        stack.callback(world.close)
+        progress = RunProgress(len(temperatures), quiet=not world.is_controller)
+        stack.callback(progress.close)
+        tokenizer = load_tokenizer(settings.model.path)
+        controller = stack.enter_context(Controller(settings, tokenizer, progress)) if world.is_controller else None
+        learner = Learner(settings, world, total_updates=1)
+        step = Checkpoints(settings, world, learner, controller, progress).restore() if trained else 0
+        runner = stack.enter_context(asyncio.Runner())
+        engines = Engines(settings, world, runner, tokenizer, learner)
+        stack.callback(engines.close)
+        engines.push(version=step)
+        switches = presets.resolve(settings.algorithm, settings.rollout.max_response_tokens, 1)
+        experience = Experience(settings, switches, world.dp_size)
+        rows = []
+        for temperature in temperatures:
+            settings.evaluation.temperature = temperature
+            figures = Collector(settings, world, runner, engines, tokenizer, controller, experience).evaluate()
+            progress.phase(f"temperature {temperature:g}")
+            rows.append({"step": step, "temperature": temperature, **figures})
+        return rows if world.is_controller else []
+
+
+def find(place: Path, overrides: list[str] | None) -> tuple[Settings, bool]:
+    """The settings of a run directory (and that its checkpoint is meant), or of a YAML file (and that it is not)."""
+    if place.is_dir():
+        return config.load(place / "config.yaml", overrides), True
+    return config.load(place, overrides), False
