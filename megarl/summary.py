@@ -1,0 +1,54 @@
+"""What a run achieved, for the person who waited for it: held-out figures before and after, and where to look next."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from megarl.rundir import read_metrics
+
+
+def summary(folder: Path) -> Group:
+    """The table of a finished run; without two evaluations in its metrics, only where to look next."""
+    lines = read_metrics(folder)
+    evaluations = [line for line in lines if "eval/accuracy" in line]
+    newest = max(line["step"] for line in lines) if lines else 0
+    pointers = Text.assemble(
+        "where to look next\n",
+        *_pointer("every figure of every step", folder / "metrics.jsonl"),
+        *_pointer("what the model wrote, and why it was rewarded", folder / "rollouts" / f"step_{newest:06d}.jsonl"),
+        *_pointer("curves", f"tensorboard --logdir {folder / 'tensorboard'}"),
+        *_pointer("one page with all of it", f"megarl report {folder}"),
+    )
+    if len(evaluations) < 2:
+        return Group(pointers)
+    return Group(_table(evaluations[0], evaluations[-1]), Text(), pointers)
+
+
+def _table(before: dict[str, Any], after: dict[str, Any]) -> Table:
+    count = int(after["eval/completions"])
+    table = Table(title=f"{count} held-out responses", title_justify="left")
+    table.add_column("")
+    for name, line in (("before", before), ("after", after)):
+        table.add_column(f"{name} (step {line['step']})", justify="right")
+    table.add_column("change", justify="right")
+    low, high = before["eval/accuracy"], after["eval/accuracy"]
+    table.add_row("accuracy", _share(low, count), _share(high, count), f"{100 * (high - low):+.1f} points")
+    for key, label in (("response_tokens", "response tokens, mean"), ("steps_per_response", "reasoning steps, mean")):
+        old, new = before[f"eval/{key}"], after[f"eval/{key}"]
+        table.add_row(label, f"{old:.1f}", f"{new:.1f}", f"{100 * (new / old - 1):+.0f} %" if old else "")
+    return table
+
+
+def _share(accuracy: float, count: int) -> str:
+    """With its standard error."""
+    return f"{100 * accuracy:.1f} % ± {100 * math.sqrt(accuracy * (1 - accuracy) / count):.1f}"
+
+
+def _pointer(what: str, where: object) -> tuple[str, ...]:
+    return (f"  {what:<46}", f"{where}\n")
