@@ -16,6 +16,7 @@ from megarl.errors import UserError, nearest
 from megarl.learner import parallel, precision
 from megarl.learner.spawn import spawn
 from megarl.rollout import early_exit
+from megarl.summary import summary
 
 
 def train(settings: Settings, nproc: int | None, resume: bool, dry_run: bool) -> None:
@@ -29,6 +30,8 @@ def train(settings: Settings, nproc: int | None, resume: bool, dry_run: bool) ->
     from megarl.train import train as run
 
     _start(run, (settings, resume), world_size, sizes)
+    if parallel.launch_info().rank == 0:
+        Console(stderr=True, highlight=False).print(summary(settings.run))
 
 
 def sft(settings: Settings, nproc: int | None, dry_run: bool) -> None:
