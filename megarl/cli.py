@@ -79,7 +79,9 @@ def bench(
     from megarl import bench as package
 
     known = [
-        m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "record" and not m.name.startswith("_")
+        m.name
+        for m in pkgutil.iter_modules(package.__path__)
+        if m.name not in ("record", "models") and not m.name.startswith("_")
     ]
     if name in (None, "--help"):
         for each in known:

@@ -5,6 +5,7 @@ One YAML file plus `key=value` overrides (`rollout.early_exit.enabled=true`). Un
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -342,9 +343,10 @@ class Settings(Section):
     def _cross_checks(self) -> Self:
         b = self.batch
         if b.prompts_per_update and b.prompts_per_step % b.prompts_per_update:
+            nearest_valid = _nearest_divisor(b.prompts_per_step, b.prompts_per_update)
             raise ValueError(
                 f"batch.prompts_per_update: {b.prompts_per_update} does not divide prompts_per_step "
-                f"{b.prompts_per_step}; the nearest that does is {_nearest_divisor(b.prompts_per_step, b.prompts_per_update)}"
+                f"{b.prompts_per_step}; the nearest that does is {nearest_valid}"
             )
         if self.optimizer.min_lr > self.optimizer.lr:
             raise ValueError(f"optimizer.min_lr: {self.optimizer.min_lr:g} is above lr; at most {self.optimizer.lr:g}")
@@ -409,10 +411,8 @@ def _override(tree: dict[str, Any], text: str) -> None:
         node[leaf] = value
     # YAML 1.1 reads "1e-4" as a string; people mean the number.
     if isinstance(node[leaf], str):
-        try:
+        with suppress(ValueError):
             node[leaf] = float(value)
-        except ValueError:
-            pass
 
 
 def _line(error: Any) -> str:

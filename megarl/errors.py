@@ -20,7 +20,7 @@ class DeadlineExceeded(RunError):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint naming the known word nearest to `word`: `" (did you mean 'lr'?)"`, or the known words when none is near."""
+    """A hint naming the known word nearest to `word`, `" (did you mean 'lr'?)"`, or all of them when none is near."""
     names = sorted(known)
     close = get_close_matches(word, names, n=1, cutoff=0.5)
     return f" (did you mean '{close[0]}'?)" if close else f" (known: {', '.join(names)})"

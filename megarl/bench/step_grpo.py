@@ -1,0 +1,97 @@
+"""Step-GRPO's table (arXiv 2604.16890) in miniature: the quick start's reasoner, every ablation, several seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Annotated, Any
+
+import typer
+
+from megarl.bench import _study, record
+from megarl.errors import UserError, nearest
+
+PLAIN = ["rollout.early_exit.enabled=false"]
+EXITS = ["rollout.early_exit.enabled=true"]
+METHODS: dict[str, list[str] | None] = {
+    "vanilla": None,  # the taught model, untrained
+    "grpo": [*PLAIN, "reward.shaping=none"],
+    "grpo_length_penalty": [*PLAIN, "reward.shaping=length_penalty", "reward.length_penalty=0.008"],
+    "step_grpo": [*EXITS, "reward.shaping=step_aware"],
+    "no_step_reward": [*EXITS, "reward.shaping=none"],
+    "no_truncation": [*PLAIN, "reward.shaping=step_aware"],
+    "all_sample_mean": [*EXITS, "reward.shaping=step_aware", "reward.step_mean=all"],
+    "exit_half": [*EXITS, "reward.shaping=step_aware", "rollout.early_exit.exit_fraction=0.5"],  # ours
+}
+TEMPERATURES = [0.6, 1.0]
+
+
+def main(
+    json: Annotated[Path | None, typer.Option(help="Write the rows to this file.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds per method: 0, 1, …")] = 4,
+    methods: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(METHODS),
+    overrides: Annotated[str, typer.Option(help="Settings of every run, separated by spaces.")] = "",
+    config: Annotated[Path, typer.Option(help="Settings that the methods vary.")] = _study.QUICKSTART,
+    runs: Annotated[Path, typer.Option(help="Where the runs go; finished ones are not repeated.")] = Path(
+        "runs/bench/step_grpo"
+    ),
+) -> None:
+    """Train and evaluate every method with every seed; accuracy, response tokens and their spread."""
+    chosen = [name.strip() for name in methods.split(",")]
+    for name in chosen:
+        if name not in METHODS:
+            raise UserError(f"methods: '{name}' is not a method{nearest(name, METHODS)}")
+    rows = []
+    for name in chosen:
+        for seed in range(seeds):
+            rows.append(measure(name, seed, config, runs, overrides.split()))
+            record.show_rows("so far", summary(rows))
+    record.publish("step_grpo", rows, json, summary=summary(rows))
+
+
+def measure(method: str, seed: int, base: Path, runs: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """One row: the held-out figures after training with a method and a seed, and what the rollouts cost."""
+    switches = METHODS[method]
+    quiet = ["evaluation.every=0", *overrides, *(switches or PLAIN)]
+    settings = _study.settings(base, runs / f"{method}-{seed}", seed, quiet)
+    cost: dict[str, Any] = {"rollout_tokens": 0, "probe_tokens": 0, "seconds": 0.0}
+    if switches is not None:
+        steps = [line for line in _study.trained(settings) if line["step"] > 0]
+        cost = {
+            "rollout_tokens": sum(line["tokens_generated"] for line in steps),
+            "probe_tokens": sum(line["probe_tokens"] for line in steps),
+            "exits": sum(line.get("exits", 0) for line in steps),
+            "exits_right": sum(line.get("exits_right", 0) for line in steps),
+            "seconds": sum(line["seconds_total"] for line in steps),
+        }
+    cool, warm = _study.evaluated(settings, TEMPERATURES, after_training=switches is not None)
+    return {
+        "method": method,
+        "seed": seed,
+        "accuracy": cool["eval/accuracy"],
+        "tokens": cool["eval/response_tokens"],
+        "steps": cool["eval/steps_per_response"],
+        "accuracy_t1": warm["eval/accuracy"],
+        "tokens_t1": warm["eval/response_tokens"],
+        **cost,
+    }
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and standard deviation over seeds; `token_share` is of vanilla's tokens, when that was measured."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["method"], []).append(row)
+    vanilla = mean(row["tokens"] for row in groups["vanilla"]) if "vanilla" in groups else None
+    result = []
+    for method, group in groups.items():
+        line: dict[str, Any] = {"method": method, "seeds": len(group)}
+        for key in ("accuracy", "tokens", "accuracy_t1", "tokens_t1", "rollout_tokens"):
+            values = [row[key] for row in group]
+            line[key] = mean(values)
+            line[f"{key}_sd"] = stdev(values) if len(values) > 1 else 0.0
+        if vanilla:
+            line["token_share"] = line["tokens"] / vanilla
+        result.append(line)
+    return result
