@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from math import exp, log
 from statistics import mean, median
+from typing import Any
 
 from megarl.planner.hardware import Efficiency, Laws
 from megarl.planner.published import Run
@@ -110,6 +111,5 @@ def _get(laws: Laws, name: Name) -> float:
 
 
 def _set(laws: Laws, name: Name, value: float) -> Laws:
-    if len(name) == 1:
-        return replace(laws, **{name[0]: value})
-    return replace(laws, **{name[0]: replace(getattr(laws, name[0]), **{name[1]: value})})
+    changed: Any = value if len(name) == 1 else replace(getattr(laws, name[0]), **{name[1]: value})
+    return replace(laws, **{name[0]: changed})

@@ -26,6 +26,7 @@ class Layout:
     micro_batch: int = 1  # sequences of one micro-batch on one data-parallel rank
     global_batch: int = 1  # sequences of one optimizer step
     sequence: int = 4096  # tokens
+    attended: int = 0  # mean length of the sequences packed into one; 0 = it is a single sequence
 
     @property
     def dp(self) -> int:

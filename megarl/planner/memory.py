@@ -147,7 +147,9 @@ def _state(layout: Layout, software: Software, held: Holding) -> dict[str, float
             "gradients": software.gradient_bytes * sharded,
             "optimizer": 12.0 * sharded,
         }
-    optimizer = 12.0 * (sharded if software.distributed_optimizer else both)
+    # Adam: two fp32 moments, and an fp32 master copy of weights that are not fp32 themselves.
+    adam = 8.0 if software.dtype == "fp32" else 12.0
+    optimizer = adam * (sharded if software.distributed_optimizer else both)
     return {
         "weights": weight * both,
         "gradients": software.gradient_bytes * both * trained,

@@ -173,7 +173,7 @@ def _software(row: Row) -> Software:
     text = f"{row['notes']}; {row['overlap']}; {row['recompute']}; {row['optimizer']}".lower()
     early = row["framework"] in ("megatron-lm", "megatron-deepspeed") or "kernel:" in text
     release = re.search(r"performance summary (\d+)\.(\d+)", row["source"])
-    modern = bool(release) and (int(release[1]), int(release[2])) >= (26, 6)
+    modern = release is not None and tuple(map(int, release.groups())) >= (26, 6)
     dtype: dict[str, Dtype] = {"fp16": "bf16", "bf16": "bf16", "fp8": "fp8", "nvfp4": "fp4"}
     attention: AttentionKernel = "flash"
     if "kernel: torch" in text:

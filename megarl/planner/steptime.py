@@ -163,7 +163,12 @@ def model_flops(shape: Shape, layout: Layout) -> float:
     weights = layers * shape.attention_parameters() + (layers - moe) * shape.dense_parameters()
     active = shape.topk * shape.expert_parameters() + shape.shared_parameters()
     weights += moe * active + (1 + shape.mtp) * shape.embedding_parameters()
-    scores = layers * _span(shape, layout.sequence) * shape.heads * (shape.query_width // shape.heads + shape.head_dim)
+    scores = (
+        layers
+        * _span(shape, layout.attended or layout.sequence)
+        * shape.heads
+        * (shape.query_width // shape.heads + shape.head_dim)
+    )
     return 6.0 * tokens * (weights + scores)
 
 
@@ -180,7 +185,11 @@ def _layer(shape: Shape, layout: Layout, clock: Clock, kind: str) -> Parts:
     shard = t / tp if software.sequence_parallel else t
     matmul = [clock.forward_backward(t, k, n) for k, n in shape.attention_matmuls(tp)]
     attention = clock.attention(
-        t, _span(shape, layout.sequence), shape.heads / tp, shape.query_width / shape.heads, shape.head_dim
+        t,
+        _span(shape, layout.attended or layout.sequence),
+        shape.heads / tp,
+        shape.query_width / shape.heads,
+        shape.head_dim,
     )
     # Norms and residual additions: 2 x (read, write, add) of the hidden state; rotary embedding; activation.
     volume = 2 * (12 * shard * h + 4 * t * (shape.query_width + shape.kv_width) / tp)

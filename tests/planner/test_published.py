@@ -14,9 +14,10 @@ from megarl.planner.published import read
 from megarl.planner.steptime import step_time
 
 HEADER = """
-id config_group source_key source framework kind model attn layers hidden heads kv_heads head_dim ffn act vocab seq experts
-topk moe_ffn shared_ffn moe_layers q_lora kv_lora mtp tied gpu n_gpus precision optimizer TP PP VPP CP EP ETP FSDP MBS GBS
-recompute overlap step_s tflops_per_gpu tok_s_gpu peak_mem_gib mem_def status flops_def complete notes
+id config_group source_key source framework kind model attn layers hidden heads kv_heads head_dim ffn act
+vocab seq experts topk moe_ffn shared_ffn moe_layers q_lora kv_lora mtp tied gpu n_gpus precision optimizer TP
+PP VPP CP EP ETP FSDP MBS GBS recompute overlap step_s tflops_per_gpu tok_s_gpu peak_mem_gib mem_def status
+flops_def complete notes
 """
 COLUMNS = HEADER.split()
 ROW = {

@@ -1,0 +1,98 @@
+"""Parameters per rank and stage, counted on the real Megatron model: on the meta device, in a fake world of full size.
+
+Building happens in a process of its own, without CUDA: a fake process group must not meet a real one. Stages between the
+first and the last are alike (every stage has the same number of layers), so at most three are built.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from typing import Any
+
+from checkpoints_conv.shape import Experts, ModelShape
+from megarl.config import Parallel
+from megarl.errors import DeadlineExceeded, RunError
+from megarl.planner.memory import Holding
+
+
+def count(shape: ModelShape, parallel: Parallel, gpus: int, deadline_s: float = 300.0) -> list[Holding]:
+    """What one rank of each pipeline stage holds. Raises RunError when Megatron refuses to build it."""
+    order = json.dumps({"shape": asdict(shape), "parallel": parallel.model_dump(), "gpus": gpus})
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        environment.pop(name, None)
+    command = [sys.executable, "-m", "megarl.planner.count"]
+    try:
+        done = subprocess.run(
+            command, input=order, capture_output=True, text=True, timeout=deadline_s, env=environment, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise DeadlineExceeded("the model to be built on the meta device", deadline_s) from None
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise RunError(f"the model could not be built on the meta device: {last}")
+    return [Holding(*pair) for pair in json.loads(done.stdout.splitlines()[-1])]
+
+
+def build_stages(shape: ModelShape, parallel: Parallel, gpus: int) -> list[Holding]:
+    """`count`, in this process, which must have no process group and keeps none."""
+    from megarl.learner import cpu
+
+    cpu.install()
+    kinds = {0: 0, parallel.pp - 1: parallel.pp - 1, min(1, parallel.pp - 1): min(1, parallel.pp - 1)}
+    held = {stage: _build(shape, parallel, gpus, stage) for stage in kinds}
+    middle = held[min(1, parallel.pp - 1)]
+    return [held.get(stage, middle) for stage in range(parallel.pp)]
+
+
+def _build(shape: ModelShape, parallel: Parallel, gpus: int, stage: int) -> Holding:
+    import torch
+    import torch.distributed as dist
+    from megatron.core import parallel_state, tensor_parallel
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from megarl.config import Precision
+    from megarl.learner import model
+
+    # Megatron orders ranks tp, cp, ep, dp, pp: the first rank of stage s is s times the ranks of a stage.
+    dist.init_process_group("fake", store=FakeStore(), rank=stage * (gpus // parallel.pp), world_size=gpus)
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tp,
+            pipeline_model_parallel_size=parallel.pp,
+            virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+            context_parallel_size=parallel.cp,
+            expert_model_parallel_size=parallel.ep,
+            create_gloo_process_groups=False,
+        )
+        tensor_parallel.model_parallel_cuda_manual_seed(0, force_reset_rng=True)
+        with torch.device("meta"):
+            chunks = model.build(shape, model.transformer_config(shape, parallel, Precision(dtype="bf16")))
+        shared = experts = 0
+        for chunk in chunks:
+            for parameter in chunk.parameters():
+                # Megatron marks what the expert-data-parallel group reduces, not the whole data-parallel group.
+                if getattr(parameter, "allreduce", True):
+                    shared += parameter.numel()
+                else:
+                    experts += parameter.numel()
+        return Holding(shared, experts)
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _main() -> None:
+    order: dict[str, Any] = json.load(sys.stdin)
+    moe = order["shape"].pop("moe")
+    shape = ModelShape(**order["shape"], moe=Experts(**moe) if moe else None)
+    held = build_stages(shape, Parallel(**order["parallel"]), order["gpus"])
+    print(json.dumps([[h.shared, h.experts] for h in held]))
+
+
+if __name__ == "__main__":
+    _main()

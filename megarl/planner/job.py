@@ -1,0 +1,228 @@
+"""One step of a run on given GPUs: memory of every stage, and the time of rollout, log-probs, training and sync."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from checkpoints_conv.shape import ModelShape
+from megarl.config import Parallel, Settings
+from megarl.errors import UserError
+from megarl.planner.hardware import GIB, LAWS, Dtype, Gpu
+from megarl.planner.layout import Layout, Recompute, Software
+from megarl.planner.memory import Holding, StageMemory, plan_memory
+from megarl.planner.shape import Shape
+from megarl.planner.steptime import StepTime, step_time
+
+DENSITY = 0.95  # of packed rows, as dense packing reaches
+ENGINE_TP_FLAGS = ("--tp-size", "--tp", "--tensor-parallel-size", "-tp")
+ENGINE_MEMORY_FLAGS = ("--mem-fraction-static", "--gpu-memory-utilization")
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """The rollout side, as far as it costs memory and time."""
+
+    engines: int
+    tp: int
+    concurrency: int
+    colocated: bool  # on the learner's GPUs
+    pool: float | None  # fraction of the card that the server takes, when its flags say so
+
+
+@dataclass(slots=True)
+class Plan:
+    """What one step of a run takes."""
+
+    gpu: Gpu
+    shape: Shape
+    layout: Layout
+    software: Software
+    engine: Engine
+    stages: list[StageMemory]
+    train: StepTime  # one optimizer update
+    seconds: dict[str, float]  # rollout, logprobs, train, sync
+    tokens: float  # trained per step
+    exact: bool  # whether parameters were counted on the real model
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def step_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def gpu_hours(self) -> float:
+        """Of 100 steps."""
+        return 100 * self.step_seconds * self.layout.gpus / 3600
+
+    @property
+    def mfu(self) -> float:
+        """Of the training phase, against the bf16 peak."""
+        return self.train.mfu(self.layout.gpus, self.gpu)
+
+    @property
+    def peak(self) -> StageMemory:
+        """The fullest stage."""
+        return max(self.stages, key=lambda stage: stage.driver(self.layout))
+
+    @property
+    def fits(self) -> bool:
+        return self.peak.driver(self.layout) <= self.gpu.memory
+
+
+def sizes(model: ModelShape) -> Shape:
+    """A checkpoint's shape in the planner's terms."""
+    moe = model.moe
+    return Shape(
+        layers=model.layers,
+        hidden=model.hidden,
+        heads=model.heads,
+        kv_heads=model.kv_groups,
+        head_dim=model.head_dim,
+        ffn=model.ffn,
+        vocab=model.vocab,
+        tied=model.tied,
+        experts=moe.count if moe else 0,
+        topk=moe.top_k if moe else 0,
+        moe_ffn=moe.ffn if moe else 0,
+        moe_layers=model.layers if moe else 0,
+    )
+
+
+def software(settings: Settings) -> Software:
+    """What the learner does under these settings on a GPU with Transformer Engine."""
+    parallel, precision = settings.parallel, settings.precision
+    dtype: Dtype = precision.dtype
+    recompute: dict[str, Recompute] = {"none": "none", "selective": "attention", "full": "full"}
+    return Software(
+        dtype=dtype,
+        sequence_parallel=parallel.sequence_parallel,
+        tp_overlap=False,
+        dp_overlap=parallel.overlap,
+        distributed_optimizer=parallel.distributed_optimizer,
+        recompute=recompute[parallel.recompute],
+    )
+
+
+def layout(settings: Settings, gpus: int, response_tokens: float) -> Layout:
+    """The layout of one optimizer update. Raises UserError when `gpus` do not hold a whole number of models."""
+    parallel, batch = settings.parallel, settings.batch
+    if gpus % parallel.model_ranks or gpus < parallel.model_ranks:
+        near = max(1, round(gpus / parallel.model_ranks)) * parallel.model_ranks
+        raise UserError(
+            f"gpus: {gpus} is not a multiple of tp {parallel.tp} * pp {parallel.pp} * cp {parallel.cp}; "
+            f"nearest valid number: {near}"
+        )
+    replicas = gpus // (parallel.tp * parallel.pp)
+    if replicas % parallel.ep:
+        near = max(d for d in range(1, parallel.ep + 1) if replicas % d == 0)
+        raise UserError(
+            f"parallel.ep: {parallel.ep} does not divide the {replicas} ranks of a stage; nearest valid value: {near}"
+        )
+    sample = response_tokens + settings.data.max_prompt_tokens / 2
+    prompts = batch.prompts_per_update or batch.prompts_per_step
+    rows = prompts * batch.completions_per_prompt * sample / (DENSITY * batch.tokens_per_row)
+    data_parallel = gpus // parallel.model_ranks
+    return Layout(
+        gpus=gpus,
+        tp=parallel.tp,
+        pp=parallel.pp,
+        vpp=parallel.vpp,
+        cp=parallel.cp,
+        ep=parallel.ep,
+        etp=parallel.tp if parallel.ep > 1 else 1,
+        micro_batch=1,
+        global_batch=max(1, -(-int(rows) // data_parallel)) * data_parallel,
+        sequence=batch.tokens_per_row,
+        attended=min(int(sample), batch.tokens_per_row),
+    )
+
+
+def plan(
+    settings: Settings,
+    model: ModelShape,
+    gpu: Gpu,
+    gpus: int,
+    response_tokens: float | None = None,
+    holdings: list[Holding] | None = None,
+) -> Plan:
+    """Memory and time of one step. `response_tokens`: mean length of a response; default: half of its budget."""
+    response = response_tokens or settings.rollout.max_response_tokens / 2
+    shape, place, stack = sizes(model), layout(settings, gpus, response), software(settings)
+    engine = _engine(settings, gpus)
+    stages = plan_memory(shape, place, stack, holdings)
+    if engine.colocated:
+        stages = [replace(s, parts={**s.parts, **_resident(settings, shape, engine, gpu, response)}) for s in stages]
+    train = step_time(shape, place, stack, gpu)
+    updates = settings.batch.updates_per_step
+    algorithm = settings.algorithm
+    passes = int(algorithm.old_logprobs == "recompute" or (algorithm.old_logprobs == "auto" and updates > 1))
+    passes += int(algorithm.kl.coef > 0)
+    plain = step_time(shape, place, replace(stack, recompute="none"), gpu).seconds
+    sequences = settings.batch.prompts_per_step * settings.batch.completions_per_prompt
+    seconds = {
+        "rollout": rollout_seconds(settings, shape, engine, gpu, sequences, response),
+        "logprobs": passes * updates * plain / 3,
+        "train": updates * train.seconds,
+        "sync": _sync_seconds(shape, gpu),
+    }
+    tokens = sequences * (response + settings.data.max_prompt_tokens / 2)
+    return Plan(gpu, shape, place, stack, engine, stages, train, seconds, tokens, holdings is not None)
+
+
+def rollout_seconds(
+    settings: Settings, shape: Shape, engine: Engine, gpu: Gpu, sequences: int, response: float
+) -> float:
+    """Decoding is bound by memory: each pass reads the active weights and every running sequence's keys and values."""
+    share = sequences / engine.engines
+    running = max(1.0, min(share, engine.concurrency))
+    context = settings.data.max_prompt_tokens / 2 + response / 2
+    active = float(shape.parameters() - shape.embedding_parameters())
+    if shape.experts:
+        touched = 1 - (1 - shape.topk / shape.experts) ** running
+        active -= shape.moe_layers * shape.experts * shape.expert_parameters() * (1 - touched)
+    volume = 2 * (active + running * context * shape.layers * shape.kv_width) / engine.tp
+    one_pass = volume / (gpu.hbm * 1e12 * LAWS.efficiency(gpu.architecture).hbm)
+    one_pass += shape.layers * 2 * LAWS.latency * 1e-6 * (1 if engine.tp > 1 else 0.25)
+    passes = max(share * response / running, settings.rollout.max_response_tokens if share <= running else 0)
+    return passes * one_pass
+
+
+def _engine(settings: Settings, gpus: int) -> Engine:
+    rollout, servers = settings.rollout, settings.rollout.servers
+    if rollout.engine == "local":
+        tp = settings.parallel.tp
+        return Engine(max(1, gpus // settings.parallel.model_ranks), tp, rollout.local_batch, True, 0.0)
+    tp = int(_flag(servers.flags, ENGINE_TP_FLAGS) or 1)
+    if servers.addresses:
+        return Engine(len(servers.addresses), tp, servers.concurrency, False, None)
+    pool = _flag(servers.flags, ENGINE_MEMORY_FLAGS)
+    nodes = max(1, gpus // 8)
+    return Engine(servers.count * nodes, tp, servers.concurrency, True, float(pool) if pool else None)
+
+
+def _flag(flags: list[str], names: tuple[str, ...]) -> str | None:
+    """The value of a server flag, written `--name value` or `--name=value`, also inside one string."""
+    words = " ".join(flags).replace("=", " ").split()
+    return next((words[i + 1] for i, word in enumerate(words[:-1]) if word in names), None)
+
+
+def _resident(settings: Settings, shape: Shape, engine: Engine, gpu: Gpu, response: float) -> dict[str, float]:
+    """Bytes that a colocated engine keeps on each card."""
+    position = 2.0 * shape.layers * shape.kv_width
+    if settings.rollout.engine == "local":  # generates with the learner's own weights
+        length = response + settings.data.max_prompt_tokens / 2
+        return {"kv_cache": engine.concurrency * length * position / engine.tp / settings.parallel.pp}
+    weights = 2.0 * shape.parameters() / engine.tp
+    if engine.pool is not None:
+        return {"engine_weights": weights, "kv_cache": max(0.0, engine.pool * gpu.memory * GIB - weights)}
+    length = settings.rollout.max_response_tokens + settings.data.max_prompt_tokens
+    return {"engine_weights": weights, "kv_cache": engine.concurrency * length * position / engine.tp}
+
+
+def _sync_seconds(shape: Shape, gpu: Gpu) -> float:
+    """Every engine receives all weights in bf16; the cards of a domain share the load, and the copy is pipelined."""
+    return 2.0 * shape.parameters() / (min(gpu.nvlink * LAWS.nvlink, 8 * gpu.network * LAWS.network) * 1e9)
+
+
+def with_parallel(settings: Settings, parallel: Parallel) -> Settings:
+    return settings.model_copy(update={"parallel": parallel})
