@@ -1,7 +1,7 @@
-"""Parameters per rank and stage, counted on the real Megatron model: on the meta device, in a fake world of full size.
+"""Parameters per rank and stage of the real Megatron model, built on the meta device in a fake world of full size.
 
-Building happens in a process of its own, without CUDA: a fake process group must not meet a real one. Stages between the
-first and the last are alike (every stage has the same number of layers), so at most three are built.
+Building happens in a process of its own, without CUDA: a fake process group must not meet a real one. Stages between
+the first and the last are alike (every stage has the same number of layers), so at most three are built.
 """
 
 from __future__ import annotations
