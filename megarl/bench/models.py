@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 import transformers
 
-Family = Literal["qwen3", "qwen2", "llama"]
+Family = Literal["qwen3", "qwen3_moe", "qwen2", "llama"]
 
 SIZES = {
     "vocab_size": 512,
@@ -21,6 +21,7 @@ SIZES = {
     "rms_norm_eps": 1e-6,
     "initializer_range": 0.08,  # larger than usual, so that gradients are not all tiny
 }
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -40,6 +41,9 @@ def write_model(folder: Path, family: Family = "qwen3", tied: bool = False, seed
     if family == "qwen3":
         config = transformers.Qwen3Config(**{"head_dim": 16, "rope_theta": 1e6, **settings})
         make = transformers.Qwen3ForCausalLM
+    elif family == "qwen3_moe":
+        config = transformers.Qwen3MoeConfig(**{"head_dim": 16, "rope_theta": 1e6, **EXPERTS, **settings})
+        make = transformers.Qwen3MoeForCausalLM
     elif family == "qwen2":
         config = transformers.Qwen2Config(**{"rope_theta": 1e6, **settings})
         make = transformers.Qwen2ForCausalLM

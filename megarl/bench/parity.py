@@ -56,6 +56,13 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2·dp2 overlap": (4, {"pp": 2, "overlap": True}),
     "tp2·dp2": (4, {"tp": 2}),
 }
+EXPERT_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "tp1": (1, {}),
+    "ep2": (2, {"ep": 2}),
+    "ep2, overlap": (2, {"ep": 2, "overlap": True}),
+    "ep2·tp2+sp": (4, {"ep": 2, "tp": 2}),
+    "ep2·pp2": (4, {"ep": 2, "pp": 2}),
+}
 
 
 def cases() -> list[Case]:
@@ -68,6 +75,7 @@ def cases() -> list[Case]:
     for family in ("qwen2", "llama"):
         for layout in ("tp1", "tp2+sp", "tp2·pp2+sp", "tp2·cp2+sp"):
             found.append(Case(layout, *LAYOUTS[layout], family=family, tied=family == "qwen2"))
+    found += [Case(layout, *placed, family="qwen3_moe") for layout, placed in EXPERT_LAYOUTS.items()]
     return found
 
 
@@ -115,7 +123,22 @@ def reference(model: Any, samples: list[Sample]) -> tuple[float, dict[str, torch
         loss = loss - sample.scale * logprobs[sample.response_start - 1 :].sum()
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}  # tied weights appear once
-    return loss.item(), gradients
+    return loss.item(), _per_expert(gradients)
+
+
+def _per_expert(gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """transformers stacks the experts' matrices in memory; in its files, as in our map, each has a name of its own."""
+    found = {}
+    for name, gradient in gradients.items():
+        prefix, stacked, matrix = name.partition(".experts.")
+        if not stacked:
+            found[name] = gradient
+            continue
+        for i, one in enumerate(gradient):
+            parts = {"gate_proj": 0, "up_proj": 1} if matrix == "gate_up_proj" else {matrix: 0}
+            for part, piece in zip(parts, one.chunk(len(parts)), strict=True):
+                found[f"{prefix}.experts.{i}.{part}.weight"] = piece
+    return found
 
 
 def settings(folder: Path, parallel: dict[str, Any], **more: Any) -> config.Settings:

@@ -7,6 +7,7 @@ type names it compares with. `install` must come before the first `import megatr
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 from typing import Any
@@ -27,14 +28,65 @@ def install() -> None:
     _tensors()
 
 
-class _Stream:
-    """A stream on which everything has already happened."""
+def install_experts() -> None:
+    """Let Megatron's expert layers run without CUDA and without Transformer Engine; after `import megatron.core`."""
+    from megatron.core.tensor_parallel import mappings
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None  # Megatron asks for this name though it imports it with the engine only
+    if not torch.cuda.is_available() and token_dispatcher.maybe_move_tensor_to_cpu is not _as_splits:
+        token_dispatcher.maybe_move_tensor_to_cpu = _as_splits
+        mappings._gather_along_first_dim = _uneven_gather(mappings._gather_along_first_dim)
+        mappings._reduce_scatter_along_first_dim = _uneven_reduce(mappings._reduce_scatter_along_first_dim)
+
+
+def _as_splits(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Megatron turns the sizes of an all-to-all into numbers only when they come from a CUDA device."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def _uneven_gather(even: Any) -> Any:
+    """Gloo gathers equal parts only; unequal ones (tokens of the experts' tensor-parallel ranks) go as an all-to-all."""
+
+    @functools.wraps(even)
+    def gather(part: Any, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if output_split_sizes is None or group.size() == 1:
+            return even(part, group, None, use_global_buffer)
+        sizes = [int(n) for n in output_split_sizes]
+        whole = part.new_empty(sum(sizes), *part.shape[1:])
+        copies = part.contiguous().repeat(group.size(), *[1] * (part.dim() - 1))
+        torch.distributed.all_to_all_single(whole, copies, sizes, [len(part)] * group.size(), group=group)
+        return whole
+
+    return gather
+
+
+def _uneven_reduce(even: Any) -> Any:
+    """The same for the sum of unequal parts."""
+
+    @functools.wraps(even)
+    def reduce(whole: Any, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if input_split_sizes is None or group.size() == 1:
+            return even(whole, group, None, use_global_buffer)
+        sizes = [int(n) for n in input_split_sizes]
+        mine = sizes[group.rank()]
+        parts = whole.new_empty(mine * group.size(), *whole.shape[1:])
+        torch.distributed.all_to_all_single(parts, whole.contiguous(), [mine] * group.size(), sizes, group=group)
+        return parts.view(group.size(), mine, *whole.shape[1:]).sum(0)
+
+    return reduce
+
+
+class _Stream:
+    """A stream, and an event on it, on which everything has already happened."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
     def wait_stream(self, other: Any) -> None: ...
     def wait_event(self, event: Any) -> None: ...
     def synchronize(self) -> None: ...
     def record_event(self, event: Any = None) -> Any:
-        return event
+        return event or self
 
 
 class _Generators:
@@ -50,6 +102,8 @@ def _devices() -> None:
     torch.cuda.set_device = lambda device: None
     torch.cuda.synchronize = lambda device=None: None
     torch.cuda.current_stream = torch.cuda.default_stream = lambda device=None: stream
+    torch.cuda.Stream = _Stream
+    torch.cuda.stream = contextlib.nullcontext
 
 
 def _random() -> None:

@@ -29,9 +29,9 @@ from torch import Tensor
 
 from checkpoints_conv.layout import padded_vocab
 from checkpoints_conv.rules import Spec
-from checkpoints_conv.shape import ModelShape
+from checkpoints_conv.shape import Experts, ModelShape
 from megarl.config import Parallel, Precision
-from megarl.learner import device
+from megarl.learner import cpu, device
 from megarl.learner import precision as precisions
 from megarl.learner.attention import PackedAttention, PackedRow, inverse_frequencies
 from megarl.learner.logprobs import logprobs_and_entropy
@@ -132,6 +132,8 @@ def transformer_config(shape: ModelShape, parallel: Parallel, precision: Precisi
         "persist_layer_norm": te,
         "gradient_accumulation_fusion": te and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
     }
+    if shape.moe:
+        settings |= _expert_settings(shape.moe, te)
     if parallel.vpp > 1:
         settings["virtual_pipeline_model_parallel_size"] = parallel.vpp
     if parallel.pp > 1:
@@ -145,11 +147,34 @@ def transformer_config(shape: ModelShape, parallel: Parallel, precision: Precisi
     return TransformerConfig(**settings, **precisions.transformer_settings(precision))
 
 
+def _expert_settings(moe: Experts, te: bool) -> dict[str, Any]:
+    """Megatron's settings of a mixture of experts: no token is dropped, no auxiliary loss is added.
+
+    The router works in float32, as transformers' does. Normalised probabilities of the chosen experts are a softmax
+    over these alone; not normalised, they are entries of the softmax over all.
+    """
+    return {
+        "num_moe_experts": moe.count,
+        "moe_router_topk": moe.top_k,
+        "moe_ffn_hidden_size": moe.ffn,
+        "moe_router_pre_softmax": not moe.normalise or moe.top_k == 1,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": te,
+        "moe_permute_fusion": te,
+    }
+
+
 def layer_spec(config: TransformerConfig, layers: int) -> TransformerBlockSubmodules | ModuleSpec:
     """The modules of one chunk of `layers` layers."""
     if spec_kind() == "te":
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+        return get_gpt_layer_with_transformer_engine_spec(
+            config.num_moe_experts, config.moe_grouped_gemm, qk_layernorm=config.qk_layernorm
+        )
+    if config.num_moe_experts:
+        cpu.install_experts()
+    layer = get_gpt_layer_local_spec(config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     modules, attention = layer.submodules, layer.submodules.self_attention.submodules
     modules.input_layernorm = modules.pre_mlp_layernorm = RMSNorm
     attention.core_attention = PackedAttention
