@@ -47,7 +47,7 @@ def _as_splits(tensor: Any, as_numpy: bool = False, record_stream: bool = False)
 
 
 def _uneven_gather(even: Any) -> Any:
-    """Gloo gathers equal parts only; unequal ones (tokens of the experts' tensor-parallel ranks) go as an all-to-all."""
+    """Gloo gathers equal parts only; unequal ones (tokens of experts split over ranks) go as an all-to-all."""
 
     @functools.wraps(even)
     def gather(part: Any, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
