@@ -9,9 +9,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from megarl.config import Settings
+from megarl.exchange import broadcast
 from megarl.learner.learner import Learner
 from megarl.learner.parallel import World
-from megarl.rollout import early_exit, weight_sync
+from megarl.rollout import early_exit, fleet, weight_sync
+from megarl.rollout.detokenize import Vocabulary
 from megarl.rollout.engine import Engine
 from megarl.rollout.local import LocalEngine
 from megarl.trajectory import Batch, Sample, derive_seed
@@ -20,7 +22,10 @@ CANARY_TOKENS = 32
 
 
 class Engines:
-    """`drivers`: the first so many ranks drive an engine and share the prompts. `engine` is None on the others."""
+    """The first `drivers` ranks drive an engine and share the prompts; `engine` is None on the others.
+
+    `local`: every rank has one. Servers: the controller drives the pool of all of them.
+    """
 
     def __init__(
         self,
@@ -31,35 +36,49 @@ class Engines:
         learner: Learner,
     ) -> None:
         self.settings, self.world, self.runner, self.learner = settings, world, runner, learner
-        early_exit.check(settings.rollout.early_exit, tokenizer)
-        self.drivers = world.world_size
-        self.engine: Engine = LocalEngine(
-            settings.model.path,
-            tokenizer,
-            device=world.device,
-            dtype=torch.float32 if settings.precision.dtype == "fp32" else torch.bfloat16,
-            batch_slots=settings.rollout.local_batch,
-            max_length=early_exit.longest_sequence(settings),
-        )
         self.canary_difference = 0.0
         generator = np.random.default_rng(derive_seed(settings.seed, "canary"))
         self._canary = generator.integers(0, learner.shape.vocab, CANARY_TOKENS).astype(np.int32)
+        early_exit.check(settings.rollout.early_exit, tokenizer)
+        self.drivers = world.world_size if settings.rollout.engine == "local" else 1
+        self.engine: Engine | None = None
+        if settings.rollout.engine == "local":
+            self.engine = LocalEngine(
+                settings.model.path,
+                tokenizer,
+                device=world.device,
+                dtype=torch.float32 if settings.precision.dtype == "fp32" else torch.bfloat16,
+                batch_slots=settings.rollout.local_batch,
+                max_length=early_exit.longest_sequence(settings),
+            )
+        elif world.is_controller:
+            pool = fleet.build(settings, Vocabulary(tokenizer))
+            self.engine = pool
+            try:
+                runner.run(pool.start())
+            except BaseException:
+                self.close()
+                raise
 
     def push(self, version: int) -> None:
         """Give every engine the learner's weights, checked tensor by tensor and by the canary. Collective."""
         expected = self._canary_logprobs()
-        canary = weight_sync.Canary(self._canary.tolist(), expected.tolist())
         tensors = self.learner.named_tensors()
+        if self.engine is None:
+            for _ in tensors:  # the ranks gather them together
+                pass
+            return
+        canary = weight_sync.Canary(self._canary.tolist(), expected.tolist())
         bound = self.settings.rollout.canary_limit
         self.canary_difference = self.runner.run(weight_sync.sync(self.engine, version, tensors, canary, bound))
 
     def close(self) -> None:
-        self.runner.run(self.engine.close())
+        """Free the engines; servers that were started for this run end."""
+        if self.engine is not None:
+            self.runner.run(self.engine.close())
 
     def _canary_logprobs(self) -> np.ndarray:
-        """The learner's log-probs of the canary, on every rank that drives an engine."""
-        from megarl.exchange import broadcast
-
+        """The learner's log-probs of the canary at temperature 1, on every rank."""
         batch = None
         if self.world.is_controller:
             rows: list[list[list[int]]] = [[[0]], *([[]] for _ in range(self.world.dp_size - 1))]
