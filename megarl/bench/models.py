@@ -11,7 +11,7 @@ import transformers
 Family = Literal["qwen3", "qwen3_moe", "qwen2", "llama"]
 
 SIZES = {
-    "vocab_size": 512,
+    "vocab_size": 510,  # needs padding
     "hidden_size": 64,
     "intermediate_size": 192,
     "num_hidden_layers": 4,

@@ -19,5 +19,7 @@ for _message in (
     "If you are using transformer_engine as the transformer implementation",  # said whether or not it is
     "The .grad attribute of a Tensor that is not a leaf",  # Megatron's distributed optimizer looks at views
     "`torch.distributed.*` is deprecated",  # names that Megatron calls and older torch knows
+    "`load_state_dict` is deprecated",
+    "Please use DTensor instead",
 ):
     warnings.filterwarnings("ignore", message=_message)

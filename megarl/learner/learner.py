@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -24,6 +25,7 @@ from checkpoints_conv.shape import ModelShape, read_shape
 from megarl.algorithms.metrics import summarise
 from megarl.config import Settings
 from megarl.errors import RunError
+from megarl.learner import checkpoint
 from megarl.learner import precision as precisions
 from megarl.learner.attention import inverse_frequencies
 from megarl.learner.model import build, transformer_config, unwrap
@@ -137,7 +139,7 @@ class Learner:
 
         Every rank must iterate to the end. A tensor is valid until the next one is asked for.
         """
-        self._finish_parameter_gather()
+        self.finish_parameter_gather()
         yield from self.weights.stream(lambda parameter: parameter.data)
 
     def named_gradients(self) -> Iterator[tuple[str, Tensor]]:
@@ -149,12 +151,28 @@ class Learner:
         yield from self.weights.stream(lambda parameter: parameter.main_grad)
 
     def accumulate(self, batch: Batch | None, objective: Objective) -> dict[str, float]:
-        """The gradient of `train_step` without the update, for `named_gradients`; returns the objective's sums."""
+        """`train_step` without the update: leaves gradients for `named_gradients`; the sums and `grad_norm`."""
         batch = share(batch, self.world)
         for model in self.models:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        return self._total(self._run(self.models, batch, partial(self._loss, objective)))
+        sums = self._total(self._run(self.models, batch, partial(self._loss, objective)))
+        self.optimizer.prepare_grads()
+        return {**sums, "grad_norm": float(self.optimizer.get_grad_norm())}
+
+    def save(self, folder: Path) -> None:
+        """Write weights, optimizer and version into `folder` (empty), loadable under any layout; see checkpoint.py."""
+        checkpoint.save(self, folder)
+
+    def load(self, folder: Path) -> None:
+        """Continue from what `save` wrote, under this layout. Raises UserError if it is not a whole, fitting one."""
+        checkpoint.load(self, folder)
+
+    def finish_parameter_gather(self) -> None:
+        """With overlap, updated parameters are gathered when first used; whoever reads them directly must wait."""
+        if self.settings.parallel.overlap and self.settings.parallel.distributed_optimizer:
+            for model in self.models:
+                model.start_param_sync(force_sync=True)
 
     def _filled(self) -> tuple[list[torch.nn.Module], Weights]:
         """New model chunks with the initial weights, and the map of their parameters."""
@@ -288,12 +306,6 @@ class Learner:
             dist.broadcast_object_list(box, self.world.world_size - 1, group=self.world.control)
             figures = box[0]
         return figures
-
-    def _finish_parameter_gather(self) -> None:
-        """With overlap, updated parameters are gathered when first used; whoever reads them directly must wait."""
-        if self.settings.parallel.overlap and self.settings.parallel.distributed_optimizer:
-            for model in self.models:
-                model.start_param_sync(force_sync=True)
 
 
 def _finalize(

@@ -92,6 +92,11 @@ class PolicyModel(GPTModel):
         return self.output_layer(hidden, scored, targets, temperature, self.vocab, weight)
 
 
+def vocabulary_rows(shape: ModelShape, tp: int) -> int:
+    """Rows of the embedding: the vocabulary padded to a multiple of tp, and of 8 so that it rarely depends on tp."""
+    return padded_vocab(shape.vocab, tp, divisible_by=-(-8 // tp))
+
+
 def spec_kind() -> Spec:
     """Whose layers: Transformer Engine's on a CUDA device that has it, else Megatron's own."""
     return "te" if device.transformer_engine() else "local"
@@ -194,7 +199,7 @@ def build(shape: ModelShape, config: TransformerConfig) -> list[torch.nn.Module]
             vocab=shape.vocab,
             config=config,
             transformer_layer_spec=layer_spec(config, layers),
-            vocab_size=padded_vocab(shape.vocab, config.tensor_model_parallel_size),
+            vocab_size=vocabulary_rows(shape, config.tensor_model_parallel_size),
             max_sequence_length=shape.max_positions,
             pre_process=parallel_state.is_pipeline_first_stage(**place),
             post_process=parallel_state.is_pipeline_last_stage(**place),

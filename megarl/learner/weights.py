@@ -14,10 +14,10 @@ from torch import Tensor
 
 from checkpoints_conv.families import rules as family_rules
 from checkpoints_conv.hf import HfWeights, load_shards
-from checkpoints_conv.layout import local_rules, padded_vocab
+from checkpoints_conv.layout import local_rules
 from checkpoints_conv.rules import Rule
 from checkpoints_conv.shape import ModelShape
-from megarl.learner.model import PolicyModel, spec_kind
+from megarl.learner.model import PolicyModel, spec_kind, vocabulary_rows
 from megarl.learner.parallel import World
 from megarl.trajectory import derive_seed
 
@@ -39,8 +39,7 @@ class Weights:
     def __init__(self, shape: ModelShape, chunks: list[PolicyModel], world: World) -> None:
         self.world = world
         self.layout = world.layout
-        rows = padded_vocab(shape.vocab, self.layout.tp)
-        self.rules = family_rules(shape, spec_kind(), rows)
+        self.rules = family_rules(shape, spec_kind(), vocabulary_rows(shape, self.layout.tp))
         self.expert_rank = parallel_state.get_expert_model_parallel_rank()
         self.parameters: dict[str, torch.nn.Parameter] = {}  # by Megatron's global name
         self.local: list[tuple[PolicyModel, dict[str, Rule]]] = []

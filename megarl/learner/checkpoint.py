@@ -1,0 +1,234 @@
+"""Checkpoints of the learner in Megatron's distributed format (torch_dist): saved under one layout, loaded under any.
+
+A folder holds `learner.json` (what it is a checkpoint of), and Megatron's files. A folder without `learner.json`, such
+as checkpoints_conv writes, is taken for weights alone.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from checkpoints_conv.shape import ModelShape
+from megarl.errors import RunError, UserError
+from megarl.learner.model import unwrap, vocabulary_rows
+
+if TYPE_CHECKING:
+    from megarl.learner.learner import Learner
+
+MANIFEST = "learner.json"
+EXTRA_STATE = "_extra_state"  # Transformer Engine's FP8 history: rebuilt in a few steps, and absent elsewhere
+
+
+def save(learner: Learner, folder: Path) -> None:
+    """Write the learner's state into `folder`, which exists and is empty. Collective.
+
+    Without `settings.checkpoint.optimizer`, the weights alone. Raises UserError when the disk is full.
+    """
+    learner.finish_parameter_gather()
+    with _writing(folder):
+        state = _sharded(learner, learner.settings.checkpoint.optimizer, loading=False)
+        dist_checkpointing.save(state, str(folder), OneProcessWriter())
+        if learner.world.is_controller:
+            (folder / MANIFEST).write_text(json.dumps(_manifest(learner), indent=1) + "\n")
+    learner.world.barrier("the checkpoint's files")
+
+
+def load(learner: Learner, folder: Path) -> None:
+    """Restore what `save` wrote under any layout, or weights alone. Collective.
+
+    Raises UserError for a folder that is missing, truncated, or of another model.
+    """
+    manifest = _read_manifest(folder)
+    if manifest is not None:
+        _check(manifest, learner, folder)
+    optimizer = bool(manifest and manifest["optimizer"])
+    if optimizer:
+        _allocate_state(learner)
+    state = _sharded(learner, optimizer, loading=True)
+    with _reading(folder):
+        state, left, absent = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RETURN_ALL)
+    _complain(folder, [key for key in absent if EXTRA_STATE not in key], "is missing")
+    ignored = (EXTRA_STATE,) if optimizer or manifest is None else (EXTRA_STATE, "optimizer.")
+    if manifest is not None:
+        _complain(folder, [key for key in left if not any(part in key for part in ignored)], "is not in this model")
+    for name, model in zip(_names(learner), learner.models, strict=True):
+        module = unwrap(model)
+        weights = state[name] | {key: None for key in module.state_dict() if key.endswith(EXTRA_STATE)}
+        module.load_state_dict(weights, strict=True)
+    if optimizer:
+        _restore_optimizer(learner, state["optimizer"])
+    else:
+        learner.optimizer.reload_model_params()
+    learner.version = manifest["updates"] if manifest else 0
+
+
+class OneProcessWriter(TorchDistSaveShardedStrategy):
+    """Megatron's torch_dist format, written by the calling process.
+
+    Megatron's own writer starts a manager process and forks others; a rank that ends early leaves them behind.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("torch_dist", 1)
+
+    def save(self, sharded_state_dict: Any, checkpoint_dir: Path) -> None:
+        tensors, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
+        dcp.save(
+            mcore_to_pyt_state_dict(tensors, False),
+            storage_writer=dcp.FileSystemWriter(checkpoint_dir, single_file_per_rank=True, thread_count=1),
+            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+        )
+
+
+def _sharded(learner: Learner, optimizer: bool, loading: bool) -> dict[str, Any]:
+    """Megatron's description of what this rank holds of the whole state."""
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    state: dict[str, Any] = {}
+    for name, model in zip(_names(learner), learner.models, strict=True):
+        tensors = unwrap(model).sharded_state_dict(metadata=metadata)
+        state[name] = {key: value for key, value in tensors.items() if EXTRA_STATE not in key}
+    if optimizer:
+        state["optimizer"] = learner.optimizer.sharded_state_dict(dict(state), is_loading=loading, metadata=metadata)
+    return state
+
+
+def _names(learner: Learner) -> list[str]:
+    """Of the model chunks, as Megatron's optimizers expect them."""
+    return ["model"] if len(learner.models) == 1 else [f"model{i}" for i in range(len(learner.models))]
+
+
+def _allocate_state(learner: Learner) -> None:
+    """torch's AdamW has no state before its first step, and Megatron's distributed optimizer cannot do without."""
+    for optimizer in learner.optimizer.chained_optimizers:
+        if hasattr(optimizer, "_init_optimizer_states_with_dummy_values") and not optimizer.optimizer.state:
+            optimizer._init_optimizer_states_with_dummy_values()
+
+
+def _restore_optimizer(learner: Learner, state: Any) -> None:
+    chained = learner.optimizer.chained_optimizers
+    states = [state] if len(chained) == 1 else [state[i] for i in range(len(chained))]
+    for optimizer, own in zip(chained, states, strict=True):
+        parameters = own.pop("param_state", None)
+        optimizer.load_state_dict(own)
+        inner = optimizer.optimizer.state
+        # Megatron gives all parameters one `step` tensor, which each then increments: Adam's bias correction would run
+        # ahead by a factor of their number. And its reshardable format does not know torch's `step` at all.
+        steps = {key: held.pop("step").clone() for key, held in inner.items() if "step" in held}
+        if parameters is not None:
+            optimizer.load_parameter_state_from_fully_reshardable(parameters)
+        for key, step in steps.items():
+            inner[key]["step"] = step
+
+
+def _manifest(learner: Learner) -> dict[str, Any]:
+    return {
+        "model": asdict(learner.shape),
+        "updates": learner.version,
+        "optimizer": learner.settings.checkpoint.optimizer,
+        "distributed_optimizer": learner.settings.parallel.distributed_optimizer,
+        "dtype": learner.settings.precision.dtype,
+        "vocabulary_rows": vocabulary_rows(learner.shape, learner.settings.parallel.tp),
+    }
+
+
+def _read_manifest(folder: Path) -> dict[str, Any] | None:
+    if not (folder / "metadata.json").is_file():
+        raise UserError(f"checkpoint: {folder} is not a whole checkpoint (no metadata.json)")
+    if not (folder / MANIFEST).is_file():
+        return None
+    try:
+        return json.loads((folder / MANIFEST).read_text())
+    except ValueError:
+        raise UserError(f"checkpoint: {folder / MANIFEST} is truncated") from None
+
+
+def _check(manifest: dict[str, Any], learner: Learner, folder: Path) -> None:
+    """Raise UserError if the checkpoint is of another model, or its optimizer cannot be taken over."""
+    saved, here = manifest["model"], json.loads(json.dumps(asdict(learner.shape)))
+    for name in ModelShape.__dataclass_fields__:
+        if name != "max_positions" and saved.get(name) != here[name]:
+            raise UserError(
+                f"checkpoint: {folder} is of another architecture: {name} {saved.get(name)} there, {here[name]} in "
+                f"{learner.settings.model.path}"
+            )
+    if not manifest["optimizer"]:
+        return
+    settings = learner.settings
+    if manifest["distributed_optimizer"] != settings.parallel.distributed_optimizer:
+        saved_as = str(manifest["distributed_optimizer"]).lower()
+        raise UserError(f"parallel.distributed_optimizer: the checkpoint in {folder} was saved with {saved_as}")
+    if (manifest["dtype"] == "fp32") != (settings.precision.dtype == "fp32"):
+        raise UserError(f"precision.dtype: the checkpoint in {folder} was saved with {manifest['dtype']}")
+    rows = vocabulary_rows(learner.shape, settings.parallel.tp)
+    if manifest["vocabulary_rows"] != rows:
+        raise UserError(
+            f"parallel.tp: {settings.parallel.tp} pads the vocabulary to {rows} rows; the optimizer's state in "
+            f"{folder} has {manifest['vocabulary_rows']}"
+        )
+
+
+def _complain(folder: Path, keys: list[str], what: str) -> None:
+    if keys:
+        more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
+        raise UserError(f"checkpoint: {folder}: {sorted(keys)[0]} {what}{more}")
+
+
+@contextmanager
+def _writing(folder: Path):
+    try:
+        yield
+    except (OSError, RuntimeError, CheckpointException) as e:
+        cause = _first_cause(e)
+        if _no_room(cause):
+            raise UserError(
+                f"checkpoint: {folder}: the disk is full, or a quota is reached"
+            ) from None
+        raise RunError(f"checkpoint: writing {folder} failed: {_line(cause)}") from e
+
+
+@contextmanager
+def _reading(folder: Path):
+    try:
+        yield
+    except (CheckpointingException, CheckpointException, OSError, RuntimeError, EOFError, KeyError, ValueError) as e:
+        raise UserError(f"checkpoint: {folder} is truncated or does not fit: {_line(_first_cause(e))}") from e
+
+
+def _no_room(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    # torch's archive writer notices short writes only, and says so in these words.
+    return "unexpected pos" in str(error) or "failed writing" in str(error)
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """The failure behind torch's collective report of it, or behind Python's chain."""
+    if isinstance(error, CheckpointException):
+        return _first_cause(next(iter(error.failures.values()))[0])
+    return _first_cause(error.__context__) if isinstance(error.__context__, OSError) else error
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
