@@ -44,25 +44,27 @@ class Collector:
         self.controller, self.experience = controller, experience
 
     def collect(self, step: int, dynamic_sampling: bool) -> Collected:
-        """Roll out and score the prompts of a step. With dynamic sampling (DAPO), groups of equal rewards are replaced."""
+        """Roll out and score a step's prompts. With dynamic sampling (DAPO), groups of equal rewards are replaced."""
         wanted = self.settings.batch.prompts_per_step
         prune = pruning.active(self.settings.pruning, step, self.settings.steps)
         loader = self.controller.loader if self.controller else None
         result = Collected()
         for _ in range(ROUNDS if dynamic_sampling else 1):
             draw = loader.draw(wanted - len(result.groups), prune) if loader else None
-            drawn = broadcast(draw.prompts if draw else [], self.world)
-            groups = self.generate([d.prompt for d in drawn], step)
+            prompts = broadcast([drawn.prompt for drawn in draw.prompts] if draw else [], self.world)
+            groups = self.generate(prompts, step)
             if draw:
                 result.taken += draw.taken
                 result.survived += len(groups)
-                for each, group in zip(drawn, groups, strict=True):
-                    group.keep = each.keep
+                result.pruned += draw.pruned
                 self.grade(groups)
-                for each, group in zip(drawn, groups, strict=True):
-                    if not dynamic_sampling or len({c.reward for c in group.completions}) > 1:
+                for drawn, group in zip(draw.prompts, groups, strict=True):
+                    group.keep = drawn.keep
+                    if dynamic_sampling and len({c.reward for c in group.completions}) == 1:
+                        result.replaced.append(drawn)
+                    else:
                         result.groups.append(group)
-                        result.indices.append(each.index)
+                        result.drawn.append(drawn)
             if broadcast(len(result.groups) >= wanted, self.world):
                 break
         return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megarl.algorithms import pruning
 from megarl.config import Settings
-from megarl.data.ledger import Ledger
+from megarl.data.ledger import Entry, Fate, Ledger
 from megarl.data.loader import Loader
 from megarl.data.prompts import read_prompts
 from megarl.errors import RunError
@@ -20,6 +21,8 @@ from megarl.progress import RunProgress
 from megarl.rewards.workers import Graders
 from megarl.rundir import RunDirectory
 from megarl.trajectory import Batch, Prompt
+
+STATE = "data.npz"
 
 
 class Controller:
@@ -63,20 +66,42 @@ class Controller:
         """Remember what the step saw: rollouts, metrics, pruning history, ledger, expected response length."""
         assert self.run
         self.run.rollouts(step, collected.groups)
-        for index, group in zip(collected.indices, collected.groups, strict=True):
-            self.loader.history.update(index, float(np.mean([abs(c.advantage) for c in group.completions])))
+        for drawn, group in zip(collected.drawn, collected.groups, strict=True):
+            self.loader.history.update(drawn.index, float(np.mean([abs(c.advantage) for c in group.completions])))
+        for drawn in collected.replaced:
+            self.loader.history.update(drawn.index, 0.0)  # equal rewards have no advantage
         self.expected_length.update(
             np.array([len(c) for c in collected.completions]),
             np.array([1 / group.keep for group in collected.groups for _ in group.completions]),
         )
-        self.ledger.record_step(step, collected)
+        self.ledger.record_step(step, metrics["weight_version"], self._entries(collected))
         self.report(step, metrics)
 
     def save(self, folder: Path) -> None:
         """Write data position, pruning history, expected length and ledger into a checkpoint's folder."""
+        np.savez(
+            folder / STATE, **self.loader.state(), **{f"length_{k}": v for k, v in self.expected_length.state().items()}
+        )
+        self.ledger.commit(folder)
 
     def load(self, folder: Path) -> None:
         """Take over what `save` wrote."""
+        with np.load(folder / STATE, allow_pickle=False) as state:
+            self.loader.restore(state)
+            self.expected_length.restore({k[7:]: v for k, v in state.items() if k.startswith("length_")})
+        self.ledger = Ledger.load(folder)
+
+    def _entries(self, collected: Collected) -> Iterator[Entry]:
+        """The step's prompts, as the ledger has them."""
+        per_prompt = self.settings.batch.completions_per_prompt
+        for index, epoch in collected.pruned:
+            yield Entry(index, epoch, Fate.PRUNED)
+        for drawn in collected.replaced:
+            yield Entry(drawn.index, drawn.epoch, Fate.REPLACED, per_prompt)
+        for drawn, group in zip(collected.drawn, collected.groups, strict=True):
+            trained = sum(c.weight > 0 for c in group.completions)
+            fate = Fate.TRAINED if trained else Fate.DROPPED
+            yield Entry(drawn.index, drawn.epoch, fate, len(group.completions), trained)
 
     def __enter__(self) -> Controller:
         return self

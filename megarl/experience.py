@@ -19,6 +19,7 @@ from megarl.algorithms.presets import Switches
 from megarl.config import Settings
 from megarl.data import packing
 from megarl.data.balance import Cost, balance
+from megarl.data.loader import Drawn
 from megarl.trajectory import Batch, Completion, Group, Origin, Sample
 
 
@@ -27,7 +28,9 @@ class Collected:
     """One step's groups, in the order drawn; on the controller only (empty elsewhere)."""
 
     groups: list[Group] = field(default_factory=list)
-    indices: list[int] = field(default_factory=list)  # each group's position in the data, for the pruning history
+    drawn: list[Drawn] = field(default_factory=list)  # where each group's prompt comes from
+    replaced: list[Drawn] = field(default_factory=list)  # rolled out, then replaced by dynamic sampling
+    pruned: list[tuple[int, int]] = field(default_factory=list)  # (index, epoch) of prompts left out by their history
     taken: int = 0  # prompts taken from the data, pruned ones included
     survived: int = 0  # of these, the ones rolled out (dynamic sampling may replace them afterwards)
 

@@ -12,7 +12,7 @@ from megarl.errors import UserError
 CAPACITY = 40
 
 
-@settings(deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.integers(0, CAPACITY), max_size=40),
     st.sampled_from(["dense", "none", "sorted"]),

@@ -39,7 +39,7 @@ def test_examples(response, answer, right):
     assert grade(response, answer) is right
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(integers, integers, st.booleans())
 def test_integers_take_the_short_way_to_the_same_verdict(given_answer, answer, same):
     """Plain integers are compared without math-verify, and always as it would have done."""
