@@ -42,6 +42,8 @@ class Controller:
         self.expected_length = pruning.ExpectedLength()
         self.graders = Graders(settings.reward.function, settings.reward.workers, settings.reward.timeout)
         self.run: RunDirectory | None = None
+        if notice := pruning.notice(settings.pruning):
+            progress.say(notice)
 
     def open_run(self, resume_step: int | None) -> None:
         """Start the run directory, or go on with it after `resume_step`."""
@@ -55,12 +57,15 @@ class Controller:
 
     def make(self, collected: Collected, experience: Experience, step: int) -> list[Batch]:
         """The batches of a step."""
+        if collected.replaced and not collected.groups:
+            raise RunError("algorithm.dynamic_sampling: every group of the step has equal rewards; nothing to learn")
         if not collected.groups:
-            raise RunError(
-                "algorithm.dynamic_sampling: every group of the step has equal rewards; nothing to learn from"
-            )
+            raise RunError("pruning.refill: false, and pruning left no prompt of the step; set it to true")
         expected = self.expected_length.mean() if self.settings.pruning.prompts else None
-        return experience.make(collected, step, expected)
+        batches = experience.make(collected, step, expected)
+        if warning := pruning.warning(np.array([c.weight for c in collected.completions]), self.settings.pruning):
+            self.progress.say(f"step {step}: {warning}")
+        return batches
 
     def finish_step(self, step: int, collected: Collected, metrics: dict[str, Any]) -> None:
         """Remember what the step saw: rollouts, metrics, pruning history, ledger, expected response length."""

@@ -95,6 +95,8 @@ class Experience:
         self.take_advantages(groups)
         self.prune(groups, step)
         prompts = pruning.unpruned_prompts(collected.taken, collected.survived, self.settings.pruning.refill)
+        # Dynamic sampling trains the informative groups alone, and DAPO divides by their number.
+        prompts *= len(groups) / collected.survived
         size = -(-len(groups) // updates)
         parts = [groups[u * size : (u + 1) * size] for u in range(updates)]
         return [self._batch(part, prompts * len(part) / len(groups), expected_length) for part in parts]
