@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint clean
+.PHONY: help setup quickstart test engines test-engines lint clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -3
@@ -25,7 +25,14 @@ quickstart: setup
 	$(BIN)/python -m examples.quickstart
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not engines"
+
+# The rollout engines' own environments: .engines/sglang and .engines/vllm, about 3 GB each, rebuilt when a pin changes.
+engines: setup
+	$(BIN)/python tools/engines/build.py sglang vllm
+
+test-engines: engines
+	$(BIN)/python -m pytest -m engines tests/engines
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

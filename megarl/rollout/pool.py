@@ -14,7 +14,7 @@ import torch
 
 from megarl.config import Servers
 from megarl.errors import DeadlineExceeded, RunError
-from megarl.rollout.engine import Generation, Sampling
+from megarl.rollout.engine import Generation, Sampling, lineage
 from megarl.rollout.http import Refused
 from megarl.rollout.remote import RemoteEngine
 from megarl.rollout.transport import Transport, check_tied
@@ -45,8 +45,8 @@ class Member:
 class Pool:
     """Satisfies `Engine`. Use from one event loop; `start` before the first request.
 
-    Routing: requests whose ids agree up to the first "|" share a prefix and go to one engine while it has room; another
-    one takes them only when it has nothing else to do. Each engine has at most `servers.concurrency` requests at once.
+    Routing: the requests of a group share its prompt and go to one engine while it has room; another one takes them
+    only when it has nothing else to do. Each engine has at most `servers.concurrency` requests at once.
     Failures: a request is redone elsewhere from its beginning, so that a caller gets exactly one result; a request
     that the server declines as wrong is not redone. An engine that fails `STRIKES` times in a row, or its health check,
     is taken out, started again (when megarl started it), given the current weights and taken back.
@@ -173,7 +173,7 @@ class Pool:
                     raise RunError(f"no engine is left: {self._causes()}")
                 self._serving.clear()
                 await self._serving.wait()
-            member = self._route(request_id.partition("|")[0])
+            member = self._route(group_of(request_id))
             if member.free > 0:
                 member.free -= 1
                 return member
@@ -290,6 +290,11 @@ class Pool:
 
     def _causes(self) -> str:
         return "; ".join(f"{m.engine.name} is {m.state}: {m.cause}" for m in self._members if m.state != "up")
+
+
+def group_of(request_id: str) -> str:
+    """The group of a request: of "STEP/PROMPT/INDEX|REQUEST", what precedes the last "/" of its lineage."""
+    return lineage(request_id).rpartition("/")[0]
 
 
 def _load(member: Member) -> int:

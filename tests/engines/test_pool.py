@@ -15,7 +15,7 @@ from megarl.errors import DeadlineExceeded, RunError
 from megarl.rollout.detokenize import Vocabulary
 from megarl.rollout.engine import Sampling
 from megarl.rollout.http import Refused
-from megarl.rollout.pool import Pool
+from megarl.rollout.pool import Pool, group_of
 from megarl.rollout.remote import RemoteEngine
 from megarl.rollout.sglang import SGLangEngine
 from megarl.rollout.transport import Outcome
@@ -100,23 +100,23 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def rids(fake: FakeSGLang) -> set[str]:
-    return {body["rid"].partition("|")[0] for body in fake.requests}
+    return {group_of(body["rid"].partition("~")[0]) for body in fake.requests}
 
 
 def test_a_group_stays_where_its_prefix_is() -> None:
-    """Proves affinity by what precedes the first "|", and that groups spread over the engines."""
+    """Proves affinity by the group of the request, and that groups spread over the engines."""
 
     async def body(pool: Pool, fakes: list[FakeSGLang], labels: Labels) -> None:
         for fake in fakes:
             fake.mode = "slow"
-        names = [f"g{g}|{i}" for g in range(4) for i in range(3)]
+        names = [f"g{g}/{i}|0" for g in range(4) for i in range(3)]
         task = asyncio.ensure_future(ask(pool, *names))
         await until(lambda: sum(fake.calls["generate"] for fake in fakes) == len(names))
         for fake in fakes:
             fake.mode = "right"
             fake.go.set()
         assert await task == [ANSWER] * len(names)
-        await ask(pool, "g0|probe", "g1|probe")
+        await ask(pool, "g0/5|probe1", "g1/5|probe1")
         first, second = (rids(fake) for fake in fakes)
         assert not first & second and first | second == {"g0", "g1", "g2", "g3"} and len(first) == len(second)
 
@@ -129,7 +129,7 @@ def test_requests_in_flight_are_bounded_and_idle_engines_help() -> None:
     async def body(pool: Pool, fakes: list[FakeSGLang], labels: Labels) -> None:
         for fake in fakes:
             fake.mode = "slow"
-        task = asyncio.ensure_future(ask(pool, *(f"g|{i}" for i in range(10))))
+        task = asyncio.ensure_future(ask(pool, *(f"g/{i}|0" for i in range(10))))
         await until(lambda: all(fake.calls["generate"] == 2 for fake in fakes))
         for fake in fakes:
             fake.mode = "right"
@@ -147,7 +147,7 @@ def test_one_bad_engine_costs_no_result(mode: str) -> None:
     async def body(pool: Pool, fakes: list[FakeSGLang], labels: Labels) -> None:
         await pool.update_weights(1, [])
         fakes[0].mode = mode
-        assert await ask(pool, *(f"g{i}|0" for i in range(20))) == [ANSWER] * 20
+        assert await ask(pool, *(f"g{i}/0|0" for i in range(20))) == [ANSWER] * 20
         assert pool.redone > 0
         fakes[0].mode = "right"
         await until(lambda: len(pool.engines) == 2)
@@ -162,7 +162,7 @@ def test_an_engine_that_vanishes_in_mid_request_is_replaced_and_comes_back_with_
     async def body(pool: Pool, fakes: list[FakeSGLang], labels: Labels) -> None:
         await pool.update_weights(5, [])
         fakes[0].mode = "slow"
-        task = asyncio.ensure_future(ask(pool, *(f"g{i}|0" for i in range(12))))
+        task = asyncio.ensure_future(ask(pool, *(f"g{i}/0|0" for i in range(12))))
         await until(lambda: fakes[0].calls["generate"] > 3)
         await fakes[0].vanish()
         assert await task == [ANSWER] * 12
@@ -180,11 +180,11 @@ def test_an_engine_without_the_weights_waits_for_the_next_update() -> None:
     async def body(pool: Pool, fakes: list[FakeSGLang], labels: Labels) -> None:
         await pool.update_weights(1, [])
         await fakes[0].vanish()
-        await ask(pool, *(f"g{i}|0" for i in range(8)))
+        await ask(pool, *(f"g{i}/0|0" for i in range(8)))
         await fakes[0].come_back()
         before = fakes[0].calls["generate"]
         await until(lambda: pool._members[0].state == "stale")
-        await ask(pool, *(f"h{i}|0" for i in range(8)))
+        await ask(pool, *(f"h{i}/0|0" for i in range(8)))
         assert fakes[0].calls["generate"] == before
         await pool.update_weights(2, [])
         assert len(pool.engines) == 2 and fakes[0].version == "2"
@@ -210,7 +210,7 @@ def test_the_last_engine_lost_is_an_error_for_those_who_wait() -> None:
     async def body(pool: Pool, fakes: list[FakeSGLang], labels: Labels) -> None:
         await fakes[0].vanish()
         with pytest.raises(RunError, match="no engine is left: e0 is lost"):
-            await ask(pool, "g|0")
+            await ask(pool, "g/0|0")
 
     with_pool(1, body, restarts=1, start_deadline=0.2)
 
@@ -218,8 +218,8 @@ def test_the_last_engine_lost_is_an_error_for_those_who_wait() -> None:
 def test_a_request_ends_by_its_deadline_and_names_the_last_cause() -> None:
     async def body(pool: Pool, fakes: list[FakeSGLang], labels: Labels) -> None:
         fakes[0].mode = "never"
-        with pytest.raises(DeadlineExceeded, match=r"gave up after 0\.5 s waiting for 'g\|0'"):
-            await ask(pool, "g|0")
+        with pytest.raises(DeadlineExceeded, match=r"gave up after 0\.5 s waiting for 'g/0\|0'"):
+            await ask(pool, "g/0|0")
 
     with_pool(1, body, request_deadline=0.5)
 
@@ -229,7 +229,7 @@ def test_a_slow_engine_gets_less_and_nothing_is_lost() -> None:
 
     async def body(pool: Pool, fakes: list[FakeSGLang], labels: Labels) -> None:
         fakes[0].mode = "slow"
-        task = asyncio.ensure_future(ask(pool, *(f"g{i}|0" for i in range(40))))
+        task = asyncio.ensure_future(ask(pool, *(f"g{i}/0|0" for i in range(40))))
         await until(lambda: fakes[1].calls["generate"] >= 36)
         assert not task.done() and fakes[0].calls["generate"] <= 4
         fakes[0].go.set()
@@ -243,7 +243,7 @@ def test_a_request_that_is_wrong_is_not_repeated() -> None:
         for fake in fakes:
             fake.mode = "declines"
         with pytest.raises(Refused, match="too long"):
-            await ask(pool, "g|0")
+            await ask(pool, "g/0|0")
         assert sum(fake.calls["generate"] for fake in fakes) == 1
 
     with_pool(2, body)
@@ -253,9 +253,9 @@ def test_aborts_find_the_request() -> None:
     async def body(pool: Pool, fakes: list[FakeSGLang], labels: Labels) -> None:
         for fake in fakes:
             fake.mode = "slow"
-        task = asyncio.ensure_future(pool.generate(PROMPT, SAMPLING, "g|0"))
+        task = asyncio.ensure_future(pool.generate(PROMPT, SAMPLING, "g/0|0"))
         await until(lambda: sum(fake.calls["generate"] for fake in fakes) == 1)
-        await pool.abort("g|0")
+        await pool.abort("g/0|0")
         assert (await task).finish == "abort"
 
     with_pool(2, body)

@@ -1,0 +1,29 @@
+"""Fixtures for tests on real engine servers: one model folder, one server of each kind a session."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+from real_servers import TOKENIZER, Live, Policy, settings
+from tiny_policy import make_model
+
+from megarl.rollout import fleet
+from megarl.rollout.detokenize import Vocabulary
+
+
+@pytest.fixture(scope="session")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Policy:
+    folder = tmp_path_factory.mktemp("policy")
+    return Policy(folder, make_model(folder))
+
+
+@pytest.fixture(scope="session", params=["sglang", "vllm"])
+def live(request: pytest.FixtureRequest, policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    """One server of each kind, started once; tests that need another number start their own."""
+    pool = fleet.build(settings(policy, tmp_path_factory.mktemp("run"), request.param), Vocabulary(TOKENIZER))
+    with asyncio.Runner() as runner:
+        runner.run(pool.start())
+        yield Live(pool, runner)
+        runner.run(pool.close())

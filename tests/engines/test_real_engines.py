@@ -1,0 +1,217 @@
+"""Real SGLang and vLLM servers on the CPU: tokens, log-probs, stops, seeds, aborts, and weights that really arrive.
+
+Nothing here says anything about CUDA kernels, several tensor-parallel ranks, or mixtures of experts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from real_servers import BF16, CANARY, TOKENIZER, Live, Policy, settings
+from safetensors.torch import load_file, save_file
+from tiny_policy import make_model, reference_logprobs
+
+from megarl.errors import RunError
+from megarl.rollout import fleet, weight_sync
+from megarl.rollout.detokenize import Vocabulary
+from megarl.rollout.engine import Sampling
+from megarl.rollout.pool import Pool
+from megarl.rollout.stops import Stops
+from megarl.rollout.transport import Transport
+from megarl.rollout.transport.disk import DiskTransport
+from megarl.rollout.transport.distributed import DistributedTransport
+from megarl.rollout.transport.tensor import TensorTransport
+from megarl.trajectory import Span
+
+pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
+
+PROMPT = TOKENIZER.encode("Hello there. ")
+
+
+def next_policy(policy: Policy, tmp_path: Path, seed: int) -> Policy:
+    """Other weights of the same model."""
+    return Policy(tmp_path / "next", make_model(tmp_path / "next", seed=seed))
+
+
+def test_tokens_and_logprobs_are_the_models(live: Live, policy: Policy) -> None:
+    """Sampled, greedy, at another temperature, and scored: all against transformers in bf16."""
+    for sampling in (Sampling(max_tokens=24), Sampling(max_tokens=24, temperature=0.0)):
+        generation = live.runner.run(live.pool.generate(PROMPT, sampling, "g/0|0"))
+        assert len(generation.token_ids) == 24 and generation.finish == "length"
+        expected = reference_logprobs(policy.model, PROMPT + generation.token_ids)[len(PROMPT) - 1 :]
+        assert max(abs(a - b) for a, b in zip(generation.logprobs, expected, strict=True)) <= BF16
+    generation = live.runner.run(live.pool.generate(PROMPT, Sampling(max_tokens=8, temperature=0.5), "g/0|0"))
+    with torch.no_grad():
+        logits = policy.model(torch.tensor([PROMPT + generation.token_ids])).logits[0].float() / 0.5
+    table = logits.log_softmax(-1)[len(PROMPT) - 1 : -1]
+    expected = [row[token].item() for row, token in zip(table, generation.token_ids, strict=True)]
+    assert max(abs(a - b) for a, b in zip(generation.logprobs, expected, strict=True)) <= 2 * BF16
+    scores = live.runner.run(live.pool.score(CANARY))
+    expected = reference_logprobs(policy.model, CANARY)
+    assert max(abs(a - b) for a, b in zip(scores, expected, strict=True)) <= BF16
+
+
+def test_stops_are_exact_on_a_real_server(live: Live, policy: Policy) -> None:
+    """Words that the policy says by chance. Every stop is a stand-alone word with its confirming token, and no
+    generation holds an earlier one; the end of text stops too."""
+    end = TOKENIZER.eos_token_id
+    sampling = Sampling(max_tokens=300, stop_words=("the", "a", "I"), stop_token_ids=(end,))
+
+    async def ask() -> list:
+        return await asyncio.gather(
+            *(live.pool.generate(PROMPT, replace(sampling, seed=i), f"g{i}/0|0") for i in range(16))
+        )
+
+    generations = live.runner.run(ask())
+    words = [g for g in generations if isinstance(g.matched_stop, str)]
+    assert words and all(g.finish == "stop" for g in generations if g.matched_stop)
+    for g in words:
+        assert g.matched_stop in TOKENIZER.decode(g.token_ids[g.stop_start :])
+        stops = Stops(sampling, Vocabulary(TOKENIZER), len(TOKENIZER))
+        for n in range(1, len(g.token_ids)):
+            assert stops.check(g.token_ids, 0, n)[0] is None
+        assert stops.check(g.token_ids, 0, len(g.token_ids))[0] is not None
+
+
+def test_seeds(live: Live) -> None:
+    """The same request draws the same on vLLM. On a CPU, SGLang cannot: its seeded kernels are CUDA's."""
+    if live.pool.engines[0].kind == "sglang":
+        return
+    sampling = Sampling(max_tokens=32, seed=11)
+    first = live.runner.run(live.pool.generate(PROMPT, sampling, "g/0|0"))
+    again = live.runner.run(live.pool.generate(PROMPT, sampling, "g/1|0"))
+    other = live.runner.run(live.pool.generate(PROMPT, replace(sampling, seed=12), "g/2|0"))
+    assert first.token_ids == again.token_ids != other.token_ids
+
+
+def test_an_abort_ends_a_request_early_with_its_tokens(live: Live) -> None:
+    async def main() -> None:
+        task = asyncio.ensure_future(live.pool.generate(PROMPT, Sampling(max_tokens=1900), "g/0|0"))
+        beside = await live.pool.generate(PROMPT, Sampling(max_tokens=8), "g/1|0")  # by then the other runs
+        await live.pool.abort("g/0|0")
+        generation = await task
+        assert len(beside.token_ids) == 8
+        assert generation.finish == "abort" and 0 < len(generation.token_ids) < 1900
+        assert len(generation.logprobs) == len(generation.token_ids)
+
+    live.runner.run(main())
+
+
+def transports(pool: Pool, policy: Policy, tmp_path: Path) -> Iterator[tuple[str, Transport]]:
+    """Every way for weights that this kind of server takes; small buckets, so that there are several."""
+    yield "disk", DiskTransport(tmp_path / "weights", policy.folder, torch.bfloat16, bucket=1 << 17)
+    if pool.engines[0].kind == "sglang":
+        yield "tensor", TensorTransport(torch.bfloat16, bucket=1 << 17)
+        yield "distributed", DistributedTransport(torch.bfloat16, bucket=1 << 17)
+
+
+def test_weights_arrive_by_every_way_while_a_request_runs(
+    live: Live, policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After each update the server's log-probs are the new model's; a request cut by it goes on under the new weights
+    with a span for each version; then the first weights are put back for the next test."""
+    pool, run = live.pool, live.runner.run
+    updated = next_policy(policy, tmp_path, seed=1)
+    version = 100
+    for _, transport in transports(pool, policy, tmp_path):
+        monkeypatch.setattr(pool, "_transport", transport)
+        for source in (updated, policy):
+            version += 1
+
+            async def update(source: Policy = source, version: int = version) -> None:
+                running = asyncio.ensure_future(pool.generate(PROMPT, Sampling(max_tokens=600), "g/0|0"))
+                await pool.generate(PROMPT, Sampling(max_tokens=4), "g/1|0")
+                assert not running.done()
+                await weight_sync.sync(pool, version, source.tensors(), source.canary(), BF16)
+                generation = await running
+                assert len(generation.token_ids) == 600
+                assert [span.version for span in generation.spans][-1] == version and len(generation.spans) == 2
+                cut = generation.spans[1]
+                assert cut == Span(version, generation.spans[0].end, 600)
+                tail = reference_logprobs(source.model, PROMPT + generation.token_ids)[len(PROMPT) - 1 + cut.start :]
+                assert max(abs(a - b) for a, b in zip(generation.logprobs[cut.start :], tail, strict=True)) <= BF16
+
+            run(update())
+        run(transport.close())
+
+
+VICTIM = "model.layers.1.self_attn.k_proj.weight"
+
+
+@pytest.mark.parametrize("sabotage", ["corrupted", "skipped", "stale"])
+def test_a_sabotaged_sync_stops_and_names_the_tensor(
+    live: Live, policy: Policy, tmp_path: Path, sabotage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One tensor corrupted after the trainer's own check, one never sent, and an update that the server only claims.
+
+    SGLang tells what it holds; vLLM on a CPU cannot (it repacks), so there the canary catches what changes log-probs:
+    for it a skipped tensor is told by its absence from the folder.
+    """
+    pool, run = live.pool, live.runner.run
+    engine, updated = pool.engines[0], next_policy(policy, tmp_path, seed=2)
+    disk = DiskTransport(tmp_path / "weights", policy.folder, torch.bfloat16)
+    monkeypatch.setattr(pool, "_transport", disk)
+    load, tensors = engine.load_folder, updated.tensors()
+
+    async def corrupt(version: int, folder: Path) -> None:
+        file = next(iter(sorted(folder.glob("*.safetensors"))))
+        held = load_file(file)
+        held[VICTIM] = -held[VICTIM]
+        save_file(held, file, {"format": "pt"})
+        await load(version, folder)
+
+    async def claim(version: int, folder: Path) -> None:
+        engine.version = version
+
+    says = VICTIM if engine.kind == "sglang" else "log-probs differ"
+    if sabotage == "corrupted":
+        monkeypatch.setattr(engine, "load_folder", corrupt)
+    if sabotage == "stale":
+        monkeypatch.setattr(engine, "load_folder", claim)
+        says = "model.embed_tokens.weight" if engine.kind == "sglang" else "log-probs differ"
+    if sabotage == "skipped":
+        tensors = [(name, tensor) for name, tensor in tensors if name != VICTIM]
+    with pytest.raises(RunError, match=says):
+        run(weight_sync.sync(pool, 201, tensors, updated.canary(), BF16))
+    monkeypatch.setattr(engine, "load_folder", load)
+    run(weight_sync.sync(pool, 202, policy.tensors(), policy.canary(), BF16))
+    run(disk.close())
+
+
+def test_a_killed_server_comes_back_and_every_request_has_its_result(policy: Policy, tmp_path: Path) -> None:
+    """`kill -9` of one of two real servers in mid-rollout: every request is answered once; the server is back within
+    its deadline, with the current weights."""
+    pool = fleet.build(settings(policy, tmp_path, "vllm", count=2, sync="disk"), Vocabulary(TOKENIZER))
+
+    async def main() -> None:
+        await pool.start()
+        try:
+            await weight_sync.sync(pool, 1, policy.tensors(), policy.canary(), BF16)
+            requests = [
+                asyncio.ensure_future(pool.generate(PROMPT, Sampling(max_tokens=300, seed=i), f"g{i}/0|0"))
+                for i in range(12)
+            ]
+            await asyncio.wait(requests, return_when=asyncio.FIRST_COMPLETED, timeout=2)
+            victim = pool.engines[0]
+            assert victim.server is not None
+            os.kill(victim.server.pid, signal.SIGKILL)
+            generations = await asyncio.gather(*requests)
+            assert [len(g.token_ids) for g in generations] == [300] * 12
+            member = next(m for m in pool._members if m.engine is victim)
+            if member.recovery is not None:
+                await asyncio.wait_for(asyncio.shield(member.recovery), 400)
+            assert len(pool.engines) == 2 and victim.version == 1
+            scores = await victim.score(CANARY)
+            expected = reference_logprobs(policy.model, CANARY)
+            assert max(abs(a - b) for a, b in zip(scores, expected, strict=True)) <= BF16
+        finally:
+            await pool.close()
+
+    asyncio.run(main())
