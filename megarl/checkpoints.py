@@ -33,6 +33,7 @@ class Checkpoints:
             if self.controller:
                 commit.prepare(self.folder, step)
                 with commit.clear_errors(self.folder):
+                    (partial / "learner").mkdir()
                     self.controller.save(partial)
             self.world.barrier("the checkpoint folder")
             with commit.clear_errors(self.folder):

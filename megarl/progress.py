@@ -22,6 +22,8 @@ _SHOWN = (  # (metric, label, format)
     ("completions_dropped", "dropped", "{:.0f}"),
     ("grad_norm", "|g|", "{:.2f}"),
     ("mismatch_mean", "mismatch", "{:.0e}"),
+    ("eval/accuracy", "held-out acc", "{:.3f}"),
+    ("eval/response_tokens", "held-out tokens", "{:.0f}"),
 )
 _PHASES = ("rollout", "reward", "logprobs", "train", "sync")
 
@@ -51,7 +53,7 @@ class RunProgress:
         if self._bar:
             self._bar.update(self._task, completed=step, figures=figures)
         elif not self.quiet:
-            self.console.print(f"step {step}/{self.total}  {figures}  | {phases}", soft_wrap=True)
+            self.console.print(f"step {step}/{self.total}  {figures}{'  | ' if phases else ''}{phases}", soft_wrap=True)
 
     def say(self, message: str) -> None:
         """A line of its own, above the bar."""
