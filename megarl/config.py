@@ -115,8 +115,8 @@ class EarlyExit(Section):
     """Stand-alone words that begin a new reasoning step."""
     think_end: str = "</think>"
     """Closes the thought; one token of the tokenizer, or several."""
-    inducer: str = "\n**Final Answer**\n\\boxed"
-    """Appended to the finished steps to ask for a trial answer."""
+    inducer: str | None = None
+    """Appended to the finished steps to ask for a trial answer; default: the variant's."""
     closing: str = "\n</think>\n\n"
     """Inserted when the thought is ended early or runs out of budget."""
     probe_tokens: Annotated[int, Field(ge=2)] = 20
@@ -126,7 +126,8 @@ class EarlyExit(Section):
     strict: bool = True
     """Confidence is 0 unless the trial answer ends with `think_end`."""
     averaging: Literal["geometric", "arithmetic"] = "geometric"
-    """Mean over the trial tokens' probabilities (DEER uses arithmetic for R1-distilled models)."""
+    """Mean over the probabilities of the trial's tokens, the first left out (DEER, arXiv 2504.15895, takes the
+    arithmetic one for R1-distilled models)."""
     probe_temperature: Annotated[float, Field(ge=0.0)] = 0.0
     """0 = greedy, as released; DEER samples at 1."""
     thinking_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.9
@@ -136,13 +137,21 @@ class EarlyExit(Section):
     max_probes: Natural = 10
     """After so many declined probes the completion runs free."""
     repetition_limit: Positive = 3
-    """Chunks in a row with the same set of words that end the thought."""
+    """End the thought at so many steps that had the same set of words as the step before them."""
     exit_fraction: Fraction = 1.0
-    """Share of each group that may exit early; below 1, natural completions remain to be compared with (ours)."""
+    """Share of each group that may exit early; the others are generated plainly, to be compared with (ours)."""
     schedule: Literal["blocking", "speculative"] = "blocking"
     """`speculative` runs the probe beside the continuation and aborts the loser."""
     variant: Literal["released", "paper_text"] = "released"
-    """`paper_text`: inducer "</think> The final answer is", and the trial answer becomes the output."""
+    """`released`: inducer "\\n**Final Answer**\\n\\\\boxed", the trial answer is discarded and the answer sampled.
+    `paper_text`: inducer "</think> The final answer is", the trial answer, up to the end of text, is the output."""
+
+    @property
+    def trial_inducer(self) -> str:
+        """The inducer in force."""
+        if self.inducer is not None:
+            return self.inducer
+        return "\n**Final Answer**\n\\boxed" if self.variant == "released" else "</think> The final answer is"
 
 
 class Servers(Section):

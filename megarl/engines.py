@@ -39,7 +39,7 @@ class Engines:
         self.canary_difference = 0.0
         generator = np.random.default_rng(derive_seed(settings.seed, "canary"))
         self._canary = generator.integers(0, learner.shape.vocab, CANARY_TOKENS).astype(np.int32)
-        early_exit.check(settings.rollout.early_exit, tokenizer)
+        early_exit.check(settings.rollout, tokenizer)
         self.drivers = world.world_size if settings.rollout.engine == "local" else 1
         self.engine: Engine | None = None
         if settings.rollout.engine == "local":

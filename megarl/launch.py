@@ -89,7 +89,7 @@ def preflight(settings: Settings, world_size: int, resume: bool) -> ModelShape:
     precision.check(settings.precision)
     presets.resolve(settings.algorithm, settings.rollout.max_response_tokens, settings.batch.updates_per_step)
     steps.check_shaping(settings.reward, settings.rollout.max_response_tokens)
-    early_exit.check(settings.rollout.early_exit, load_tokenizer(settings.model.path))
+    early_exit.check(settings.rollout, load_tokenizer(settings.model.path))
     if not resume and (settings.run / "metrics.jsonl").exists():
         raise UserError(
             f"run: {settings.run} already holds a run; pass --resume to go on with it, or name another folder"

@@ -73,7 +73,8 @@ class Completion:
     spans: list[Span] = field(default_factory=list)
     exit_reason: str = "plain"  # see rollout/early_exit.py; "plain" = generated without early exit
     probes: list[Probe] = field(default_factory=list)
-    text: str = ""
+    discarded_tokens: int = 0  # sampled after the step at which it exited (the marker, a continuation given up)
+    text: str = ""  # decoded without the end-of-text token
 
     verdict: Verdict | None = None
     score: float = 0.0  # the grader's, 1 = right

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -78,3 +79,11 @@ def _byte_of_char() -> dict[str, int]:
 
 
 _BYTE_OF = _byte_of_char()
+
+
+@lru_cache(maxsize=4)
+def vocabulary_of(tokenizer: PreTrainedTokenizerBase, model: Path) -> Vocabulary:
+    """The vocabulary of a model's tokenizer, with the end-of-text tokens that its generation_config.json names."""
+    file = model / "generation_config.json"
+    named = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+    return Vocabulary(tokenizer, [named] if isinstance(named, int) else named or [])

@@ -15,9 +15,10 @@ from megarl.trajectory import Finish, Span
 class Sampling:
     """How to sample one generation.
 
-    The last `offset` of the given tokens are the response so far. The token at response position `offset + i` is drawn
-    from the random stream of `(seed, offset + i)`: continuing a completion with the same seed and a larger offset
-    draws what an uninterrupted generation would have drawn, and a stop may begin in what was given.
+    The last `offset` of the given tokens are the response so far (a probe's question included). The token at response
+    position `offset + i` is drawn from the random stream of `(seed, offset + i)`: continuing a completion with the same
+    seed and a larger offset draws what an uninterrupted generation would have drawn. A stop may begin in the response
+    so far, but is reported only when a new token completes it.
     """
 
     max_tokens: int

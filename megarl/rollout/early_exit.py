@@ -1,0 +1,393 @@
+"""Step-GRPO's dynamic truncated rollout (arXiv 2604.16890): think, probe at step markers, decide, answer.
+
+One coroutine a completion, over the Engine contract only; completions never wait for each other. Everything is done on
+token ids: a declined marker keeps the tokens that were sampled, so nothing can be doubled or lost; after an exit what
+follows the finished step is cut off and `closing` inserted. What an engine is sent is always a prefix of the response,
+or, for a probe, a prefix followed by the inducer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any, TypeVar
+
+from transformers import PreTrainedTokenizerBase
+
+from megarl import config
+from megarl.errors import UserError
+from megarl.rollout.detokenize import Vocabulary, vocabulary_of
+from megarl.rollout.draft import Draft
+from megarl.rollout.engine import Engine, Generation, Sampling
+from megarl.rollout.exit_figures import summarise
+from megarl.trajectory import Completion, Finish, Group, Probe, Prompt, derive_seed
+
+__all__ = ["ExitReason", "Plan", "check", "complete", "evaluation", "longest_sequence", "plain", "rollout", "summarise"]
+
+T = TypeVar("T")
+
+
+class ExitReason(StrEnum):
+    """Why a thought ended."""
+
+    PLAIN = "plain"  # generated without early exit
+    THINK_END = "think_end"  # the policy closed it
+    END_OF_TEXT = "end_of_text"  # the policy ended the response inside it
+    CONFIDENT = "confident"  # a probe's confidence passed the threshold
+    NEAR_BUDGET = "near_budget"  # a marker came shortly before the end of the thinking budget
+    REPETITION = "repetition"  # steps kept repeating the words of the step before
+    BUDGET = "budget"  # the thinking budget was used up
+    ABORTED = "aborted"  # the engine was told to stop
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The settings of early exit in tokens: what is equal for all completions of a run."""
+
+    settings: config.EarlyExit
+    vocabulary: Vocabulary
+    sampling: Sampling  # of the response; max_tokens is the response budget
+    inducer: tuple[int, ...]
+    closing: tuple[int, ...]
+    thought_stops: Sampling  # `sampling` with the stops of a thought: end of text, `think_end`; markers come on top
+
+    @classmethod
+    def of(cls, rollout: config.Rollout, vocabulary: Vocabulary) -> Plan:
+        exits = rollout.early_exit
+        sampling = Sampling(
+            max_tokens=rollout.max_response_tokens,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            stop_token_ids=vocabulary.end_ids,
+        )
+        think_end = vocabulary.encode(exits.think_end)
+        # Several tokens may be cut differently when sampled (">" and a line end in one token): match their text.
+        if len(think_end) == 1:
+            stops = replace(sampling, stop_token_ids=(*vocabulary.end_ids, *think_end))
+        else:
+            stops = replace(sampling, stop_texts=(exits.think_end,))
+        inducer, closing = vocabulary.encode(exits.trial_inducer), vocabulary.encode(exits.closing)
+        return cls(exits, vocabulary, sampling, tuple(inducer), tuple(closing), stops)
+
+    @property
+    def thinking_budget(self) -> int:
+        """Response tokens that the thought may use."""
+        return math.floor(self.settings.thinking_share * self.sampling.max_tokens)
+
+    def closes(self, generation: Generation) -> bool:
+        """Whether the generation stopped at `think_end`."""
+        stop = generation.matched_stop
+        if isinstance(stop, str):
+            return stop == self.settings.think_end
+        return stop in self.thought_stops.stop_token_ids and stop not in self.vocabulary.end_ids
+
+    def ends(self, generation: Generation) -> bool:
+        """Whether the generation stopped at the end of the text."""
+        return generation.matched_stop in self.vocabulary.end_ids
+
+
+def check(rollout: config.Rollout, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse settings of early exit that cannot work with this tokenizer; raises UserError."""
+    exits = rollout.early_exit
+    if not exits.enabled:
+        return
+    if not exits.markers:
+        raise UserError("rollout.early_exit.markers: [] names no marker; the paper's is ['Wait']")
+    vocabulary = Vocabulary(tokenizer)
+    texts = [("markers", marker) for marker in exits.markers]
+    texts += [("think_end", exits.think_end), ("inducer", exits.trial_inducer), ("closing", exits.closing)]
+    for name, text in texts:
+        ids = vocabulary.encode(text)
+        made = vocabulary.bytes_of(ids).decode(errors="replace")
+        if not text.strip() or tokenizer.unk_token_id in ids or _squeeze(made) != _squeeze(text):
+            known = "; it has no text" if not text.strip() else f": it becomes {made!r}"
+            raise UserError(f"rollout.early_exit.{name}: the tokenizer cannot encode {text!r}{known}")
+    plan = Plan.of(rollout, vocabulary)
+    room = plan.sampling.max_tokens - plan.thinking_budget
+    trial = len(plan.inducer) + exits.probe_tokens if exits.variant == "paper_text" else 0
+    needed = max(len(plan.closing), trial) + 1
+    if rollout.max_response_tokens <= needed:
+        raise UserError(
+            f"rollout.max_response_tokens: {rollout.max_response_tokens} leaves no room for a thought before "
+            f"the closing and an answer, which need {needed}; at least {needed + 1}"
+        )
+    if room < needed or plan.thinking_budget < 1:
+        share = math.floor((1 - needed / rollout.max_response_tokens) * 1000) / 1000
+        raise UserError(
+            f"rollout.early_exit.thinking_share: {exits.thinking_share} of {rollout.max_response_tokens} tokens leaves "
+            f"{room} for the closing and an answer, which need {needed}; at most {share:g}"
+        )
+
+
+def _squeeze(text: str) -> str:
+    """Without blanks: tokenizers of whole words put their own between them."""
+    return "".join(text.split())
+
+
+def longest_sequence(settings: config.Settings) -> int:
+    """Tokens, prompt included, of the longest request that a run makes of an engine."""
+    exits = settings.rollout.early_exit
+    response = max(settings.rollout.max_response_tokens, settings.evaluation.max_response_tokens or 0)
+    # A tokenizer makes at most one token of every byte.
+    probe = len(exits.trial_inducer.encode()) + exits.probe_tokens if exits.enabled else 0
+    return settings.data.max_prompt_tokens + response + probe
+
+
+async def rollout(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    settings: config.Settings,
+    tokenizer: PreTrainedTokenizerBase,
+    step: int,
+) -> list[Group]:
+    """A training group for every prompt, in order: all completions run at once, none waits for another."""
+    vocabulary = vocabulary_of(tokenizer, settings.model.path)
+    plan = Plan.of(settings.rollout, vocabulary)
+    size, exits = settings.batch.completions_per_prompt, settings.rollout.early_exit
+    exiting = round(exits.exit_fraction * size) if exits.enabled else 0
+
+    def one(prompt: Prompt, index: int) -> Coroutine[Any, Any, Completion]:
+        seed = derive_seed(settings.seed, step, prompt.uid, index)
+        name = f"{step}/{prompt.uid}/{index}"
+        if index < exiting:
+            return complete(engine, prompt, index, plan, seed, name)
+        return plain(engine, prompt, index, plan.sampling, vocabulary, seed, name)
+
+    return await _groups(prompts, size, one)
+
+
+async def evaluation(
+    engine: Engine, prompts: Sequence[Prompt], settings: config.Settings, tokenizer: PreTrainedTokenizerBase
+) -> list[Group]:
+    """Plain completions of held-out prompts: evaluation never exits early. The same draws at every call."""
+    vocabulary = vocabulary_of(tokenizer, settings.model.path)
+    chosen = settings.evaluation
+    sampling = Sampling(
+        max_tokens=chosen.max_response_tokens or settings.rollout.max_response_tokens,
+        temperature=chosen.temperature,
+        top_p=chosen.top_p,
+        stop_token_ids=vocabulary.end_ids,
+    )
+
+    def one(prompt: Prompt, index: int) -> Coroutine[Any, Any, Completion]:
+        seed = derive_seed(settings.seed, "evaluation", prompt.uid, index)
+        return plain(engine, prompt, index, sampling, vocabulary, seed, f"evaluation/{prompt.uid}/{index}")
+
+    return await _groups(prompts, chosen.samples, one)
+
+
+async def plain(
+    engine: Engine, prompt: Prompt, index: int, sampling: Sampling, vocabulary: Vocabulary, seed: int, name: str
+) -> Completion:
+    """One completion without early exit; `name` begins its request ids."""
+    draft = Draft(prompt.token_ids)
+    generation = await engine.generate(draft.token_ids, replace(sampling, seed=seed), f"{name}|0")
+    draft.append(generation)
+    text = _text(draft, vocabulary)
+    return draft.completion(prompt.uid, index, generation.finish, ExitReason.PLAIN, text)
+
+
+async def complete(engine: Engine, prompt: Prompt, index: int, plan: Plan, seed: int, name: str) -> Completion:
+    """One completion under early exit; `name` begins its request ids."""
+    thinker = _Thinker(engine, prompt, plan, seed, name)
+    reason, finish = await thinker.run()
+    text = _text(thinker.draft, plan.vocabulary)
+    return thinker.draft.completion(prompt.uid, index, finish, reason, text)
+
+
+def _text(draft: Draft, vocabulary: Vocabulary) -> str:
+    response = draft.response
+    return vocabulary.text(response[:-1] if response and response[-1] in vocabulary.end_ids else response)
+
+
+@dataclass(frozen=True, slots=True)
+class _Marker:
+    """A step marker in the response: the token in which it begins, the text of that token before it, and the words of
+    the step it ends."""
+
+    token: int
+    before: bytes
+    words: frozenset[str]
+
+
+class _Thinker:
+    """The run of one completion."""
+
+    def __init__(self, engine: Engine, prompt: Prompt, plan: Plan, seed: int, name: str) -> None:
+        self.engine, self.plan, self.seed, self.name = engine, plan, seed, name
+        self.draft = Draft(prompt.token_ids)
+        self._requests = 0
+        self._step = (0, 0)  # where the present step begins: response token, bytes into it
+
+    async def run(self) -> tuple[ExitReason, Finish]:
+        settings = self.plan.settings
+        repeats, words = 0, None
+        generation = await self._think(self._request())
+        while True:
+            start = len(self.draft)
+            self.draft.append(generation)
+            if reason := self._natural_end(generation):
+                return await self._finish(reason)
+            assert isinstance(generation.matched_stop, str) and generation.stop_start is not None
+            marker = self._marker(start + generation.stop_start, generation.matched_stop)
+            repeats += marker.words == words
+            words = marker.words
+            if repeats >= settings.repetition_limit:
+                return await self._exit(ExitReason.REPETITION, marker)
+            if self.plan.thinking_budget - marker.token <= settings.near_budget:
+                return await self._exit(ExitReason.NEAR_BUDGET, marker)
+            if len(self.draft) >= self.plan.thinking_budget:
+                return await self._finish(ExitReason.BUDGET)
+            if settings.schedule == "speculative":
+                accepted, generation = await self._probe_beside(marker)
+            elif not (accepted := await self._probe(marker)):
+                generation = await self._think(self._request())
+            if accepted:
+                return await self._exit(ExitReason.CONFIDENT, marker)
+
+    def _natural_end(self, generation: Generation) -> ExitReason | None:
+        """Why the thought is over without an exit at a marker; None at a marker."""
+        if generation.finish == "abort":
+            return ExitReason.ABORTED
+        if generation.finish == "length":
+            return ExitReason.BUDGET
+        if self.plan.ends(generation):
+            return ExitReason.END_OF_TEXT
+        return ExitReason.THINK_END if self.plan.closes(generation) else None
+
+    def _marker(self, token: int, word: str) -> _Marker:
+        """The marker that begins in response token `token`; begins the next step behind it."""
+        response, bytes_of = self.draft.response, self.plan.vocabulary.bytes_of
+        previous = bytes_of(response[max(0, token - 4) : token])[-1:]
+        tail = previous + bytes_of(response[token:])
+        found = re.search(rb"(?<![A-Za-z])%s(?![A-Za-z])" % re.escape(word.encode()), tail)
+        assert found, f"the engine stopped at {word!r}, which does not begin in token {token}"
+        before = tail[len(previous) : found.start()]
+        began, skip = self._step
+        step = bytes_of(response[began:token]) + before
+        self._step = (token, found.end() - len(previous))
+        return _Marker(token, before, frozenset(step[skip:].decode(errors="ignore").split(" ")))
+
+    # ---- asking the engine
+
+    def _request(self, kind: str = "") -> str:
+        """A new request id."""
+        self._requests += 1
+        return f"{self.name}|{kind}{self._requests}"
+
+    async def _think(self, request: str, probes_under_way: int = 0) -> Generation:
+        """Go on thinking until a marker, `think_end`, the end of the text or the thinking budget."""
+        settings = self.plan.settings
+        asking = len(self.draft.probes) + probes_under_way < settings.max_probes
+        sampling = replace(
+            self.plan.thought_stops,
+            max_tokens=self.plan.thinking_budget - len(self.draft),
+            seed=self.seed,
+            offset=len(self.draft),
+            stop_words=tuple(settings.markers) if asking else (),
+        )
+        return await self.engine.generate(self.draft.token_ids, sampling, request)
+
+    async def _probe(self, marker: _Marker) -> bool:
+        """Ask for a trial answer at the finished step, record it; true if its confidence passes the threshold."""
+        settings, plan = self.plan.settings, self.plan
+        question = [*self.draft.prefix(marker.token), *self._partial(marker), *plan.inducer]
+        sampling = replace(
+            plan.sampling if settings.variant == "paper_text" else plan.thought_stops,
+            max_tokens=settings.probe_tokens,
+            temperature=settings.probe_temperature,
+            top_p=1.0,
+            top_k=0,
+            seed=derive_seed(self.seed, "probe", len(self.draft.probes)),
+            offset=len(question) - len(self.draft.prefix(0)),
+            scratch=True,
+        )
+        trial = await self.engine.generate(question, sampling, self._request("probe"))
+        confidence = self._confidence(trial)
+        accepted = confidence > settings.threshold
+        self.draft.probes.append(Probe(marker.token, tuple(trial.token_ids), confidence, accepted))
+        return accepted
+
+    async def _probe_beside(self, marker: _Marker) -> tuple[bool, Generation]:
+        """Probe while the thought goes on; the continuation is given up when the probe is accepted."""
+        request = self._request()
+        going_on = asyncio.ensure_future(self._think(request, probes_under_way=1))
+        probing = asyncio.ensure_future(self._probe(marker))
+        try:
+            accepted = await probing
+            if accepted:
+                await self.engine.abort(request)
+            generation = await going_on
+        finally:
+            for task in (going_on, probing):
+                task.cancel()
+        if accepted:
+            self.draft.discarded += len(generation.token_ids)
+        return accepted, generation
+
+    def _confidence(self, trial: Generation) -> float:
+        """Mean probability of the trial's tokens, the first left out; 0 for a trial that did not close, if strict."""
+        settings = self.plan.settings
+        closed = self.plan.ends(trial) if settings.variant == "paper_text" else self.plan.closes(trial)
+        rest = trial.logprobs[1:]
+        if not rest or trial.finish == "abort" or (settings.strict and not closed):
+            return 0.0
+        if settings.averaging == "arithmetic":
+            return math.fsum(map(math.exp, rest)) / len(rest)
+        return math.exp(math.fsum(rest) / len(rest))
+
+    # ---- ending
+
+    def _partial(self, marker: _Marker) -> list[int]:
+        """Tokens of the text that shares the marker's first token with it and belongs to the finished step."""
+        text = marker.before.decode(errors="ignore").rstrip()
+        ids = self.plan.vocabulary.encode(text) if text else []
+        return ids if marker.token + len(ids) <= self.plan.thinking_budget else []
+
+    async def _exit(self, reason: ExitReason, marker: _Marker) -> tuple[ExitReason, Finish]:
+        """Drop everything after the finished step, and answer."""
+        partial = self._partial(marker)
+        self.draft.cut(marker.token)
+        self.draft.insert(partial)
+        if reason is ExitReason.CONFIDENT and self.plan.settings.variant == "paper_text":
+            trial = self.draft.probes[-1].token_ids
+            self.draft.insert([*self.plan.inducer, *trial])
+            if trial[-1] not in self.plan.vocabulary.end_ids:
+                self.draft.insert(self.plan.vocabulary.end_ids[:1])
+            return reason, "stop"
+        return await self._finish(reason)
+
+    async def _finish(self, reason: ExitReason) -> tuple[ExitReason, Finish]:
+        """Sample the answer with what is left of the response budget, behind `closing` if the thought is open."""
+        if reason is ExitReason.ABORTED:
+            return reason, "abort"
+        if reason is ExitReason.END_OF_TEXT:
+            return reason, "stop"
+        seed = self.seed
+        if reason is not ExitReason.THINK_END:
+            self.draft.insert(self.plan.closing)
+            # The positions behind a cut were drawn once already: the answer has a stream of its own.
+            seed = derive_seed(self.seed, "answer")
+        left = self.plan.sampling.max_tokens - len(self.draft)
+        if left < 1:
+            return reason, "length"
+        sampling = replace(self.plan.sampling, max_tokens=left, seed=seed, offset=len(self.draft))
+        answer = await self.engine.generate(self.draft.token_ids, sampling, self._request("answer"))
+        self.draft.append(answer)
+        return (ExitReason.ABORTED if answer.finish == "abort" else reason), answer.finish
+
+
+async def _groups(prompts: Sequence[Prompt], size: int, one: Any) -> list[Group]:
+    """Run `one(prompt, index)` for every completion at once; the first failure ends the others."""
+    tasks = [asyncio.ensure_future(one(prompt, index)) for prompt in prompts for index in range(size)]
+    try:
+        completions = await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+    return [Group(prompt, list(completions[i * size : (i + 1) * size])) for i, prompt in enumerate(prompts)]
