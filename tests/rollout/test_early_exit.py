@@ -63,13 +63,14 @@ def run(vocabulary: Vocabulary, script, **changes) -> tuple[Completion, Scripted
 
 def check_exact(made: Completion, engine: ScriptedEngine) -> None:
     """What holds of every completion: arrays fit, log-probs are missing exactly where tokens were inserted, and what
-    the engine was sent is a prefix of the result — up to the point at which it exited, for calls before that."""
+    the engine was sent is a prefix of the result. What was sent before an exit may go beyond the exit's cut: by the
+    speculative continuation, or by a token that confirmed one marker and began the next."""
     n = len(made)
     assert len(made.origin) == len(made.logprobs) == n
     assert (np.isnan(made.logprobs) == (made.origin == Origin.INSERTED)).all()
     assert [s.start for s in made.spans] == [0] * bool(n) and (not n or made.spans[-1].end == n)
     whole = [*PROMPT.token_ids, *made.token_ids.tolist()]
-    cut = len(PROMPT.token_ids) + min([p.position for p in made.probes if p.accepted], default=n)
+    cut = len(PROMPT.token_ids) + min(np.flatnonzero(made.origin == Origin.INSERTED), default=n)
     probes = iter(made.probes)
     for call in engine.calls:
         sent = call.token_ids
