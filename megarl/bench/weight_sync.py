@@ -1,0 +1,128 @@
+"""Seconds and GB/s to bring a model's weights into a real server, by every way that it takes, verified."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from megarl.bench import record
+from megarl.config import parse
+from megarl.rollout import fleet
+from megarl.rollout.detokenize import Vocabulary
+from megarl.rollout.transport import Transport
+from megarl.rollout.transport.disk import DiskTransport
+from megarl.rollout.transport.distributed import DistributedTransport
+from megarl.rollout.transport.tensor import TensorTransport
+
+SIZES = {"1M": (128, 2), "30M": (512, 8), "120M": (1024, 8)}  # hidden size, layers
+
+
+def main(
+    json: Annotated[Path | None, typer.Option(help="Write the rows to this file.")] = None,
+    engines: Annotated[str, typer.Option(help="Comma-separated: sglang, vllm.")] = "sglang,vllm",
+    sizes: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(SIZES)}.")] = "1M,30M",
+    repeats: Annotated[int, typer.Option(help="Updates a way; the median is reported.")] = 3,
+) -> None:
+    """One server at a time on this machine. `moved` is what left the trainer against the model's size; the seconds
+    hold the whole update: cast, transport, loading, and the comparison of what arrived with what was sent."""
+    rows: list[dict[str, Any]] = []
+    for engine in engines.split(","):
+        for size in sizes.split(","):
+            with tempfile.TemporaryDirectory() as folder:
+                rows += asyncio.run(_measure(engine, size, Path(folder), repeats))
+    record.publish("weight_sync", rows, json)
+
+
+async def _measure(engine: str, size: str, folder: Path, repeats: int) -> list[dict[str, Any]]:
+    tokenizer, model = _model(folder / "model", *SIZES[size])
+    settings = parse(
+        {
+            "run": str(folder / "run"),
+            "model": {"path": str(folder / "model")},
+            "data": {"train": []},
+            "rollout": {"engine": engine},
+        }
+    )
+    pool = fleet.build(settings, Vocabulary(tokenizer))
+    named = [(name, tensor.detach()) for name, tensor in model.named_parameters()]
+    total = sum(tensor.nbytes for _, tensor in named)
+    rows = []
+    await pool.start()
+    try:
+        version = 0
+        for mode, transport in _ways(engine, folder):
+            seconds, moved = [], 0
+            for _ in range(repeats):
+                version += 1
+                with torch.no_grad():
+                    for _, tensor in named:
+                        tensor.mul_(1.01)  # every tensor changes, as in training
+                begun = time.perf_counter()
+                outcome = await transport.send(version, named, pool.engines)
+                seconds.append(time.perf_counter() - begun)
+                if outcome.failures:
+                    raise next(iter(outcome.failures.values()))
+                moved = outcome.sent_bytes
+            await transport.close()
+            median = statistics.median(seconds)
+            rows.append(
+                {
+                    "engine": engine,
+                    "mode": mode,
+                    "parameters": sum(tensor.numel() for _, tensor in named),
+                    "megabytes": total / 1e6,
+                    "seconds": median,
+                    "gb_per_s": total / 1e9 / median,
+                    "moved": moved / total,
+                }
+            )
+    finally:
+        await pool.close()
+    return rows
+
+
+def _ways(engine: str, folder: Path) -> Iterator[tuple[str, Transport]]:
+    yield "disk", DiskTransport(folder / "weights", folder / "model", torch.bfloat16)
+    if engine == "sglang":
+        yield "tensor", TensorTransport(torch.bfloat16)
+        yield "distributed", DistributedTransport(torch.bfloat16)
+
+
+def _model(folder: Path, hidden: int, layers: int) -> tuple[PreTrainedTokenizerFast, Qwen3ForCausalLM]:
+    """A random Qwen3 of a size, on disk and in memory."""
+    core = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>")
+    tokenizer.save_pretrained(folder)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 32,
+        num_key_value_heads=hidden // 64,
+        head_dim=32,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    return tokenizer, model
+
+
+if __name__ == "__main__":
+    typer.run(main)
