@@ -1,30 +1,38 @@
-"""Hugging Face's side: a folder of safetensors, read tensor by tensor or slice by slice."""
+"""Hugging Face's side: a folder of safetensors, read and written tensor by tensor, slice by slice."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
+from threading import Lock
 
-from safetensors import SafetensorError, safe_open
+import torch
 from torch import Tensor
 
+from checkpoints_conv.families import rules
 from checkpoints_conv.layout import Layout
 from checkpoints_conv.rules import Rule
+from checkpoints_conv.safetensors_file import SafetensorsFile, SafetensorsWriter
+from checkpoints_conv.shape import ModelShape, read_shape
+from checkpoints_conv.unit import Unit
 from megarl.errors import UserError, nearest
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-PICKLES = ("*.bin", "*.pt", "*.pth")
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+PICKLED_INDEX, PICKLED_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
 
 
 class HfWeights:
-    """The weights of one model folder. Files are opened when first needed and stay open until `close`."""
+    """The weights of one model folder (a `Checkpoint`). Files are opened when first needed, and read by slices."""
 
-    def __init__(self, folder: Path) -> None:
+    format = "Hugging Face"
+
+    def __init__(self, folder: Path, allow_pickle: bool = False) -> None:
         self.folder = folder
-        self.files = _files(folder)  # tensor name → file name
-        self._open: dict[str, safe_open] = {}
+        self._opened: dict[str, SafetensorsFile | PickledFile] = {}
+        self._lock = Lock()
+        self.names = _index(folder, allow_pickle, self._open)  # tensor name → file name
 
     def __enter__(self) -> HfWeights:
         return self
@@ -32,46 +40,142 @@ class HfWeights:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slice(name).get_shape())
+    @cached_property
+    def model(self) -> ModelShape:
+        return read_shape(self.folder)
+
+    def tensor_shape(self, name: str) -> tuple[int, ...]:
+        return self._file(name).entries[name].shape
+
+    def tensor_dtype(self, name: str) -> torch.dtype:
+        return self._file(name).entries[name].dtype
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> Tensor:
-        """The tensor, or the part of it that `index` selects; only that part is read from disk."""
-        lazy = self._slice(name)
-        if index is None:
-            return lazy[:]
-        sizes = [range(*i.indices(n)) for i, n in zip(index, lazy.get_shape(), strict=True)]
-        if not all(sizes):
-            return lazy[:0].new_empty([len(size) for size in sizes])
-        return lazy[index]
+        """The tensor, or the part of it that `index` selects; rows outside it are not read from disk."""
+        return self._file(name).read(name, index)
+
+    def parts(self, rule: Rule) -> dict[str, Tensor]:
+        return {name: self.read(name) for name in rule.hf}
+
+    def dtype(self, rule: Rule) -> torch.dtype:
+        first, *rest = rule.hf
+        for name in rest:
+            if self.tensor_dtype(name) != self.tensor_dtype(first):
+                raise UserError(
+                    f"{name}: is {self.tensor_dtype(name)} but {first} is {self.tensor_dtype(first)}, and both go into "
+                    f"{rule.megatron}; choose one type with --dtype"
+                )
+        return self.tensor_dtype(first)
+
+    def check_whole(self) -> None:
+        self.check(rules(self.model))
 
     def check(self, rules: Iterable[Rule]) -> None:
         """Raise UserError unless the folder holds exactly the tensors of `rules`, each in its shape."""
         parts = {part.name: (part, rule) for rule in rules for part in rule.parts}
         for name, (part, rule) in parts.items():
-            if self.shape(name) != part.shape:
+            if self.tensor_shape(name) != part.shape:
                 raise UserError(
-                    f"{name}: shape {self.shape(name)} on disk, {part.shape} by the rule of {rule.megatron}"
+                    f"{name}: shape {list(self.tensor_shape(name))} on disk, {list(part.shape)} by the rule of "
+                    f"{rule.megatron}"
                 )
-        # Files of tied models may repeat the embedding as the output layer; transformers drops it, and so do we.
-        extra = sorted(self.files.keys() - parts.keys() - ({"lm_head.weight"} if _tied(parts) else set()))
+        extra = self.names.keys() - parts.keys()
+        # A tied model's files may repeat the embedding as the output layer; transformers ignores it too.
+        extra -= {"lm_head.weight"} if self.model.tied else set()
+        # Written by transformers before 4.32; computed, not learned.
+        extra = {name for name in extra if not name.endswith(".rotary_emb.inv_freq")}
         if extra:
             more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
-            raise UserError(f"{self.folder}: {extra[0]}{more}: no rule of the map covers this tensor")
+            raise UserError(f"{self.folder}: {min(extra)}{more}: no rule of the map covers this tensor")
+
+    def files(self) -> list[Path]:
+        return [self.folder / name for name in sorted(set(self.names.values()))]
 
     def close(self) -> None:
-        self._open.clear()
+        for file in self._opened.values():
+            file.close()
+        self._opened.clear()
 
-    def _slice(self, name: str):
-        if name not in self.files:
-            raise UserError(f"{self.folder}: tensor {name} is missing{nearest(name, self.files)[:200]}")
-        file = self.files[name]
-        if file not in self._open:
-            self._open[file] = open_safetensors(self.folder / file)
+    def _file(self, name: str) -> SafetensorsFile | PickledFile:
+        if name not in self.names:
+            raise UserError(f"{self.folder}: tensor {name} is missing{nearest(name, self.names)[:200]}")
+        file = self._open(self.names[name])
+        if name not in file.entries:
+            raise UserError(f"{file.path}: tensor {name} is missing, though the index lists it there")
+        return file
+
+    def _open(self, file: str) -> SafetensorsFile | PickledFile:
+        with self._lock:
+            if file not in self._opened:
+                kind = SafetensorsFile if file.endswith(".safetensors") else PickledFile
+                self._opened[file] = kind(self.folder / file)
+            return self._opened[file]
+
+
+class PickledFile:
+    """A `*.bin` file of tensors, mapped into memory; only tensors are unpickled, nothing in it is run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
         try:
-            return self._open[file].get_slice(name)
-        except SafetensorError:
-            raise UserError(f"{self.folder / file}: tensor {name} is missing, though {INDEX} lists it there") from None
+            self.entries: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as e:  # torch.load raises many kinds; all mean that this is not a file of tensors
+            raise UserError(f"{path}: not a file of tensors ({str(e).splitlines()[0]})") from None
+
+    def read(self, name: str, index: tuple[slice, ...] | None = None) -> Tensor:
+        return self.entries[name][index or ...].clone()
+
+    def close(self) -> None:
+        self.entries = {}
+
+
+class HfWriter:
+    """Writes safetensors files of at most `shard_bytes` (a unit is never split) and their index."""
+
+    def __init__(self, model: ModelShape, shard_bytes: int = 5 * 10**9) -> None:
+        self.model, self.shard_bytes = model, shard_bytes
+        self.settings = {"format": "hf", "shard_bytes": shard_bytes}
+        self._files: dict[int, SafetensorsWriter] = {}  # unit → its file
+
+    def rules(self) -> list[Rule]:
+        return [rule for rule in rules(self.model) if not rule.copy]
+
+    def nbytes(self, units: Iterable[Unit]) -> int:
+        return sum(unit.nbytes for unit in units)
+
+    def lay_out(self, folder: Path, units: list[Unit]) -> None:
+        self.folder = folder
+        shards: list[list[Unit]] = [[]]
+        for unit in units:
+            if shards[-1] and sum(u.nbytes for u in shards[-1]) + unit.nbytes > self.shard_bytes:
+                shards.append([])
+            shards[-1].append(unit)
+        self._weight_map: dict[str, str] = {}
+        for i, shard in enumerate(shards, 1):
+            name = SINGLE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+            tensors = {
+                part.name: (dtype, part.shape) for unit in shard for rule, dtype in unit.items() for part in rule.parts
+            }
+            self._weight_map |= dict.fromkeys(tensors, name)
+            file = SafetensorsWriter(folder / name, tensors)
+            self._files |= {unit.index: file for unit in shard}
+        self._total = self.nbytes(units)
+
+    def write(self, unit: Unit, tensors: Iterable[tuple[Rule, Mapping[str, Tensor]]]) -> list:
+        for _, parts in tensors:
+            for name, tensor in parts.items():
+                self._files[unit.index].write(name, tensor)
+        return []
+
+    def finish(self, units: list[Unit], records: Mapping[int, list]) -> None:
+        if SINGLE not in self._weight_map.values():
+            index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(self._weight_map.items()))}
+            (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+    def close(self) -> None:
+        for file in set(self._files.values()):
+            file.close()
+        self._files.clear()
 
 
 def load_shards(
@@ -88,31 +192,31 @@ def load_shards(
         yield name, rule.fuse(pieces, size)
 
 
-def open_safetensors(file: Path) -> safe_open:
-    """Open a safetensors file; UserError for a missing, truncated or foreign one."""
-    if not file.is_file():
-        raise UserError(f"{file}: does not exist")
-    try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as e:
-        raise UserError(f"{file}: truncated or not a safetensors file ({e})") from None
-
-
-def _files(folder: Path) -> dict[str, str]:
-    """Tensor name → file name, from the index, else from the headers of the files."""
-    index = folder / INDEX
-    if index.is_file():
-        try:
-            return dict(json.loads(index.read_text())["weight_map"])
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{index}: is not an index of safetensors files (no weight_map)") from None
-    files = [folder / SINGLE] if (folder / SINGLE).is_file() else sorted(folder.glob("*.safetensors"))
+def _index(folder: Path, allow_pickle: bool, opener: Callable) -> dict[str, str]:
+    """Tensor name → file name, from the index, else from the files' own headers."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: does not exist" if not folder.exists() else f"{folder}: is not a folder")
+    for index in (INDEX, PICKLED_INDEX) if allow_pickle else (INDEX,):
+        if (folder / index).is_file():
+            return _weight_map(folder / index)
+    files = [SINGLE] if (folder / SINGLE).is_file() else sorted(file.name for file in folder.glob("*.safetensors"))
+    if not files and any(folder.glob("*.bin")):
+        if not allow_pickle:
+            raise UserError(f"{folder}: holds pickled weights only (*.bin); --allow-pickle reads the tensors in them")
+        files = (
+            [PICKLED_SINGLE] if (folder / PICKLED_SINGLE).is_file() else sorted(f.name for f in folder.glob("*.bin"))
+        )
     if not files:
-        if any(file for pattern in PICKLES for file in folder.glob(pattern)):
-            raise UserError(f"{folder}: holds pickled weights only; save the model as safetensors first")
-        raise UserError(f"{folder}: holds no *.safetensors" if folder.is_dir() else f"{folder}: does not exist")
-    return {name: file.name for file in files for name in open_safetensors(file).keys()}  # noqa: SIM118 (no mapping)
+        raise UserError(f"{folder}: holds no *.safetensors")
+    return {name: file for file in files for name in opener(file).entries}
 
 
-def _tied(parts: Mapping[str, object]) -> bool:
-    return "lm_head.weight" not in parts
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        found = dict(json.loads(index.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{index}: is not an index of weight files (no weight_map)") from None
+    for file in set(found.values()):
+        if Path(file).name != file:
+            raise UserError(f"{index}: weight_map: {file!r} is not a file of this folder")
+    return found

@@ -69,7 +69,7 @@ class Rule:
         return tuple(dims)
 
     def slices(self, rank: int = 0, size: int = 1) -> dict[str, tuple[slice, ...]]:
-        """What shard `rank` of `size` needs of each Hugging Face tensor: an index for it, or for its lazy slice on disk.
+        """What shard `rank` of `size` needs of each Hugging Face tensor: an index for it, in memory or on disk.
 
         Rows of the padded vocabulary end where the real vocabulary ends; the slice may be empty.
         """

@@ -1,0 +1,119 @@
+"""A checkpoint in any format is a source of Hugging Face tensors, asked for rule by rule."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from checkpoints_conv.layout import Layout
+from checkpoints_conv.rules import Rule
+from checkpoints_conv.shape import ModelShape
+from megarl.errors import UserError
+
+TRACKER = "latest_checkpointed_iteration.txt"  # Megatron's file that names the newest iteration
+RELEASE = "release"  # the folder's name, and the tracker's word, where there is no training iteration
+
+
+class Checkpoint(Protocol):
+    """What conversion, verification and the tools read. Safe to use from several threads."""
+
+    format: str  # "Hugging Face", "Megatron torch_dist", "Megatron classic"
+    folder: Path  # holds config.json, tokenizer and so on beside, or above, the weights
+
+    @property
+    def model(self) -> ModelShape: ...
+
+    def check_whole(self) -> None:
+        """Raise UserError unless exactly the model's tensors are there, whole and in shape. Reads no weights."""
+        ...
+
+    def dtype(self, rule: Rule) -> torch.dtype:
+        """The type that the parts of `rule` are stored in; UserError if they differ."""
+        ...
+
+    def parts(self, rule: Rule) -> Mapping[str, Tensor]:
+        """The Hugging Face tensors of `rule`, unsharded and unpadded. Rules of either layer spec may be asked for."""
+        ...
+
+    def files(self) -> list[Path]:
+        """The files that hold the weights."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def open_checkpoint(path: Path, config: Path | None = None, allow_pickle: bool = False) -> Checkpoint:
+    """Open a model folder or a Megatron checkpoint, recognising which it is.
+
+    `config`: config.json (or its folder) where the checkpoint has none of its own. Pickled Hugging Face weights
+    (`*.bin`) are refused unless `allow_pickle`, and even then only tensors are unpickled.
+    """
+    from checkpoints_conv.classic import Classic, classic_folder
+    from checkpoints_conv.hf import HfWeights
+    from checkpoints_conv.torch_dist import TorchDist, torch_dist_folder
+
+    if not path.exists():
+        raise UserError(f"{path}: does not exist")
+    if inner := torch_dist_folder(path):
+        return TorchDist(inner, config or _config_above(inner))
+    if inner := classic_folder(path):
+        return Classic(inner, config or _config_above(inner))
+    if config is not None:
+        raise UserError(f"{path}: is no Megatron checkpoint (no .metadata, no mp_rank_00*), so config does not apply")
+    return HfWeights(path, allow_pickle=allow_pickle)
+
+
+def megatron_folders(path: Path) -> list[Path]:
+    """Where Megatron may have put a checkpoint under `path`: there, or in the iteration that the tracker file names."""
+    tracker = path / TRACKER
+    if not tracker.is_file():
+        return [path]
+    word = tracker.read_text().strip()
+    return [path, path / (f"iter_{int(word):07d}" if word.isdigit() else RELEASE)]
+
+
+def megatron_arguments(model: ModelShape, layout: Layout, vocab_rows: int) -> Namespace:
+    """What Megatron-LM keeps beside the tensors: the model's arguments, by the names of its command line."""
+    arguments: dict[str, Any] = {
+        "num_layers": model.layers,
+        "hidden_size": model.hidden,
+        "ffn_hidden_size": model.ffn,
+        "num_attention_heads": model.heads,
+        "group_query_attention": True,
+        "num_query_groups": model.kv_groups,
+        "kv_channels": model.head_dim,
+        "max_position_embeddings": model.max_positions,
+        "position_embedding_type": "rope",
+        "rotary_base": model.rope_theta,
+        "normalization": "RMSNorm",
+        "norm_epsilon": model.norm_eps,
+        "swiglu": True,
+        "add_bias_linear": False,
+        "add_qkv_bias": model.qkv_bias,
+        "qk_layernorm": model.qk_norm,
+        "untie_embeddings_and_output_weights": not model.tied,
+        "padded_vocab_size": vocab_rows,
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 else None,
+        "expert_model_parallel_size": layout.ep,
+    }
+    if model.moe is not None:
+        arguments |= {
+            "num_experts": model.moe.count,
+            "moe_router_topk": model.moe.top_k,
+            "moe_ffn_hidden_size": model.moe.ffn,
+        }
+    return Namespace(**arguments)
+
+
+def _config_above(folder: Path) -> Path:
+    for place in (folder, folder.parent):
+        if (place / "config.json").is_file():
+            return place
+    raise UserError(f"{folder}: has no config.json beside it; name the model's folder with --config")

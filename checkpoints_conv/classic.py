@@ -1,0 +1,253 @@
+"""Megatron's classic checkpoint: one `mp_rank_TT[_PPP][_EEE]/model_optim_rng.pt` for each rank of a layout."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from argparse import Namespace
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from checkpoints_conv.checkpoint import RELEASE, TRACKER, megatron_arguments, megatron_folders
+from checkpoints_conv.families import rules
+from checkpoints_conv.layout import Layout, chunks, local_rules, padded_vocab
+from checkpoints_conv.rules import Rule, Spec
+from checkpoints_conv.safetensors_file import pwrite, tensor_bytes
+from checkpoints_conv.shape import ModelShape, read_shape
+from checkpoints_conv.unit import Unit
+from megarl.errors import UserError
+
+FILE = "model_optim_rng.pt"
+FOLDER = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?(?:_(\d{3}))?")
+EMBEDDING = "embedding.word_embeddings.weight"
+
+
+class Rank(NamedTuple):
+    tp: int
+    pp: int
+    ep: int
+
+
+class Place(NamedTuple):
+    """Where a shard is: in which rank's file, under which model chunk, by which local name."""
+
+    rank: Rank
+    chunk: str
+    name: str
+
+
+def places(every: Iterable[Rule], model: ModelShape, layout: Layout) -> dict[str, list[list[Place]]]:
+    """Megatron name → for each shard, in order, every place that holds it. A replicated tensor has one shard."""
+    every = list(every)
+    found: dict[str, list[list[Place]]] = {}
+    for chunk in chunks(model, layout):
+        key = "model" if layout.vpp == 1 else f"model{chunk.index}"
+        for ep_rank in range(layout.ep):
+            for name, rule in local_rules(every, model, layout, chunk.pp_rank, chunk.index, ep_rank).items():
+                shards = 1 if rule.partition is None else layout.tp
+                held = found.setdefault(rule.megatron, [[] for _ in range(shards)])
+                for tp_rank in range(layout.tp):
+                    held[tp_rank % shards].append(Place(Rank(tp_rank, chunk.pp_rank, ep_rank), key, name))
+    return found
+
+
+class Classic:
+    """The model weights of a classic checkpoint, put together from the files of all ranks (a `Checkpoint`).
+
+    Layout and layer spec are read off the files. Files are mapped into memory, and only tensors are unpickled.
+    """
+
+    format = "Megatron classic"
+
+    def __init__(self, folder: Path, config: Path) -> None:
+        self.folder = config if config.is_dir() else config.parent
+        self.model = read_shape(config)
+        self._paths, numbers = _rank_files(folder)
+        loaded = [_load(path) for path in self._paths]
+        self.layout, ranks = _layout(folder, numbers, loaded[0], self.model)
+        self._files = dict(zip(ranks, loaded, strict=True))
+        missing = set(_ranks(self.layout)) - set(ranks)
+        if missing:
+            raise UserError(f"{folder}: the file of rank {min(missing)} is missing")
+        first = _chunks(loaded[0])
+        spec: Spec = "te" if any("linear_qkv.layer_norm_weight" in name for name in first[min(first)]) else "local"
+        if EMBEDDING not in first[min(first)]:
+            raise UserError(f"{self._paths[0]}: holds no {EMBEDDING}")
+        self._every = rules(self.model, spec, len(first[min(first)][EMBEDDING]) * self.layout.tp)
+        self._places = places(self._every, self.model, self.layout)
+        self._own = {rule.hf: rule for rule in self._every if not rule.copy}
+
+    def check_whole(self) -> None:
+        expected: dict[Rank, dict[tuple[str, str], Rule]] = defaultdict(dict)
+        for rule in self._every:
+            for place in (place for shard in self._places.get(rule.megatron, []) for place in shard):
+                expected[place.rank][place.chunk, place.name] = rule
+        for (rank, states), path in zip(self._files.items(), self._paths, strict=True):
+            found = {(chunk, name): value for chunk, state in _chunks(states).items() for name, value in state.items()}
+            for (chunk, name), rule in expected[rank].items():
+                if (chunk, name) not in found:
+                    raise UserError(f"{path}: {chunk} holds no {name}")
+                shape, wanted = list(found[chunk, name].shape), list(rule.shape(self.layout.shards(rule)))
+                if shape != wanted:
+                    raise UserError(f"{path}: {name}: shape {shape}, {wanted} by the rule of {rule.megatron}")
+            extra = found.keys() - expected[rank].keys()
+            if extra:
+                raise UserError(f"{path}: {min(extra)[1]}: no rule of the map covers this tensor")
+
+    def dtype(self, rule: Rule) -> torch.dtype:
+        return self._shards(rule)[0].dtype
+
+    def parts(self, rule: Rule) -> dict[str, Tensor]:
+        own = self._own[rule.hf]
+        return own.split(own.unshard(self._shards(rule)))
+
+    def files(self) -> list[Path]:
+        return self._paths
+
+    def close(self) -> None:
+        self._files.clear()
+
+    def _shards(self, rule: Rule) -> list[Tensor]:
+        held = (shard[0] for shard in self._places[self._own[rule.hf].megatron])
+        return [self._files[place.rank][place.chunk][place.name] for place in held]
+
+
+class ClassicWriter:
+    """Writes the files of all ranks of `layout`; each tensor goes straight to its place in them."""
+
+    def __init__(self, model: ModelShape, layout: Layout, spec: Spec = "te", divisible_by: int = 128) -> None:
+        layout.check(model)
+        if layout.expert_tp != layout.tp:
+            raise UserError(
+                f"etp: {layout.etp}: classic checkpoints need etp = tp = {layout.tp}; use torch-dist instead"
+            )
+        self.model, self.layout = model, layout
+        self._every = rules(model, spec, padded_vocab(model.vocab, layout.tp, divisible_by))
+        self._places = places(self._every, model, layout)
+        self.settings = {"format": "classic", "layout": repr(layout), "spec": spec, "divisible_by": divisible_by}
+
+    def rules(self) -> list[Rule]:
+        return [rule for rule in self._every if rule.megatron in self._places]
+
+    def nbytes(self, units: Iterable[Unit]) -> int:
+        total = 0
+        for rule, dtype in (item for unit in units for item in unit.items()):
+            copies = sum(map(len, self._places[rule.megatron]))
+            total += copies * torch.Size(rule.shape(self.layout.shards(rule))).numel() * dtype.itemsize
+        return total
+
+    def lay_out(self, folder: Path, units: list[Unit]) -> None:
+        """Create each rank's file in its final size, holes for the tensors, and learn where the holes are."""
+        self._folder = folder
+        states: dict[Rank, dict[str, Any]] = {rank: {} for rank in _ranks(self.layout)}
+        for rule, dtype in (item for unit in units for item in unit.items()):
+            # Never written to, so that it takes no memory.
+            shape = rule.shape(self.layout.shards(rule))
+            for place in (place for shard in self._places[rule.megatron] for place in shard):
+                states[place.rank].setdefault(place.chunk, {})[place.name] = torch.empty(shape, dtype=dtype)
+        arguments = megatron_arguments(self.model, self.layout, self._every[0].shape()[0])
+        self._fds, self._starts = {}, {}
+        for rank, state in states.items():
+            path = folder / RELEASE / _folder_name(self.layout, rank) / FILE
+            if not path.is_file():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                partial = path.with_suffix(".partial")
+                with torch.serialization.skip_data():
+                    torch.save({**state, "args": arguments, "checkpoint_version": 3.0, "iteration": 0}, partial)
+                partial.rename(path)
+            with FakeTensorMode(), torch.serialization.safe_globals([Namespace]):
+                holes = _chunks(torch.load(path, weights_only=True))
+            self._fds[rank] = os.open(path, os.O_WRONLY)
+            for chunk, tensors in holes.items():
+                for name, tensor in tensors.items():
+                    start = tensor.untyped_storage()._checkpoint_offset
+                    assert start is not None, "torch.load tells it under a FakeTensorMode"
+                    self._starts[Place(rank, chunk, name)] = start
+
+    def write(self, unit: Unit, tensors: Iterable[tuple[Rule, Mapping[str, Tensor]]]) -> list:
+        for rule, parts in tensors:
+            full, shards = rule.fuse(parts), self._places[rule.megatron]
+            for number, held in enumerate(shards):
+                data = tensor_bytes(rule.shard(full, number, len(shards)))
+                for place in held:
+                    pwrite(self._fds[place.rank], data, self._starts[place])
+        return []
+
+    def finish(self, units: list[Unit], records: Mapping[int, list]) -> None:
+        (self._folder / TRACKER).write_text(RELEASE)
+
+    def close(self) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+
+
+def classic_folder(path: Path) -> Path | None:
+    """The folder of the classic checkpoint at or under `path`, if there is one."""
+    return next((folder for folder in megatron_folders(path) if any(folder.glob(f"mp_rank_*/{FILE}"))), None)
+
+
+def _ranks(layout: Layout) -> list[Rank]:
+    return [Rank(*rank) for rank in product(range(layout.tp), range(layout.pp), range(layout.ep))]
+
+
+def _folder_name(layout: Layout, rank: Rank) -> str:
+    name = f"mp_rank_{rank.tp:02d}"
+    name += f"_{rank.pp:03d}" if layout.pp > 1 else ""
+    return name + (f"_{rank.ep:03d}" if layout.ep > 1 else "")
+
+
+def _rank_files(folder: Path) -> tuple[list[Path], list[list[int]]]:
+    """Every rank's file, and the numbers in its folder's name."""
+    found = sorted((path, FOLDER.fullmatch(path.parent.name)) for path in folder.glob(f"mp_rank_*/{FILE}"))
+    odd = next((path for path, match in found if match is None), None)
+    if odd is not None:
+        raise UserError(f"{odd.parent}: is not named like a rank's folder (mp_rank_TT, _PPP, _EEE)")
+    return [path for path, _ in found], [[int(n) for n in match.groups() if n] for _, match in found if match]
+
+
+def _layout(
+    folder: Path, numbers: list[list[int]], first: Mapping[str, Any], model: ModelShape
+) -> tuple[Layout, list[Rank]]:
+    """The layout that the files' numbers, and the first file's layers, speak of; and the rank of each file."""
+    if len({len(n) for n in numbers}) > 1:
+        raise UserError(f"{folder}: mixes files of several layouts")
+    states = _chunks(first)
+    layers = sum(
+        len({name.split(".")[2] for name in state if name.startswith("decoder.layers.")}) for state in states.values()
+    )
+    if not states or not layers or model.layers % layers:
+        raise UserError(f"{folder}: holds {layers} layers in its first file, of {model.layers} by config.json")
+    pp = model.layers // layers
+    expected = 1 + (pp > 1) + (len(numbers[0]) - 1 - (pp > 1) == 1)
+    if len(numbers[0]) != expected:
+        raise UserError(f"{folder}: {len(numbers[0])} numbers in the folders' names do not fit {pp} pipeline stages")
+    ranks = [Rank(n[0], n[1] if pp > 1 else 0, n[-1] if len(n) > 1 + (pp > 1) else 0) for n in numbers]
+    ep = 1 + max(rank.ep for rank in ranks)
+    return Layout(1 + max(rank.tp for rank in ranks), pp, len(states), ep), ranks
+
+
+def _chunks(file: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """The state dict of each model chunk in a rank's file, without quantisation states."""
+    return {
+        key: {name: value for name, value in state.items() if "_extra_state" not in name}
+        for key, state in sorted(file.items())
+        if re.fullmatch(r"model\d*", key) and state
+    }
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        with torch.serialization.safe_globals([Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as e:
+        reason = str(e).splitlines()[0]
+        raise UserError(f"{path}: damaged, or holds more than tensors and arguments ({reason})") from None

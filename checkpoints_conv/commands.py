@@ -1,0 +1,148 @@
+"""What the commands do, with progress on the terminal; `cli` only parses. Heavy imports stay out of `cli`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+from checkpoints_conv.checkpoint import Checkpoint, open_checkpoint
+from checkpoints_conv.classic import ClassicWriter
+from checkpoints_conv.convert import Plan, convert, plan
+from checkpoints_conv.hf import HfWriter
+from checkpoints_conv.layout import Layout
+from checkpoints_conv.rules import Spec
+from checkpoints_conv.torch_dist import TorchDistWriter
+from checkpoints_conv.unit import Writer
+from checkpoints_conv.verify import Comparison, compare, misplaced
+from megarl.errors import UserError, nearest
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def hf_to_megatron(
+    source: Path,
+    destination: Path,
+    layout: Layout,
+    classic: bool = False,
+    spec: Spec = "te",
+    dtype: str | None = None,
+    workers: int = 2,
+    dry_run: bool = False,
+    allow_pickle: bool = False,
+) -> None:
+    """Convert a model folder to torch_dist, checked to load under `layout`, or to classic files of `layout`."""
+    with opened(open_checkpoint(source, allow_pickle=allow_pickle)) as checkpoint:
+        layout.check(checkpoint.model)
+        writer: Writer = TorchDistWriter(checkpoint.model)
+        if classic:
+            writer = ClassicWriter(checkpoint.model, layout, spec)
+        run(plan(checkpoint, writer, destination, DTYPES[dtype] if dtype else None), workers, dry_run)
+
+
+def megatron_to_hf(
+    source: Path,
+    destination: Path,
+    config: Path | None = None,
+    dtype: str | None = None,
+    shard_bytes: int = 5 * 10**9,
+    workers: int = 2,
+    dry_run: bool = False,
+) -> None:
+    """Convert a Megatron checkpoint of either format and any layout to a model folder."""
+    with opened(open_checkpoint(source, config)) as checkpoint:
+        writer = HfWriter(checkpoint.model, shard_bytes)
+        run(plan(checkpoint, writer, destination, DTYPES[dtype] if dtype else None), workers, dry_run)
+
+
+def relayout(
+    source: Path,
+    destination: Path,
+    layout: Layout,
+    spec: Spec = "te",
+    config: Path | None = None,
+    workers: int = 2,
+    dry_run: bool = False,
+) -> None:
+    """Convert any checkpoint to classic files of another layout."""
+    with opened(open_checkpoint(source, config)) as checkpoint:
+        run(plan(checkpoint, ClassicWriter(checkpoint.model, layout, spec), destination), workers, dry_run)
+
+
+def verify(a: Path, b: Path, config: Path | None = None) -> bool:
+    """Compare two checkpoints bit by bit, print what differs, and say whether they are equal."""
+    with ExitStack() as stack:
+        first, second = (stack.enter_context(opened(_open(path, config))) for path in (a, b))
+        compared = list(compare(first, second))
+    differing = [c for c in compared if not c.equal]
+    console = Console()
+    if differing:
+        console.print(difference_table(differing))
+        console.print(f"{len(differing)} of {len(compared)} tensors differ")
+        return False
+    rounded = sum(c.dtypes[0] != c.dtypes[1] for c in compared)
+    console.print(
+        f"{len(compared)} tensors, all equal" + (f", {rounded} in the narrower of two types" if rounded else "")
+    )
+    return True
+
+
+def parse_layout(words: list[str]) -> Layout:
+    """`["tp=2", "pp=4"]` → Layout(tp=2, pp=4)."""
+    sizes = {}
+    known = ("tp", "pp", "vpp", "ep")
+    for word in words:
+        key, equals, value = word.partition("=")
+        if key not in known or not equals:
+            raise UserError(f"layout: {word!r} is unknown{nearest(key, known)}; write e.g. tp=2")
+        if not value.isdigit() or int(value) < 1:
+            raise UserError(f"layout: {word!r}: a size is a whole number of at least 1")
+        sizes[key] = int(value)
+    return Layout(**sizes)
+
+
+def run(plan: Plan, workers: int, dry_run: bool = False) -> None:
+    """Print the plan and, unless it is a dry run, convert with a progress bar."""
+    console = Console(stderr=True)
+    table = Table(show_header=False, box=None)
+    for key, value in plan.summary().items():
+        table.add_row(key, str(value))
+    console.print(table)
+    if dry_run:
+        return
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
+    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+        task = progress.add_task("converting", total=sum(unit.nbytes for unit in plan.units))
+        resumed = convert(plan, workers, lambda nbytes: progress.advance(task, nbytes))
+    if resumed:
+        console.print(f"{resumed} of {len(plan.units)} parts were there from an interrupted run")
+    console.print(f"wrote {plan.destination}")
+
+
+def difference_table(differing: list[Comparison]) -> Table:
+    """One row for each tensor that differs."""
+    guesses = misplaced(differing)
+    table = Table("tensor", "Megatron", "shape", "differing values", "max |a - b|", "")
+    for c in differing:
+        row = (c.name, c.megatron, str(list(c.shape)), f"{c.differing:,}", f"{c.max_difference:.3g}")
+        table.add_row(*row, guesses.get(c.name, ""))
+    return table
+
+
+@contextmanager
+def opened(checkpoint: Checkpoint) -> Iterator[Checkpoint]:
+    """The checkpoint, closed at the end."""
+    try:
+        yield checkpoint
+    finally:
+        checkpoint.close()
+
+
+def _open(path: Path, config: Path | None) -> Checkpoint:
+    """`config` serves only the one that has none of its own."""
+    return open_checkpoint(path) if (path / "config.json").is_file() else open_checkpoint(path, config)

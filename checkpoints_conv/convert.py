@@ -1,0 +1,198 @@
+"""The conversion itself: any checkpoint, any writer, unit by unit, in parallel, resumable, finished by one rename."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpoints_conv.checkpoint import Checkpoint
+from checkpoints_conv.rules import Rule
+from checkpoints_conv.unit import Unit, Writer, units_of
+from megarl.errors import UserError
+
+WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".distcp"}
+SMALL = 64 * 2**20  # bytes; larger files beside the weights are not configuration
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion will do, before it does anything."""
+
+    source: Checkpoint
+    writer: Writer
+    destination: Path
+    dtype: torch.dtype | None  # None: each tensor keeps its own
+    units: list[Unit]
+
+    @property
+    def partial(self) -> Path:
+        """Where the output grows until it is whole."""
+        return self.destination.with_name(self.destination.name + ".partial")
+
+    def summary(self) -> dict[str, Any]:
+        model = self.source.model
+        dtypes = sorted({str(dtype).removeprefix("torch.") for unit in self.units for dtype in unit.dtypes})
+        return {
+            "source": f"{self.source.folder} ({self.source.format})",
+            "destination": f"{self.destination} ({', '.join(f'{k}={v}' for k, v in self.writer.settings.items())})",
+            "model": f"{model.family}, {model.layers} layers, hidden {model.hidden}",
+            "parameters": f"{model.parameters:,}",
+            "tensors": sum(len(unit.rules) for unit in self.units),
+            "type": ", ".join(dtypes),
+            "bytes": f"{self.writer.nbytes(self.units):,}",
+        }
+
+
+def plan(source: Checkpoint, writer: Writer, destination: Path, dtype: torch.dtype | None = None) -> Plan:
+    """Check everything that can be checked without reading weights; raises UserError."""
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise UserError(f"{destination}: is not empty; nothing is ever overwritten, choose another destination")
+    source.check_whole()
+    units = units_of(writer.rules(), lambda rule: dtype or source.dtype(rule))
+    return Plan(source, writer, destination, dtype, units)
+
+
+def convert(plan: Plan, workers: int = 2, advance: Callable[[int], None] = lambda nbytes: None) -> int:
+    """Run the plan; returns how many units an earlier, interrupted run had already written.
+
+    Memory: each of the `workers` threads holds a few times the largest tensor. `advance` is told the bytes of each
+    tensor done. Interrupted at any point, nothing exists at the destination, and the next run takes up what is there.
+    """
+    plan.partial.mkdir(parents=True, exist_ok=True)
+    with _journal(plan) as journal, _disk_errors(plan):
+        done = journal.done()
+        left = [unit for unit in plan.units if unit.index not in done]
+        needed, free = plan.writer.nbytes(left), shutil.disk_usage(plan.partial).free
+        if needed > free:
+            raise UserError(f"{plan.destination}: needs {needed:,} bytes and the disk has {free:,} free")
+        try:
+            plan.writer.lay_out(plan.partial, plan.units)
+            for unit in plan.units:
+                if unit.index in done:
+                    advance(unit.nbytes)
+            _run(lambda unit: journal.add(unit, plan.writer.write(unit, _tensors(plan, unit, advance))), left, workers)
+            plan.writer.finish(plan.units, journal.done())
+        finally:
+            plan.writer.close()
+        _copy_companions(plan)
+        _sync(plan.partial)
+        journal.remove()
+    if plan.destination.exists():
+        plan.destination.rmdir()
+    plan.partial.rename(plan.destination)
+    return len(done)
+
+
+def _tensors(plan: Plan, unit: Unit, advance: Callable[[int], None]) -> Iterator[tuple[Rule, Mapping[str, Tensor]]]:
+    for rule, dtype in unit.items():
+        yield rule, {name: tensor.to(dtype) for name, tensor in plan.source.parts(rule).items()}
+        advance(sum(tensor_size(part.shape) for part in rule.parts) * dtype.itemsize)
+
+
+def tensor_size(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
+
+
+def _run(work: Callable[[Unit], None], units: list[Unit], workers: int) -> None:
+    """`work` on each unit in threads; the first failure stops the rest and is raised."""
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(work, unit) for unit in units]
+        try:
+            finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+    for future in finished:
+        future.result()
+
+
+class _Journal:
+    """Which units are written, in a folder inside the partial output, so that a later run can go on."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def done(self) -> dict[int, list]:
+        return {int(file.stem): json.loads(file.read_text()) for file in self.folder.glob("*.json")}
+
+    def add(self, unit: Unit, record: list) -> None:
+        partial = self.folder / f"{unit.index}.tmp"
+        partial.write_text(json.dumps(record))
+        partial.rename(self.folder / f"{unit.index}.json")
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder)
+
+
+@contextmanager
+def _journal(plan: Plan) -> Iterator[_Journal]:
+    """The journal of this very conversion, locked against a second process; UserError if it is another's."""
+    folder = plan.partial / ".journal"
+    if not folder.is_dir() and any(plan.partial.iterdir()):
+        raise UserError(f"{plan.partial}: is in the way; it is not an interrupted conversion, move it")
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{plan.partial}: another process is writing it") from None
+        identity = folder / "identity"
+        if identity.is_file() and identity.read_text() != _identity(plan):
+            raise UserError(f"{plan.partial}: was begun from other files or settings; delete it to start anew")
+        identity.write_text(_identity(plan))
+        yield _Journal(folder)
+
+
+def _identity(plan: Plan) -> str:
+    """Source files with sizes and times, and everything that decides the output."""
+    files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in plan.source.files()]
+    return json.dumps({"files": files, "settings": plan.writer.settings, "dtype": str(plan.dtype)}, sort_keys=True)
+
+
+@contextmanager
+def _disk_errors(plan: Plan) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"{plan.partial}: no space left on the disk; free some and run again to go on") from None
+        raise
+
+
+def _copy_companions(plan: Plan) -> None:
+    """config.json, tokenizer, generation settings and whatever else small lies beside the weights."""
+    for file in sorted(plan.source.folder.iterdir()):
+        weights = file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".index.json") or file.name.startswith(".")
+        tracker = file.name == "latest_checkpointed_iteration.txt"
+        if file.is_file() and not weights and not tracker and file.stat().st_size <= SMALL:
+            shutil.copyfile(file, plan.partial / file.name)
+    if plan.dtype is not None:
+        _set_dtype(plan.partial / "config.json", plan.dtype)
+
+
+def _set_dtype(config: Path, dtype: torch.dtype) -> None:
+    values = json.loads(config.read_text())
+    key = "dtype" if "dtype" in values else "torch_dtype"  # transformers 5 and 4
+    values[key] = str(dtype).removeprefix("torch.")
+    config.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def _sync(folder: Path) -> None:
+    """Make sure that what is about to get its final name is on the disk."""
+    for path in (*folder.rglob("*"), folder):
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)

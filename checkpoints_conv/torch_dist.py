@@ -1,0 +1,357 @@
+"""Megatron's distributed checkpoint (torch_dist), read and written by one process without a process group.
+
+A tensor is stored once, whole, whatever layout saved it: a trainer loads it under any TP, PP, VPP and EP. Tensors of
+the layers are stacked under one key, with the layer (and the expert) as leading dimensions, one chunk a layer. Format:
+torch.distributed.checkpoint's, with the keys that Megatron-Core's `sharded_state_dict` asks for.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from checkpoints_conv.checkpoint import RELEASE, TRACKER, megatron_arguments, megatron_folders
+from checkpoints_conv.families import rules
+from checkpoints_conv.layout import Layout
+from checkpoints_conv.rules import Rule
+from checkpoints_conv.safetensors_file import DTYPES, NAMES
+from checkpoints_conv.shape import ModelShape, read_shape
+from checkpoints_conv.unit import Unit
+from megarl.errors import UserError
+
+
+class Key(NamedTuple):
+    """Where a Megatron tensor is stored: under which key, and at which index of the key's leading dimensions."""
+
+    key: str
+    at: tuple[int, ...]
+    of: tuple[int, ...]  # sizes of the leading dimensions: layers, experts
+
+
+def stored_keys(rule: Rule, model: ModelShape) -> list[Key]:
+    """The keys that Megatron may give to `rule`'s tensor; the first is the one that both layer specs ask for."""
+    if rule.layer is None:
+        return [Key(rule.megatron, (), ())]
+    name = rule.megatron.removeprefix(f"decoder.layers.{rule.layer}.")
+    at: tuple[int, ...] = (rule.layer,)
+    of: tuple[int, ...] = (model.layers,)
+    if rule.expert is not None and model.moe is not None:
+        name = "mlp.experts.experts." + name.removeprefix(f"mlp.experts.local_experts.{rule.expert}.")
+        at, of = (rule.layer, rule.expert), (model.layers, model.moe.count)
+    names = [name.replace("input_layernorm.", "self_attention.linear_qkv.layer_norm_")]
+    if name == "pre_mlp_layernorm.weight":
+        fused = "mlp.linear_fc1.layer_norm_weight"
+        # Before a router TE's spec keeps the norm's own name, while Megatron's local spec renames it all the same.
+        names = [fused] if model.moe is None else [name, fused]
+    stacked = [Key(f"decoder.layers.{name}", at, of) for name in names]
+    apart = [Key(f"decoder.layers.{rule.layer}.{name}", at[1:], of[1:]) for name in names]  # non_homogeneous_layers
+    return stacked + apart
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A stored piece of a tensor: where it lies in the tensor, and where in which file."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: str
+    start: int
+    length: int
+
+
+class TorchDist:
+    """The model weights of a torch_dist checkpoint (a `Checkpoint`); optimizer state beside them is left alone."""
+
+    format = "Megatron torch_dist"
+
+    def __init__(self, folder: Path, config: Path) -> None:
+        self.weights = folder
+        self.folder = config if config.is_dir() else config.parent
+        self.model = read_shape(config)
+        self._facts: dict[str, TensorStorageMetadata] = {}
+        self._chunks: dict[tuple[str, tuple[int, ...]], list[Chunk]] = defaultdict(list)  # by key and leading index
+        leading = {key: len(at) for rule in rules(self.model) for key, at, _ in stored_keys(rule, self.model)}
+        self._own = {rule.hf: rule for rule in rules(self.model) if not rule.copy}
+        self._read_metadata(leading)
+
+    def check_whole(self) -> None:
+        for rule in self._own.values():
+            key = self._find(rule)
+            size, expected = tuple(self._facts[key.key].size), (*key.of, *rule.shape())
+            padded = rule.rows is not None and size[1:] == expected[1:] and size[0] >= expected[0]
+            if size != expected and not padded:
+                raise UserError(
+                    f"{key.key}: shape {list(size)} in the checkpoint, {list(expected)} by the rule of {rule.megatron}"
+                )
+            stored, whole = sum(prod(chunk.sizes) for chunk in self._chunks[key.key, key.at]), prod(size[len(key.at) :])
+            if stored != whole:
+                raise UserError(f"{self.weights}: {rule.megatron}: {stored} of {whole} values are stored")
+        for name, end in self._ends().items():
+            file = self.weights / name
+            if not file.is_file() or file.stat().st_size < end:
+                raise UserError(f"{file}: is truncated" if file.is_file() else f"{file}: is missing")
+
+    def dtype(self, rule: Rule) -> torch.dtype:
+        return self._facts[self._find(self._own[rule.hf]).key].properties.dtype
+
+    def parts(self, rule: Rule) -> dict[str, Tensor]:
+        own = self._own[rule.hf]
+        full = self._read(self._find(own))
+        return (own if own.rows is None else replace(own, rows=len(full))).split(full)
+
+    def files(self) -> list[Path]:
+        return [self.weights / name for name in sorted(self._ends())]
+
+    def close(self) -> None:
+        """Files are opened for each read only."""
+
+    def _find(self, rule: Rule) -> Key:
+        keys = stored_keys(rule, self.model)
+        for key in keys:
+            if key.key in self._facts:
+                return key
+        raise UserError(f"{self.weights}: holds no {keys[0].key}, where {rule.megatron} should be")
+
+    def _read(self, key: Key) -> Tensor:
+        """The tensor at `key.at`, put together from its chunks."""
+        n, facts = len(key.at), self._facts[key.key]
+        chunks = self._chunks[key.key, key.at]
+        if len(chunks) == 1:
+            return _load(self.weights, chunks[0]).reshape(facts.size[n:])
+        full = torch.empty(facts.size[n:], dtype=facts.properties.dtype)
+        for chunk in chunks:
+            place = tuple(slice(o, o + s) for o, s in zip(chunk.offsets[n:], chunk.sizes[n:], strict=True))
+            full[place] = _load(self.weights, chunk).reshape(chunk.sizes[n:])
+        return full
+
+    def _ends(self) -> dict[str, int]:
+        """File → where the last chunk in it ends."""
+        ends: dict[str, int] = defaultdict(int)
+        for chunks in self._chunks.values():
+            for chunk in chunks:
+                ends[chunk.file] = max(ends[chunk.file], chunk.start + chunk.length)
+        return ends
+
+    def _read_metadata(self, leading: Mapping[str, int]) -> None:
+        """Fill `_facts` and `_chunks` for the keys in `leading` (key → number of leading dimensions)."""
+        metadata = load_metadata(self.weights / ".metadata")
+        sizes: dict[tuple[str, tuple[int, ...]], tuple[int, ...]] = {}
+        for key, facts in metadata.state_dict_metadata.items():
+            if key in leading and isinstance(facts, TensorStorageMetadata):
+                self._facts[key] = facts
+                sizes |= {(key, tuple(chunk.offsets)): tuple(chunk.sizes) for chunk in facts.chunks}
+        for index, info in metadata.storage_data.items():
+            if index.fqn not in self._facts:
+                continue
+            offsets, n = tuple(index.offset), leading[index.fqn]
+            chunk = Chunk(offsets, sizes[index.fqn, offsets], info.relative_path, info.offset, info.length)
+            if any(size != 1 for size in chunk.sizes[:n]):
+                raise UserError(
+                    f"{self.weights}: {index.fqn}: a chunk spans several layers; Megatron stores one a layer"
+                )
+            if Path(chunk.file).name != chunk.file:
+                raise UserError(f"{self.weights}: .metadata: {chunk.file!r} is not a file of this folder")
+            self._chunks[index.fqn, offsets[:n]].append(chunk)
+
+
+class TorchDistWriter:
+    """Writes what `megatron.core.dist_checkpointing.load` reads: one file a unit, then the metadata.
+
+    The destination is laid out as Megatron-LM's `--load` expects: a tracker file, and the weights in `release/`.
+    """
+
+    def __init__(self, model: ModelShape) -> None:
+        self.model = model
+        self.settings: dict[str, Any] = {"format": "torch_dist"}
+
+    def rules(self) -> list[Rule]:
+        return [rule for rule in rules(self.model) if not rule.copy]
+
+    def nbytes(self, units: Iterable[Unit]) -> int:
+        return sum(unit.nbytes + 1024 * len(unit.rules) for unit in units)  # a small archive goes around each tensor
+
+    def lay_out(self, folder: Path, units: list[Unit]) -> None:
+        self.folder = folder / RELEASE
+        self.folder.mkdir(exist_ok=True)
+        known: dict[str, tuple[torch.dtype, str]] = {}
+        for rule, dtype in (item for unit in units for item in unit.items()):
+            key = stored_keys(rule, self.model)[0].key
+            first, where = known.setdefault(key, (dtype, rule.megatron))
+            if dtype != first:
+                raise UserError(
+                    f"{rule.megatron}: is {dtype} but {where} is {first}, and both are stored in {key}; "
+                    "choose one type with --dtype"
+                )
+
+    def write(self, unit: Unit, tensors: Iterable[tuple[Rule, Mapping[str, Tensor]]]) -> list:
+        record: list = []
+        name = f"__{unit.index}_0.distcp"
+        with open(self.folder / name, "wb", buffering=0) as file:
+            for rule, parts in tensors:
+                for row, tensor in _pieces(rule, parts):
+                    start = file.tell()
+                    _save(tensor, len(stored_keys(rule, self.model)[0].at), file)
+                    record.append(
+                        [rule.megatron, row, len(tensor), NAMES[tensor.dtype], name, start, file.tell() - start]
+                    )
+        return record
+
+    def finish(self, units: list[Unit], records: Mapping[int, list]) -> None:
+        metadata = Metadata({}, {}, {}, StorageMeta(), CURRENT_DCP_VERSION)
+        by_name = {rule.megatron: rule for unit in units for rule in unit.rules}
+        for unit in units:
+            for megatron, *facts in records[unit.index]:
+                self._describe(metadata, by_name[megatron], *facts)
+        self._write_extra_states(metadata, by_name.values())
+        with open(self.folder / ".metadata", "wb") as file:
+            pickle.dump(metadata, file)
+        common = {"args": megatron_arguments(self.model, Layout(), self.model.vocab)}
+        torch.save(common | {"checkpoint_version": 3.0, "iteration": 0}, self.folder / "common.pt")
+        backends = {"sharded_backend": "torch_dist", "common_backend": "torch"}
+        config = backends | {f"{name}_version": 1 for name in backends}
+        (self.folder / "metadata.json").write_text(json.dumps(config))
+        (self.folder.parent / TRACKER).write_text(RELEASE)
+
+    def close(self) -> None:
+        """Files are closed as they are written."""
+
+    def _describe(
+        self, metadata: Metadata, rule: Rule, row: int, rows: int, dtype: str, file: str, start: int, length: int
+    ) -> None:
+        """Add one chunk: rows [row, row + rows) of `rule`'s tensor."""
+        shape = rule.shape()
+        for key, at, of in stored_keys(rule, self.model):
+            if len(of) < (rule.layer is not None) + (rule.expert is not None):
+                continue  # stacked keys only
+            whole = TensorStorageMetadata(TensorProperties(DTYPES[dtype]), torch.Size((*of, *shape)), [])
+            chunks = metadata.state_dict_metadata.setdefault(key, whole).chunks  # type: ignore[union-attr]
+            offsets = torch.Size((*at, row, *(0 for _ in shape[1:])))
+            chunks.append(ChunkStorageMetadata(offsets, torch.Size((*(1 for _ in at), rows, *shape[1:]))))
+            metadata.storage_data[MetadataIndex(key, offsets, len(chunks) - 1)] = _StorageInfo(file, start, length)
+
+    def _write_extra_states(self, metadata: Metadata, rules: Iterable[Rule]) -> None:
+        """Every module that may hold quantisation state asks for it when loading: tell it that there is none."""
+        file = "__extra_states_0.distcp"
+        torch.save([None], self.folder / file)
+        info = _StorageInfo(file, 0, (self.folder / file).stat().st_size)
+        for rule in rules:
+            key, at, of = stored_keys(rule, self.model)[0]
+            modules = [key.rpartition(".")[0]]
+            if key.endswith("self_attention.linear_proj.weight"):
+                modules.append(key.replace("linear_proj.weight", "core_attention"))
+            for module in modules:
+                index, sizes = ".".join(map(str, at or (0,))), ".".join(map(str, of or (1,)))
+                name = f"{module}._extra_state/shard_{index}_{sizes}"
+                metadata.state_dict_metadata[name] = BytesStorageMetadata()
+                metadata.storage_data[MetadataIndex(name)] = info
+
+
+def torch_dist_folder(path: Path) -> Path | None:
+    """The folder of the torch_dist checkpoint at or under `path`, if there is one."""
+    return next((folder for folder in megatron_folders(path) if (folder / ".metadata").is_file()), None)
+
+
+def load_metadata(file: Path) -> Metadata:
+    """Read a `.metadata` file. It is a pickle: only the classes that describe a checkpoint are let through."""
+    try:
+        with open(file, "rb") as stream:
+            metadata = _MetadataUnpickler(stream).load()
+    except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, IndexError) as e:
+        raise UserError(f"{file}: not the metadata of a torch_dist checkpoint ({e})") from None
+    if not isinstance(metadata, Metadata) or metadata.storage_data is None:
+        raise UserError(f"{file}: not the metadata of a torch_dist checkpoint")
+    return metadata
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    ALLOWED = {
+        **{("torch.distributed.checkpoint.metadata", cls.__name__): cls for cls in (
+            Metadata, TensorStorageMetadata, BytesStorageMetadata, ChunkStorageMetadata, TensorProperties,
+            MetadataIndex, StorageMeta, _MEM_FORMAT_ENCODING,
+        )},
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _StorageInfo,
+        ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+        ("torch", "Size"): torch.Size,
+        ("pathlib", "PosixPath"): PurePosixPath,
+    }  # fmt: skip
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in self.ALLOWED:
+            return self.ALLOWED[module, name]
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
+
+
+class _Window(io.RawIOBase):
+    """`length` bytes of a file from `start`, as a file of their own."""
+
+    def __init__(self, file: io.FileIO, start: int, length: int) -> None:
+        self._file, self._start, self._length = file, start, length
+        self.seek(0)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = self.tell() if whence == io.SEEK_CUR else self._length if whence == io.SEEK_END else 0
+        return self._file.seek(self._start + base + offset) - self._start
+
+    def tell(self) -> int:
+        return self._file.tell() - self._start
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        return self._file.readinto(view[: max(0, self._length - self.tell())]) or 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+
+def _load(folder: Path, chunk: Chunk) -> Tensor:
+    try:
+        with open(folder / chunk.file, "rb", buffering=0) as file:
+            window = io.BufferedReader(_Window(file, chunk.start, chunk.length))
+            return torch.load(window, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as e:
+        reason = str(e).splitlines()[0]
+        raise UserError(f"{folder / chunk.file}: damaged at byte {chunk.start} ({reason})") from None
+
+
+def _save(tensor: Tensor, leading: int, file: Any) -> None:
+    tensor = tensor.contiguous()
+    if tensor.untyped_storage().nbytes() != tensor.nbytes:
+        tensor = tensor.clone()  # torch.save writes the whole storage that a view looks into
+    torch.save(tensor[(None,) * leading], file)
+
+
+def _pieces(rule: Rule, parts: Mapping[str, Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """(first row, rows) of the full tensor, in pieces that need no copying where that is possible."""
+    if rule.groups > 1 or len(rule.parts) == 1:
+        yield 0, rule.fuse(parts)
+        return
+    row = 0
+    for name in rule.hf:
+        yield row, parts[name]
+        row += len(parts[name])

@@ -1,0 +1,86 @@
+"""Whether two checkpoints hold the same weights, whatever their formats and layouts."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from checkpoints_conv.checkpoint import Checkpoint
+from checkpoints_conv.families import rules
+from checkpoints_conv.safetensors_file import tensor_bytes
+from megarl.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One tensor of two checkpoints, compared in the narrower of its two types."""
+
+    name: str  # Hugging Face's
+    megatron: str
+    shape: tuple[int, ...]
+    dtypes: tuple[torch.dtype, torch.dtype]
+    differing: int  # how many values are not bit-equal
+    max_difference: float  # largest |a - b|; nan where one is nan and the other is not
+    digests: tuple[str, str]
+    transposed: bool  # b is a's transpose
+
+    @property
+    def equal(self) -> bool:
+        return self.differing == 0
+
+
+def compare(a: Checkpoint, b: Checkpoint) -> Iterator[Comparison]:
+    """Every tensor of both, in the order of the layers, one at a time in memory.
+
+    Raises UserError when the two are not the same architecture, or one of them is not whole.
+    """
+    if a.model != b.model:
+        raise UserError(f"{b.folder}: is another model than {a.folder}: {_first_difference(a.model, b.model)}")
+    a.check_whole()
+    b.check_whole()
+    for rule in rules(a.model):
+        if rule.copy:
+            continue
+        other = b.parts(rule)
+        for name, tensor in a.parts(rule).items():
+            yield _compare(name, rule.megatron, tensor, other[name])
+
+
+def misplaced(differences: list[Comparison]) -> dict[str, str]:
+    """For each differing tensor what seems to have happened to it, where that can be told: name → words."""
+    by_digest = {difference.digests[0]: difference.name for difference in differences}
+    found = {d.name: "transposed" for d in differences if d.transposed}
+    for difference in differences:
+        source = by_digest.get(difference.digests[1])
+        if source is not None and source != difference.name:
+            found[difference.name] = f"holds {source}"
+    return found
+
+
+def _compare(name: str, megatron: str, a: Tensor, b: Tensor) -> Comparison:
+    dtypes = a.dtype, b.dtype
+    narrow = min(dtypes, key=lambda dtype: dtype.itemsize)
+    a, b = a.to(narrow), b.to(narrow)
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[narrow.itemsize]
+    differing = int((a.contiguous().view(bits) != b.contiguous().view(bits)).sum())
+    if not differing:
+        return Comparison(name, megatron, tuple(a.shape), dtypes, 0, 0.0, ("", ""), False)
+    difference = float((a.float() - b.float()).abs().max())
+    transposed = a.dim() == 2 and a.shape[0] == a.shape[1] and torch.equal(a.T, b)
+    return Comparison(
+        name, megatron, tuple(a.shape), dtypes, differing, difference, (_digest(a), _digest(b)), transposed
+    )
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.blake2b(tensor_bytes(tensor), digest_size=16, key=str(tuple(tensor.shape)).encode()).hexdigest()
+
+
+def _first_difference(a: object, b: object) -> str:
+    names = a.__dataclass_fields__  # type: ignore[attr-defined]
+    name = next(name for name in names if getattr(a, name) != getattr(b, name))
+    return f"{name} {getattr(b, name)!r}, not {getattr(a, name)!r}"
