@@ -284,7 +284,15 @@ def load_metadata(file: Path) -> Metadata:
     return metadata
 
 
+class _Inert:
+    """Stands in for what a saver keeps in the metadata for itself, its save plans."""
+
+    def __init__(self, *_: Any) -> None: ...
+    def __setstate__(self, state: Any) -> None: ...
+
+
 class _MetadataUnpickler(pickle.Unpickler):
+    INERT = "torch.distributed.checkpoint.", "megatron.core.dist_checkpointing."
     ALLOWED = {
         **{("torch.distributed.checkpoint.metadata", cls.__name__): cls for cls in (
             Metadata, TensorStorageMetadata, BytesStorageMetadata, ChunkStorageMetadata, TensorProperties,
@@ -301,6 +309,8 @@ class _MetadataUnpickler(pickle.Unpickler):
             return self.ALLOWED[module, name]
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
+        if module.startswith(self.INERT):
+            return _Inert
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
 
 

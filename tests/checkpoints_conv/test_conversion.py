@@ -6,12 +6,14 @@ import json
 import multiprocessing
 import os
 import pickle
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
+from conversions import assert_same_bytes, convert_folder, read_all, write_model
 from safetensors.torch import load_file, save_file
-from tiny_models import ARCHITECTURES, config, tiny, weights
+from tiny_models import ARCHITECTURES, tiny
 from torch import Tensor
 
 from checkpoints_conv.checkpoint import open_checkpoint
@@ -32,49 +34,6 @@ LAYOUTS = {
 }
 
 
-def write_model(folder: Path, family: str, dtype: torch.dtype = torch.bfloat16, files: int = 1, **sizes) -> Path:
-    """A model folder as the hub has it: config, tokenizer files, one or several weight files."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config(family, torch_dtype="bfloat16", **sizes)))
-    (folder / "tokenizer.json").write_text("{}")
-    (folder / "generation_config.json").write_text('{"temperature": 0.6}')
-    tensors = weights(tiny(family, **sizes), dtype)
-    names = list(tensors)
-    if files == 1:
-        save_file(tensors, folder / "model.safetensors")
-        return folder
-    weight_map = {name: f"model-{i % files + 1:05d}-of-{files:05d}.safetensors" for i, name in enumerate(names)}
-    for file in set(weight_map.values()):
-        save_file({name: tensors[name] for name in names if weight_map[name] == file}, folder / file)
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return folder
-
-
-def run(source: Path, destination: Path, writer: Writer, dtype: torch.dtype | None = None, **options) -> int:
-    checkpoint = open_checkpoint(source)
-    try:
-        return convert(plan(checkpoint, writer, destination, dtype), **options)
-    finally:
-        checkpoint.close()
-
-
-def read_all(folder: Path) -> dict[str, Tensor]:
-    """Every tensor, read by the safetensors library."""
-    tensors: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(file)
-    return tensors
-
-
-def assert_same_bytes(a: Path, b: Path) -> None:
-    before, after = read_all(a), read_all(b)
-    assert before.keys() == after.keys()
-    for name, tensor in before.items():
-        assert tensor.dtype == after[name].dtype and tensor.shape == after[name].shape, name
-        assert torch.equal(tensor.view(torch.uint8), after[name].view(torch.uint8)), name
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("family", sorted(ARCHITECTURES))
 def test_torch_dist_round_trips(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -82,9 +41,9 @@ def test_torch_dist_round_trips(family: str, dtype: torch.dtype, tmp_path: Path)
     That Megatron reads the middle step is proven in test_megatron.py."""
     tied = dtype is torch.float16
     source = write_model(tmp_path / "hf", family, dtype, files=3, tie_word_embeddings=tied)
-    run(source, tmp_path / "dist", TorchDistWriter(tiny(family, tie_word_embeddings=tied)))
+    convert_folder(source, tmp_path / "dist", TorchDistWriter(tiny(family, tie_word_embeddings=tied)))
     shape = open_checkpoint(tmp_path / "dist").model
-    run(tmp_path / "dist", tmp_path / "back", HfWriter(shape, shard_bytes=60_000))
+    convert_folder(tmp_path / "dist", tmp_path / "back", HfWriter(shape, shard_bytes=60_000))
     assert_same_bytes(source, tmp_path / "back")
     for name in ("config.json", "tokenizer.json", "generation_config.json"):
         assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes()
@@ -102,19 +61,20 @@ def test_classic_round_trips(family: str, tied: bool, tmp_path: Path) -> None:
     source = write_model(tmp_path / "hf", family, **sizes)
     model, previous = tiny(family, **sizes), source
     for i, layout in enumerate(LAYOUTS["experts" if model.moe else "dense"]):
-        run(previous, tmp_path / f"classic{i}", ClassicWriter(model, layout, "te" if i % 2 else "local"))
+        convert_folder(previous, tmp_path / f"classic{i}", ClassicWriter(model, layout, "te" if i % 2 else "local"))
         previous = tmp_path / f"classic{i}"
         assert open_checkpoint(previous).layout == layout  # type: ignore[attr-defined]
-    run(previous, tmp_path / "back", HfWriter(model))
+    convert_folder(previous, tmp_path / "back", HfWriter(model))
     assert_same_bytes(source, tmp_path / "back")
 
 
 def test_classic_files_are_plain_state_dicts(tmp_path: Path) -> None:
     """A rank's file loads with torch.load as Megatron-LM expects it, padding rows zero, names local to the stage."""
     source = write_model(tmp_path / "hf", "qwen3", torch.float32)
-    run(source, tmp_path / "classic", ClassicWriter(tiny("qwen3"), Layout(tp=2, pp=2), "local", divisible_by=8))
-    torch.serialization.add_safe_globals([type(__import__("argparse").Namespace())])
-    file = torch.load(tmp_path / "classic" / "release" / "mp_rank_01_000" / "model_optim_rng.pt", weights_only=True)
+    writer = ClassicWriter(tiny("qwen3"), Layout(tp=2, pp=2), "local", divisible_by=8)
+    convert_folder(source, tmp_path / "classic", writer)
+    with torch.serialization.safe_globals([Namespace]):
+        file = torch.load(tmp_path / "classic" / "release" / "mp_rank_01_000" / "model_optim_rng.pt", weights_only=True)
     assert file["checkpoint_version"] == 3.0 and file["args"].padded_vocab_size == 112
     hf = read_all(source)
     embedding = file["model"]["embedding.word_embeddings.weight"]
@@ -126,8 +86,8 @@ def test_classic_files_are_plain_state_dicts(tmp_path: Path) -> None:
 
 def test_cast(tmp_path: Path) -> None:
     source = write_model(tmp_path / "hf", "llama", torch.float32)
-    run(source, tmp_path / "dist", TorchDistWriter(tiny("llama")), torch.bfloat16)
-    run(tmp_path / "dist", tmp_path / "back", HfWriter(tiny("llama")))
+    convert_folder(source, tmp_path / "dist", TorchDistWriter(tiny("llama")), torch.bfloat16)
+    convert_folder(tmp_path / "dist", tmp_path / "back", HfWriter(tiny("llama")))
     back = read_all(tmp_path / "back")
     assert all(torch.equal(tensor.bfloat16(), back[name]) for name, tensor in read_all(source).items())
     assert json.loads((tmp_path / "back" / "config.json").read_text())["torch_dtype"] == "bfloat16"
@@ -168,7 +128,7 @@ def convert_and_die(source: Path, destination: Path, kind: str, death: int) -> N
         if written > death:
             os._exit(9)
 
-    run(source, destination, writer, workers=1, advance=advance)
+    convert_folder(source, destination, writer, workers=1, advance=advance)
 
 
 def test_resume_refuses_other_settings_and_a_second_process(tmp_path: Path) -> None:
@@ -181,24 +141,24 @@ def test_resume_refuses_other_settings_and_a_second_process(tmp_path: Path) -> N
         raise Stop
 
     with pytest.raises(Stop):
-        run(source, tmp_path / "out", TorchDistWriter(tiny("qwen2")), advance=stop)
+        convert_folder(source, tmp_path / "out", TorchDistWriter(tiny("qwen2")), advance=stop)
     with pytest.raises(UserError, match="other files or settings"):
-        run(source, tmp_path / "out", TorchDistWriter(tiny("qwen2")), torch.float32)
+        convert_folder(source, tmp_path / "out", TorchDistWriter(tiny("qwen2")), torch.float32)
 
     def again(nbytes: int) -> None:
         with pytest.raises(UserError, match="another process"):
-            run(source, tmp_path / "out", TorchDistWriter(tiny("qwen2")))
+            convert_folder(source, tmp_path / "out", TorchDistWriter(tiny("qwen2")))
         raise Stop
 
     with pytest.raises(Stop):
-        run(source, tmp_path / "out", TorchDistWriter(tiny("qwen2")), advance=again)
+        convert_folder(source, tmp_path / "out", TorchDistWriter(tiny("qwen2")), advance=again)
 
 
 def test_no_space_is_said_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_model(tmp_path / "hf", "qwen2")
     monkeypatch.setattr("shutil.disk_usage", lambda path: os.terminal_size((0, 0)) and type("U", (), {"free": 10}))
     with pytest.raises(UserError, match="needs .* bytes and the disk has 10 free"):
-        run(source, tmp_path / "out", TorchDistWriter(tiny("qwen2")))
+        convert_folder(source, tmp_path / "out", TorchDistWriter(tiny("qwen2")))
 
 
 def test_disk_filling_up_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +170,7 @@ def test_disk_filling_up_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr("os.pwrite", full)
     with pytest.raises(UserError, match="no space left on the disk"):
-        run(source, tmp_path / "out", HfWriter(tiny("qwen2")))
+        convert_folder(source, tmp_path / "out", HfWriter(tiny("qwen2")))
 
 
 def test_a_rank_reads_only_its_slices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,7 +253,7 @@ def test_bad_input_is_refused(case: str, tmp_path: Path) -> None:
     source = write_model(tmp_path / "hf", "qwen2")
     spoil(source)
     with pytest.raises(UserError, match=message):
-        run(source, tmp_path / "out", TorchDistWriter(tiny("qwen2")))
+        convert_folder(source, tmp_path / "out", TorchDistWriter(tiny("qwen2")))
     assert not (tmp_path / "out").exists()
 
 
@@ -302,7 +262,7 @@ def test_destination_must_be_empty(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="is not empty"):
-        run(source, tmp_path / "out", TorchDistWriter(tiny("qwen2")))
+        convert_folder(source, tmp_path / "out", TorchDistWriter(tiny("qwen2")))
 
 
 def test_pickled_weights_when_asked_for(tmp_path: Path) -> None:
@@ -331,20 +291,20 @@ class Bomb:
 
 def test_damaged_megatron_checkpoints_are_refused(tmp_path: Path) -> None:
     source, model = write_model(tmp_path / "hf", "qwen2"), tiny("qwen2")
-    run(source, tmp_path / "dist", TorchDistWriter(model))
-    run(source, tmp_path / "classic", ClassicWriter(model, Layout(tp=2)))
+    convert_folder(source, tmp_path / "dist", TorchDistWriter(model))
+    convert_folder(source, tmp_path / "classic", ClassicWriter(model, Layout(tp=2)))
     release = tmp_path / "dist" / "release"
     layer = release / "__2_0.distcp"
     whole = layer.read_bytes()
     cut(layer, 100)
     with pytest.raises(UserError, match="__2_0.distcp: is truncated"):
-        run(tmp_path / "dist", tmp_path / "out", HfWriter(model))
+        convert_folder(tmp_path / "dist", tmp_path / "out", HfWriter(model))
     layer.write_bytes(bytes(len(whole)))
     with pytest.raises(UserError, match="__2_0.distcp: damaged"):
-        run(tmp_path / "dist", tmp_path / "out", HfWriter(model))
+        convert_folder(tmp_path / "dist", tmp_path / "out", HfWriter(model))
     layer.unlink()
     with pytest.raises(UserError, match="__2_0.distcp: is missing"):
-        run(tmp_path / "dist", tmp_path / "out2", HfWriter(model))
+        convert_folder(tmp_path / "dist", tmp_path / "out2", HfWriter(model))
     (release / ".metadata").write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
     with pytest.raises(UserError, match="not the metadata .*posix.mkdir"):
         open_checkpoint(tmp_path / "dist")
@@ -370,7 +330,7 @@ def test_verify_names_what_was_done_to_a_tensor(tmp_path: Path) -> None:
         t["model.norm.weight"][5] *= 1.25
 
     rewrite(other, spoil)
-    run(other, tmp_path / "dist", TorchDistWriter(tiny("qwen3", **sizes)))
+    convert_folder(other, tmp_path / "dist", TorchDistWriter(tiny("qwen3", **sizes)))
     differing = [c for c in compare(open_checkpoint(source), open_checkpoint(tmp_path / "dist")) if not c.equal]
     assert {c.name: c.differing for c in differing if c.name == "model.norm.weight"} == {"model.norm.weight": 1}
     assert len(differing) == 4
