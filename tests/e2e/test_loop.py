@@ -12,7 +12,7 @@ import runs
 
 pytestmark = [pytest.mark.e2e, pytest.mark.parallel]
 
-LAYOUTS = {"tp1": ([], 1), "tp2": (["parallel.tp=2"], 2), "pp2": (["parallel.pp=2"], 2), "dp2": ([], 2)}
+LAYOUTS = {"tp1": ([], 1), "tp2": (["parallel.tp=2"], 2), "pp3": (["parallel.pp=3"], 3), "dp2": ([], 2)}
 
 
 def rollouts(run: Path, step: int) -> list[dict[str, Any]]:
@@ -53,7 +53,7 @@ def test_resumed_run_goes_on_as_if_never_stopped(reference: tuple[Path, list], t
 
 
 def test_layouts_draw_the_same_and_lose_the_same(tmp_path: Path) -> None:
-    """tp1, tp2, pp2 and dp2: the same tokens are drawn, and losses and gradient norms agree to rounding."""
+    """tp1, tp2, pp3 and dp2: the same tokens are drawn, and losses and gradient norms agree to rounding."""
     seen = {}
     for name, (overrides, nproc) in LAYOUTS.items():
         folder = tmp_path / name
