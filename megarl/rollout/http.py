@@ -42,12 +42,18 @@ class Endpoint:
         """
         return await self._request("POST", path, payload, deadline, purpose)
 
+    async def tell(self, path: str, payload: dict[str, Any] | None = None, *, deadline: float, purpose: str) -> None:
+        """POST; the answer's text, whatever it is, is ignored. Errors as of `post`."""
+        await self._request("POST", path, payload, deadline, purpose, decode=False)
+
     async def close(self) -> None:
         if self._session is not None:
             await self._session.close()
             self._session = None
 
-    async def _request(self, method: str, path: str, payload: Any, deadline: float, purpose: str) -> Any:
+    async def _request(
+        self, method: str, path: str, payload: Any, deadline: float, purpose: str, decode: bool = True
+    ) -> Any:
         try:
             async with asyncio.timeout(deadline):
                 async with self._connected().request(method, self.address + path, json=payload) as response:
@@ -59,7 +65,7 @@ class Endpoint:
         if response.status >= 400:
             kind = Refused if response.status < 500 and response.status not in (408, 429) else ServerError
             raise kind(f"{self.address}{path}: HTTP {response.status}: {_excerpt(body)}")
-        if not body:
+        if not body or not decode:
             return None
         try:
             return json.loads(body)

@@ -204,6 +204,9 @@ class RemoteEngine(ABC):
     async def _post(self, path: str, payload: dict[str, Any] | None, purpose: str, deadline: float) -> Any:
         return await self.endpoint.post(path, payload, deadline=deadline, purpose=f"{self.name} to {purpose}")
 
+    async def _tell(self, path: str, payload: dict[str, Any] | None, purpose: str) -> None:
+        await self.endpoint.tell(path, payload, deadline=CONTROL_DEADLINE, purpose=f"{self.name} to {purpose}")
+
     # ---- one generate call ---------------------------------------------------------------------------------------
 
     async def _generate(self, context: list[int], sampling: Sampling, request_id: str) -> Generation:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ class SGLangEngine(RemoteEngine):
             {"new_version": str(version), "abort_all_requests": False},
             f"take weight version {version}",
         )
-        await self._post("/flush_cache", None, "drop cached prefixes", CONTROL_DEADLINE)
+        await self._tell("/flush_cache", None, "drop cached prefixes")
         self.version = version
 
     def digests(self) -> FusedDigests | None:
@@ -172,10 +173,10 @@ class SGLangEngine(RemoteEngine):
         return Segment(made, [float(row[0]) for row in rows], finish)
 
     async def _abort(self, server_id: str) -> None:
-        await self._post("/abort_request", {"rid": server_id}, "abort a request", CONTROL_DEADLINE)
+        await self._tell("/abort_request", {"rid": server_id}, "abort a request")
 
     async def _abort_all(self) -> None:
-        await self._post("/abort_request", {"abort_all": True}, "abort its requests", CONTROL_DEADLINE)
+        await self._tell("/abort_request", {"abort_all": True}, "abort its requests")
 
     async def _control(self, path: str, payload: dict[str, Any], purpose: str) -> None:
         """A control request; some answer 200 with `success: false`."""
@@ -211,6 +212,7 @@ def environment(*, cuda: bool) -> dict[str, str]:
     return {} if cuda else {"SGLANG_USE_CPU_ENGINE": "1", "PYTHONWARNINGS": "ignore"}
 
 
+@cache
 def word_pattern(word: str) -> str:
     """`word` and the character that ends it.
 

@@ -54,7 +54,7 @@ class VLLMEngine(RemoteEngine):
         await self._post(
             "/update_weight_version", {"new_version": str(version)}, f"take weight version {version}", CONTROL_DEADLINE
         )
-        await self._post("/reset_prefix_cache", None, "drop cached prefixes", CONTROL_DEADLINE)
+        await self._tell("/reset_prefix_cache", None, "drop cached prefixes")
         self.version = version
 
     async def _segment(self, server_id: str, token_ids: list[int], sampling: Sampling) -> Segment:
@@ -98,7 +98,7 @@ class VLLMEngine(RemoteEngine):
         )
 
     async def _abort_all(self) -> None:
-        await self._post("/abort_requests", {}, "abort its requests", CONTROL_DEADLINE)
+        await self._tell("/abort_requests", {}, "abort its requests")
 
 
 def command(
