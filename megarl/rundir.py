@@ -28,7 +28,7 @@ class RunDirectory:
             )
         (folder / "rollouts").mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(config.dump(settings))
-        if resume_step is not None:
+        if resume_step is not None and (folder / "metrics.jsonl").exists():
             self._forget_after(resume_step)
         self._metrics = (folder / "metrics.jsonl").open("a")
         self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step and resume_step + 1)

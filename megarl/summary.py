@@ -23,7 +23,6 @@ def summary(folder: Path) -> Group:
         *_pointer("every figure of every step", folder / "metrics.jsonl"),
         *_pointer("what the model wrote, and why it was rewarded", folder / "rollouts" / f"step_{newest:06d}.jsonl"),
         *_pointer("curves", f"tensorboard --logdir {folder / 'tensorboard'}"),
-        *_pointer("one page with all of it", f"megarl report {folder}"),
     )
     if len(evaluations) < 2:
         return Group(pointers)

@@ -1,0 +1,62 @@
+"""The run directory: what a resumed run forgets, and what a new one refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megarl import config
+from megarl.errors import UserError
+from megarl.rundir import RunDirectory, read_metrics
+
+
+def settings(folder: Path) -> config.Settings:
+    return config.parse({"run": folder, "model": {"path": "m"}, "data": {"train": ["t"]}})
+
+
+def write(folder: Path, steps: range, resume_step: int | None) -> None:
+    run = RunDirectory(folder, settings(folder), resume_step)
+    for step in steps:
+        run.rollouts(step, [])
+        run.metrics(step, {"reward": step / 2})
+    run.close()
+
+
+def test_steps_after_the_checkpoint_are_forgotten(tmp_path: Path) -> None:
+    """They are done again: metrics and rollouts hold each step once."""
+    write(tmp_path, range(1, 6), None)
+    write(tmp_path, range(4, 7), 3)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert len(list((tmp_path / "rollouts").glob("*.jsonl"))) == 6
+
+
+def test_a_line_cut_by_a_crash_is_left_out(tmp_path: Path) -> None:
+    write(tmp_path, range(1, 3), None)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "rew')
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
+    write(tmp_path, range(3, 4), 2)
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+
+
+def test_a_new_run_refuses_the_folder_of_another(tmp_path: Path) -> None:
+    write(tmp_path, range(1, 2), None)
+    with pytest.raises(UserError, match="--resume"):
+        write(tmp_path, range(1, 2), None)
+
+
+def test_resuming_where_nothing_is_starts_anew(tmp_path: Path) -> None:
+    """`make quickstart` always passes --resume."""
+    write(tmp_path / "new", range(1, 2), 0)
+    assert len(read_metrics(tmp_path / "new")) == 1
+
+
+def test_metrics_reach_tensorboard(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    write(tmp_path, range(1, 4), None)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("reward/reward")] == [(1, 0.5), (2, 1.0), (3, 1.5)]
