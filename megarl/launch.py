@@ -11,6 +11,7 @@ from rich.table import Table
 from checkpoints_conv.shape import ModelShape, read_shape
 from megarl.algorithms import presets, steps
 from megarl.config import Settings
+from megarl.data.prompts import read_prompts
 from megarl.data.tokenizer import load_tokenizer
 from megarl.errors import UserError, nearest
 from megarl.learner import parallel, precision
@@ -25,7 +26,7 @@ def train(settings: Settings, nproc: int | None, resume: bool, dry_run: bool) ->
     shape = preflight(settings, world_size, resume)
     sizes = derived(settings, shape, world_size)
     if dry_run:
-        show(sizes)
+        show(sizes | prompts(settings))
         return
     from megarl.train import train as run
 
@@ -121,6 +122,16 @@ def derived(settings: Settings, shape: ModelShape, world_size: int) -> dict[str,
         "steps": settings.steps,
         "run": settings.run,
     }
+
+
+def prompts(settings: Settings) -> dict[str, str]:
+    """Read the data as a run would; what became of its rows. Raises UserError for the first that is malformed."""
+    tokenizer, found = load_tokenizer(settings.model.path), {}
+    for name in ("train", "eval"):
+        if files := getattr(settings.data, name):
+            _, report = read_prompts(files, tokenizer, settings.data, setting=f"data.{name}")
+            found[f"data.{name}"] = str(report)
+    return found
 
 
 def show(rows: dict[str, Any]) -> None:

@@ -1,0 +1,97 @@
+"""The command line: every mistake is one line on stderr that names the setting, exit code 2, and nothing written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megarl import cli
+
+ROOT = Path(__file__).parents[1]
+CONFIG = "examples/quickstart/train.yaml"
+
+
+def invoke(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Exit code of `megarl …`, run in this process from the repository's root."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["megarl", *arguments])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    return int(left.value.code or 0)
+
+
+MISTAKES = {
+    "unknown key": (["optimizer.lrr=1"], ["optimizer.lrr", "'lr'"]),
+    "tp over the key/value groups": (["parallel.tp=4"], ["parallel.tp", "4", "2"]),
+    "tp that divides nothing": (["parallel.tp=3"], ["parallel.tp", "3"]),
+    "pp over the layers": (["parallel.pp=2"], ["parallel.pp", "3 layers"]),
+    "vpp over the layers": (["parallel={pp: 3, vpp: 2}"], ["vpp", "2", "1"]),
+    "ranks": (["--nproc", "3"], ["3 ranks", "2"]),
+    "model folder": (["model.path=nowhere"], ["model.path", "nowhere"]),
+    "data file": (["data.train=[examples/quickstart/problems/trian.jsonl]"], ["data.train", "train.jsonl"]),
+    "fp8 without Transformer Engine or emulation": (["precision.dtype=fp4"], ["precision.dtype", "fp4"]),
+    "marker": (["rollout.early_exit.markers=[]"], ["markers", "Wait"]),
+    "idle switch": (["algorithm.constant=5"], ["algorithm.constant"]),
+    "prompt limit": (["data.max_prompt_tokens=2"], ["data.max_prompt_tokens", "2", "shortest"]),
+    "negative rate": (["pruning.prompts=-1"], ["pruning.prompts", "-1"]),
+    "config file": (["none.yaml"], ["none.yaml", "does not exist"]),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_end_with_code_2_and_one_line(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Found before any rank is started or weight is read (`--dry-run` reads the data too)."""
+    arguments, words = MISTAKES[name]
+    run = tmp_path / "run"
+    config = [] if arguments[0].endswith(".yaml") else [CONFIG, f"run={run}"]
+    assert invoke(monkeypatch, "train", *config, *arguments, "--dry-run") == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("megarl: ")
+    for word in words:
+        assert word in lines[0]
+    assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"prompt": "1 2 -> 3 <think>", "answer": "1"', ["problems.jsonl:2", "JSON"]),
+        ('{"prompt": "1 2 -> 3 <think>"}', ["problems.jsonl:2", "answer"]),
+        ('{"answer": "3"}', ["problems.jsonl:2", "prompt"]),
+    ],
+)
+def test_bad_rows_are_named_by_file_and_line(
+    line: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = '{"prompt": "1 2 -> 3 <think>", "answer": "1 2 -> 3"}'
+    (tmp_path / "problems.jsonl").write_text(f"{good}\n{line}\n")
+    arguments = [CONFIG, f"run={tmp_path / 'run'}", f"data.train=[{tmp_path / 'problems.jsonl'}]", "--dry-run"]
+    assert invoke(monkeypatch, "train", *arguments) == 2
+    message = capsys.readouterr().err
+    for word in words:
+        assert word in message
+
+
+def test_dry_run_prints_the_derived_sizes_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["megarl", "train", CONFIG, f"run={tmp_path / 'run'}", "--dry-run"])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert not left.value.code
+    shown = capsys.readouterr().err
+    for word in ("tp 2", "16 prompts", "256 of 256 prompts"):
+        assert word in shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_benchmarks_are_listed_and_misspelled_ones_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert invoke(monkeypatch, "bench", "parityy") == 2
+    assert "'parity'" in capsys.readouterr().err
