@@ -47,7 +47,7 @@ def pack(
     if strategy == "none":
         rows = [[i] for i in range(len(sizes))]
     elif strategy == "dense":
-        rows = _dense(sizes.tolist(), capacity, window)
+        rows = _dense(sizes, capacity, window)
     else:
         order = np.argsort(-sizes, kind="stable").tolist()
         fill = {"sorted": _next_fit, "first_fit": first_fit}[strategy]
@@ -63,10 +63,11 @@ def density(rows: Sequence[np.ndarray], lengths: np.ndarray | Sequence[int], cap
     return sum(int(sizes[row].sum()) for row in rows) / (len(rows) * capacity) if rows else 1.0
 
 
-def _dense(sizes: list[int], capacity: int, window: int) -> list[list[int]]:
-    n = len(sizes)
+def _dense(lengths: np.ndarray, capacity: int, window: int) -> list[list[int]]:
+    n = len(lengths)
     # A pending sequence is one integer that sorts by length and, among equals, has the oldest last.
-    keys = [size * n + (n - 1 - i) for i, size in enumerate(sizes)]
+    keys = (lengths * n + np.arange(n - 1, -1, -1)).tolist()
+    sizes = lengths.tolist()
     pending = sorted(keys[:window])
     arrived = len(pending)
     packed = bytearray(n)
