@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from megarl.algorithms import pruning
 from megarl.config import Settings
 from megarl.controller import Controller
+from megarl.data.loader import told_apart
 from megarl.engines import Engines
 from megarl.errors import DeadlineExceeded, RunError
 from megarl.exchange import broadcast, gather
@@ -51,7 +52,8 @@ class Collector:
         result = Collected()
         for _ in range(ROUNDS if dynamic_sampling else 1):
             draw = loader.draw(wanted - len(result.groups), prune) if loader else None
-            prompts = broadcast([drawn.prompt for drawn in draw.prompts] if draw else [], self.world)
+            prompts = told_apart(draw.prompts, before=[*result.drawn, *result.replaced]) if draw else []
+            prompts = broadcast(prompts, self.world)
             groups = self.generate(prompts, step)
             if draw:
                 result.taken += draw.taken

@@ -6,8 +6,8 @@ prompt, with the same draws. Nothing here holds an object per prompt.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -40,6 +40,23 @@ class Draw:
     def taken(self) -> int:
         """Prompts taken from the epoch's order, pruned ones included: what the denominators are made from."""
         return len(self.prompts) + len(self.pruned)
+
+
+def told_apart(drawn: Sequence[Drawn], before: Sequence[Drawn] = ()) -> list[Prompt]:
+    """The prompts of `drawn`; one that the step already has, in `before` or here, goes by the uid `uid@epoch`.
+
+    A step holds a prompt twice when it takes more than a third of the data. Seeds and request ids are made from the
+    uid: under one uid both groups would be the same completions.
+    """
+    seen = {each.prompt.uid for each in before}
+    prompts = []
+    for each in drawn:
+        prompt = each.prompt
+        if prompt.uid in seen:
+            prompt = replace(prompt, uid=f"{prompt.uid}@{each.epoch}")
+        seen.add(prompt.uid)
+        prompts.append(prompt)
+    return prompts
 
 
 class Loader:

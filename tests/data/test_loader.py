@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megarl.config import Pruning
 from megarl.data import loader as loader_module
-from megarl.data.loader import Draw, Loader
+from megarl.data.loader import Draw, Loader, told_apart
 from megarl.errors import RunError, UserError
 
 PRUNING = Pruning(prompts=0.5)
@@ -190,3 +190,19 @@ def test_another_run_cannot_be_resumed():
     ]:
         with pytest.raises(UserError, match=message):
             loader.restore(state)
+
+
+@given(st.integers(1, 12), st.lists(st.integers(0, 20), max_size=4))
+def test_prompts_of_one_step_are_told_apart(n, sizes):
+    """Several draws of one step, more than the data holds: no uid twice, and the first visit keeps its own."""
+    loader = Loader(tables.table(n), Pruning(), seed=0)
+    before, uids = [], []
+    for size in sizes:
+        drawn = loader.draw(size).prompts
+        prompts = told_apart(drawn, before)
+        assert [p.token_ids for p in prompts] == [d.prompt.token_ids for d in drawn]
+        assert [p.uid.partition("@")[0] for p in prompts] == [d.prompt.uid for d in drawn]
+        before += drawn
+        uids += [p.uid for p in prompts]
+    assert len(set(uids)) == len(uids)
+    assert {uid for uid in uids if "@" not in uid} == {d.prompt.uid for d in before}
