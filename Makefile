@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test engines test-engines lint clean
+.PHONY: help setup quickstart test engines test-engines test-gpu lint clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -3
@@ -34,6 +34,10 @@ engines: setup
 
 test-engines: engines
 	$(BIN)/python -m pytest -m engines tests/engines
+
+# Needs one CUDA device and transformer-engine, in the environment of PYTHON: see tests/gpu/README.md.
+test-gpu:
+	MEGARL_GPU_RESULTS=docs/gpu_results.md $(PYTHON) -m pytest tests/gpu
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

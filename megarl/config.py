@@ -67,9 +67,11 @@ class Parallel(Section):
 
 class Precision(Section):
     dtype: Literal["fp32", "bf16", "fp8"] = "bf16"
-    """Compute type of the learner. `fp8` needs Transformer Engine."""
+    """Compute type of the learner. `fp8` is Transformer Engine's on a GPU and emulated, slowly, on a CPU."""
     recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "tensorwise"
     """Scaling recipe; read only when dtype is fp8."""
+    high_precision_layers: Natural = 0
+    """So many of the first and of the last layers stay in bf16; read only when dtype is fp8."""
 
 
 class Batch(Section):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from checkpoints_conv.shape import read_shape
 from megarl.algorithms import pruning
 from megarl.config import Settings
 from megarl.data.ledger import Entry, Fate, Ledger
@@ -17,6 +18,7 @@ from megarl.data.loader import Loader
 from megarl.data.prompts import read_prompts
 from megarl.errors import RunError
 from megarl.experience import Collected, Experience
+from megarl.learner import precision as precisions
 from megarl.progress import RunProgress
 from megarl.rewards.workers import Graders
 from megarl.rundir import RunDirectory
@@ -48,6 +50,7 @@ class Controller:
     def open_run(self, resume_step: int | None) -> None:
         """Start the run directory, or go on with it after `resume_step`."""
         self.run = RunDirectory(self.settings.run, self.settings, resume_step)
+        precisions.write_manifest(self.settings.run, self.settings.precision, read_shape(self.settings.model.path))
 
     def report(self, step: int, metrics: dict[str, Any]) -> None:
         """Record figures and show them."""

@@ -202,9 +202,7 @@ def _writing(folder: Path):
     except (OSError, RuntimeError, CheckpointException) as e:
         cause = _first_cause(e)
         if _no_room(cause):
-            raise UserError(
-                f"checkpoint: {folder}: the disk is full, or a quota is reached"
-            ) from None
+            raise UserError(f"checkpoint: {folder}: the disk is full, or a quota is reached") from None
         raise RunError(f"checkpoint: writing {folder} failed: {_line(cause)}") from e
 
 

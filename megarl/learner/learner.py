@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -35,6 +36,8 @@ from megarl.learner.schedule import learning_rate
 from megarl.learner.transport import share
 from megarl.learner.weights import Weights
 from megarl.trajectory import Batch, MicroBatch
+
+log = logging.getLogger(__name__)
 
 
 class Objective(Protocol):
@@ -73,6 +76,8 @@ class Learner:
         self.world = world
         self.total_updates = total_updates
         self.version = 0
+        if precisions.emulated(settings.precision) and world.is_controller:
+            log.warning("FP8 (%s) is emulated on this CPU: its numerics, not its speed", settings.precision.recipe)
         self.shape: ModelShape = read_shape(settings.model.path)
         check(settings.parallel, self.shape)
         self.config = transformer_config(self.shape, settings.parallel, settings.precision)
@@ -176,7 +181,7 @@ class Learner:
 
     def _filled(self) -> tuple[list[torch.nn.Module], Weights]:
         """New model chunks with the initial weights, and the map of their parameters."""
-        chunks = build(self.shape, self.config)
+        chunks = build(self.shape, self.config, self.settings.precision)
         weights = Weights(self.shape, [unwrap(chunk) for chunk in chunks], self.world)
         if self.settings.model.weights == "random":
             weights.draw(self.settings.seed)

@@ -31,7 +31,7 @@ from checkpoints_conv.layout import padded_vocab
 from checkpoints_conv.rules import Spec
 from checkpoints_conv.shape import Experts, ModelShape
 from megarl.config import Parallel, Precision
-from megarl.learner import cpu, device
+from megarl.learner import cpu, device, emulation
 from megarl.learner import precision as precisions
 from megarl.learner.attention import PackedAttention, PackedRow, inverse_frequencies
 from megarl.learner.logprobs import logprobs_and_entropy
@@ -188,7 +188,7 @@ def layer_spec(config: TransformerConfig, layers: int) -> TransformerBlockSubmod
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
 
 
-def build(shape: ModelShape, config: TransformerConfig) -> list[torch.nn.Module]:
+def build(shape: ModelShape, config: TransformerConfig, precision: Precision) -> list[torch.nn.Module]:
     """This rank's model chunks, parameters not filled. In bf16 each is wrapped in Megatron's Float16Module."""
     vpp = config.virtual_pipeline_model_parallel_size
     chunks = []
@@ -210,6 +210,9 @@ def build(shape: ModelShape, config: TransformerConfig) -> list[torch.nn.Module]
         )
         if spec_kind() == "te":
             model.rotary_pos_emb.inv_freq = inverse_frequencies(shape).to(model.rotary_pos_emb.inv_freq.device)
+        if precisions.emulated(precision):
+            layers_in_fp8 = precisions.fp8_layers(precision, shape.layers)
+            emulation.emulate(model, precision.recipe, layers_in_fp8.start + 1, layers_in_fp8.stop)
         if device.on_cuda():
             model.cuda(torch.cuda.current_device())
         chunks.append(Float16Module(config, model) if config.bf16 else model)

@@ -1,23 +1,87 @@
-"""The learner's arithmetic: which types, and whether they are to be had here. The one seam for FP8."""
+"""The learner's arithmetic: which types, where FP8 applies, and the manifest that says so. The one seam for FP8."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from checkpoints_conv.shape import ModelShape
 from megarl.config import Precision
 from megarl.errors import UserError
 from megarl.learner import device
+from megarl.learner.quantise import FORMATS, HISTORY, block_shape
 
 RECIPES = {"delayed": "delayed", "tensorwise": "tensorwise", "blockwise": "blockwise", "mxfp8": "mxfp8"}
 """Setting → Megatron's `fp8_recipe`."""
 
 
+MANIFEST = "quantisation.json"  # in the run directory
+
+
 def check(precision: Precision) -> None:
-    """Raise UserError for FP8 without Transformer Engine: Megatron would accept the setting and ignore it."""
-    if precision.dtype == "fp8" and not device.transformer_engine():
-        raise UserError("precision.dtype: fp8 needs a CUDA device and Transformer Engine; nearest valid value: bf16")
+    """Raise UserError for FP8 on a GPU without Transformer Engine: Megatron would accept the setting and ignore it."""
+    if precision.dtype == "fp8" and device.on_cuda() and not device.transformer_engine():
+        raise UserError("precision.dtype: fp8 on a GPU needs Transformer Engine; nearest valid value: bf16")
+
+
+def emulated(precision: Precision) -> bool:
+    """Whether FP8 is computed in software here (learner/emulation.py)."""
+    return precision.dtype == "fp8" and not device.on_cuda()
+
+
+def fp8_layers(precision: Precision, layers: int) -> range:
+    """The transformer layers in FP8, numbered from 0; the others, the embedding and the output layer are bf16."""
+    kept = precision.high_precision_layers
+    return range(kept, max(kept, layers - kept))
+
+
+def manifest(precision: Precision, shape: ModelShape) -> dict[str, Any]:
+    """What is quantised and how, in terms that a rollout engine's own manifest can be compared with."""
+    found: dict[str, Any] = {"dtype": precision.dtype}
+    if precision.dtype != "fp8":
+        return found
+    layers = fp8_layers(precision, shape.layers)
+    found |= {
+        "recipe": precision.recipe,
+        "formats": {role: fmt.name for role, fmt in FORMATS.items()},
+        "first_layer": layers.start,
+        "last_layer": layers.stop - 1,
+        "high_precision": ["embedding", "norms", "router", "output_layer"],
+        "emulated": emulated(precision),
+    }
+    if precision.recipe == "delayed":
+        found["history"] = HISTORY
+    if precision.recipe in ("blockwise", "mxfp8"):
+        found["blocks"] = {role: list(block_shape(precision.recipe, role, 1)) for role in FORMATS}
+    return found
+
+
+def write_manifest(folder: Path, precision: Precision, shape: ModelShape) -> Path:
+    """Write the manifest into the run directory."""
+    file = folder / MANIFEST
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(json.dumps(manifest(precision, shape), indent=1) + "\n")
+    partial.replace(file)
+    return file
+
+
+def check_manifest(learner: Mapping[str, Any], engine: Mapping[str, Any]) -> None:
+    """Raise UserError, naming the first entry that differs, unless the engine quantises as the learner does.
+
+    Gradients concern the learner alone, and either side may emulate.
+    """
+    for key in sorted(learner.keys() | engine.keys()):
+        ours, theirs = (_forward_only(side.get(key)) for side in (learner, engine))
+        if key != "emulated" and ours != theirs:
+            raise UserError(f"precision: the rollout engine's quantisation differs: {key} is {theirs!r}, not {ours!r}")
+
+
+def _forward_only(value: Any) -> Any:
+    return {k: v for k, v in value.items() if k != "gradient"} if isinstance(value, dict) else value
 
 
 def parameter_dtype(precision: Precision) -> torch.dtype:
@@ -29,8 +93,17 @@ def transformer_settings(precision: Precision) -> dict[str, Any]:
     """The part of Megatron's TransformerConfig that the precision decides."""
     dtype = parameter_dtype(precision)
     settings: dict[str, Any] = {"params_dtype": dtype, "pipeline_dtype": dtype, "bf16": dtype == torch.bfloat16}
-    if precision.dtype == "fp8":
+    if precision.dtype == "fp8" and not emulated(precision):
         settings |= {"fp8": "hybrid", "fp8_recipe": RECIPES[precision.recipe]}
+        if precision.recipe == "delayed":
+            settings |= {"fp8_amax_history_len": HISTORY, "fp8_amax_compute_algo": "max"}
+        if precision.high_precision_layers:
+            kept = precision.high_precision_layers
+            settings |= {
+                "first_last_layers_bf16": True,
+                "num_layers_at_start_in_bf16": kept,
+                "num_layers_at_end_in_bf16": kept,
+            }
     return settings
 
 

@@ -71,7 +71,8 @@ def _build(shape: ModelShape, parallel: Parallel, gpus: int, stage: int) -> Hold
         )
         tensor_parallel.model_parallel_cuda_manual_seed(0, force_reset_rng=True)
         with torch.device("meta"):
-            chunks = model.build(shape, model.transformer_config(shape, parallel, Precision(dtype="bf16")))
+            precision = Precision(dtype="bf16")
+            chunks = model.build(shape, model.transformer_config(shape, parallel, precision), precision)
         shared = experts = 0
         for chunk in chunks:
             for parameter in chunk.parameters():

@@ -1,0 +1,127 @@
+"""FP8 layers without Transformer Engine: Megatron's own parallel linear layers with each product's operands quantised.
+
+The forward product, the input's gradient and the weight's gradient each read operands quantised along the dimension
+they sum over, as Transformer Engine's kernels do; products accumulate in float32. It tests a recipe's numerics.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from torch import Tensor
+
+from megarl.learner.quantise import FORMATS, DelayedScale, Recipe, Role, quantise
+
+
+class Scaling:
+    """The recipe of one linear layer, with its amax histories when scaling is delayed."""
+
+    def __init__(self, recipe: Recipe, group: dist.ProcessGroup | None) -> None:
+        """`group`: ranks that agree on one amax (delayed scaling only)."""
+        self.recipe = recipe
+        self.group = group
+        self.delayed = {role: DelayedScale(fmt) for role, fmt in FORMATS.items()} if recipe == "delayed" else {}
+
+    def __call__(self, x: Tensor, role: Role, dim: int) -> Tensor:
+        """The matrix `x` as a product over its dimension `dim` reads it, in float32."""
+        return quantise(x.to(torch.float32), self.recipe, role, dim, self.delayed.get(role))
+
+    def record(self, **tensors: Tensor) -> None:
+        """Enter the largest magnitudes of `tensors`, by role, into the histories. Collective over the group."""
+        if not self.delayed:
+            return
+        amax = torch.stack([tensor.detach().abs().amax().to(torch.float32) for tensor in tensors.values()])
+        if self.group is not None and self.group.size() > 1:
+            dist.all_reduce(amax, dist.ReduceOp.MAX, group=self.group)
+        for role, value in zip(tensors, amax.tolist(), strict=True):
+            self.delayed[role].record(value)
+
+
+class Fp8Product(torch.autograd.Function):
+    """x [t, k] and w [n, k] → x wᵀ [t, n], both ways on quantised operands."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, scaling: Scaling, learning: bool) -> Tensor:
+        ctx.save_for_backward(x, w)
+        ctx.scaling = scaling
+        # The operands are quantised again in the backward pass; with delayed scaling by the scales of now.
+        ctx.scales = {role: delayed.scale for role, delayed in scaling.delayed.items()}
+        y = (scaling(x, "input", 1) @ scaling(w, "weight", 1).T).to(x.dtype)
+        if learning:
+            scaling.record(input=x, weight=w)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (x, w), scaling = ctx.saved_tensors, ctx.scaling
+        with _Earlier(scaling, ctx.scales):
+            dx = scaling(gradient, "gradient", 1) @ scaling(w, "weight", 0)
+            dw = scaling(gradient, "gradient", 0).T @ scaling(x, "input", 0)
+        scaling.record(gradient=gradient)
+        return dx.to(x.dtype), dw.to(w.dtype), None, None
+
+
+class _Earlier:
+    """Within it, inputs and weights are quantised by the scales they had in the forward pass."""
+
+    def __init__(self, scaling: Scaling, scales: dict[Role, float]) -> None:
+        self.scaling, self.scales = scaling, scales
+
+    def __enter__(self) -> None:
+        self.now = {role: delayed.scale for role, delayed in self.scaling.delayed.items()}
+        for role in self.now:
+            if role != "gradient":
+                self.scaling.delayed[role].scale = self.scales[role]
+
+    def __exit__(self, *_: object) -> None:
+        for role, scale in self.now.items():
+            self.scaling.delayed[role].scale = scale
+
+
+def emulate(model: torch.nn.Module, recipe: Recipe, first: int, last: int) -> int:
+    """Turn the linear layers of transformer layers `first` … `last` (from 1, inclusive) to FP8; returns how many.
+
+    Embedding, output layer and routers stay as they are.
+    """
+    changed = 0
+    for layer in model.decoder.layers:
+        if not first <= layer.layer_number <= last:
+            continue
+        for module in layer.modules():
+            if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
+                module._forward_impl = partial(_linear, Scaling(recipe, module.tp_group))
+                changed += 1
+    return changed
+
+
+def _linear(
+    scaling: Scaling,
+    input: Tensor,  # noqa: A002 (Megatron's name)
+    weight: Tensor,
+    bias: Tensor | None,
+    allreduce_dgrad: bool,
+    sequence_parallel: bool,
+    tp_group: dist.ProcessGroup | None = None,
+    **_: Any,
+) -> Tensor:
+    """Megatron's `linear_with_grad_accumulation_and_async_allreduce`, on quantised operands. input [t, b, k]."""
+    if sequence_parallel:
+        input = gather_from_sequence_parallel_region(input, tensor_parallel_output_grad=True, group=tp_group)  # noqa: A001
+    elif allreduce_dgrad:
+        input = copy_to_tensor_model_parallel_region(input, group=tp_group)  # noqa: A001
+    # Scoring and the first pass of recomputed layers run without gradients: they read the histories and add nothing.
+    learning = torch.is_grad_enabled() and weight.requires_grad
+    flat = input.reshape(-1, input.shape[-1])
+    if not len(flat):  # an expert without tokens
+        return torch.nn.functional.linear(input, weight, bias)
+    y = Fp8Product.apply(flat, weight, scaling, learning).view(*input.shape[:-1], -1)
+    return y if bias is None else y + bias

@@ -1,0 +1,76 @@
+"""The learner in emulated FP8: it trains as bf16 does, and the layout changes no more than the recipe's rounding."""
+
+import pytest
+import torch
+
+from checkpoints_conv.shape import read_shape
+from megarl.bench.gpu import chain
+from megarl.bench.models import write_model
+from megarl.bench.parity import settings
+from megarl.config import Precision
+from megarl.errors import UserError
+from megarl.learner import precision as precisions
+from megarl.learner.spawn import spawn
+
+RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
+STEPS = 25
+TINY = {
+    **{"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4},
+    **{"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 64},
+}
+DEADLINE = 280.0
+
+
+def _losses(folder, parallel, wanted):
+    """Runs on every rank: the loss of each step of supervised training, for each precision."""
+    from megarl.learner.learner import Learner, sft_objective
+    from megarl.learner.parallel import start
+
+    found = []
+    for precision in wanted:
+        chosen = settings(folder, parallel, precision=precision, optimizer={"lr": 4e-3})
+        world = start(chosen.parallel, chosen.precision, chosen.seed, DEADLINE)
+        learner = Learner(chosen, world, total_updates=STEPS)
+        batches = [chain(step) if world.is_controller else None for step in range(STEPS)]
+        found.append([learner.train_step(batch, sft_objective)["loss"] for batch in batches])
+        world.release()
+    return found
+
+
+@pytest.mark.parallel
+@pytest.mark.timeout(600)
+def test_each_recipe_trains_as_bf16_does_and_tp2_as_tp1(tmp_path):
+    """A tiny model learns a noisy chain whose entropy is 1.36 nats: at the end every recipe's loss is within 2 % of
+    bf16's without being bf16's, and tp2's within 2 % of tp1's. Says nothing about long runs or large models."""
+    write_model(tmp_path, **TINY)
+    wanted = [{"dtype": "bf16"}, *({"dtype": "fp8", "recipe": recipe} for recipe in RECIPES)]
+    one = spawn(_losses, 1, (tmp_path, {}, wanted), DEADLINE)[0]
+    two = spawn(_losses, 2, (tmp_path, {"tp": 2}, wanted), DEADLINE)[0]
+    ends = [[sum(losses[-5:]) / 5 for losses in runs] for runs in (one, two)]
+    assert ends[0][0] < 2.2  # the tokens alone have 2.77 nats: the chain was learned
+    assert ends[0][1:] == pytest.approx([ends[0][0]] * len(RECIPES), rel=0.02)
+    assert ends[1] == pytest.approx(ends[0], rel=0.02)
+    assert all(losses != one[0] for losses in one[1:])
+
+
+def test_the_manifest_names_layers_formats_and_blocks(tmp_path):
+    write_model(tmp_path)
+    shape = read_shape(tmp_path)
+    found = precisions.manifest(Precision(dtype="fp8", recipe="blockwise", high_precision_layers=1), shape)
+    assert (found["first_layer"], found["last_layer"]) == (1, 2)
+    assert found["blocks"] == {"input": [1, 128], "weight": [128, 128], "gradient": [1, 128]}
+    assert found["emulated"] is not torch.cuda.is_available()
+    assert precisions.manifest(Precision(dtype="bf16"), shape) == {"dtype": "bf16"}
+    file = precisions.write_manifest(tmp_path, Precision(dtype="fp8"), shape)
+    assert '"tensorwise"' in file.read_text()
+
+
+def test_an_engine_that_quantises_otherwise_is_refused(tmp_path):
+    write_model(tmp_path)
+    shape = read_shape(tmp_path)
+    ours = precisions.manifest(Precision(dtype="fp8"), shape)
+    precisions.check_manifest(ours, {**ours, "emulated": False, "formats": {"input": "e4m3", "weight": "e4m3"}})
+    with pytest.raises(UserError, match="recipe is 'mxfp8', not 'tensorwise'"):
+        precisions.check_manifest(ours, {**ours, "recipe": "mxfp8"})
+    with pytest.raises(UserError, match="dtype is 'bf16', not 'fp8'"):
+        precisions.check_manifest(ours, {"dtype": "bf16"})
