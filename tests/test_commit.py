@@ -67,7 +67,10 @@ def test_an_interrupted_save_is_forgotten(tmp_path: Path) -> None:
 
 
 def test_full_disk_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="No space left.*earlier checkpoints are untouched"), commit.clear_errors(tmp_path):
+    with (
+        pytest.raises(RunError, match="No space left.*earlier checkpoints are untouched"),
+        commit.clear_errors(tmp_path),
+    ):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with pytest.raises(OSError, match="interrupted"), commit.clear_errors(tmp_path):
         raise OSError(errno.EINTR, "interrupted")

@@ -54,7 +54,9 @@ def test_the_command_learns_alike_at_tp_1_and_2(tmp_path: Path) -> None:
 def test_the_export_is_the_trained_model(tmp_path: Path) -> None:
     """One update on the shipped weights at a rate too small to see: the loss in the metrics is transformers' own on
     the exported folder, and the folder has tokenizer and configuration, one file of weights, no leftovers."""
-    given = settings(tmp_path, steps=1, **{"model.weights": "pretrained", "optimizer.lr": 1e-12, "optimizer.min_lr": 0.0})
+    given = settings(
+        tmp_path, steps=1, **{"model.weights": "pretrained", "optimizer.lr": 1e-12, "optimizer.min_lr": 0.0}
+    )
     (loss,) = run(given, 2)
     folder = given.run / "model"
     model = AutoModelForCausalLM.from_pretrained(folder)

@@ -1,0 +1,12 @@
+"""Graders that misbehave, by import path."""
+
+import time
+
+
+def hang(response: str, answer: str) -> bool:
+    time.sleep(3600)
+    return True
+
+
+def fail(response: str, answer: str) -> bool:
+    raise ValueError("the verifier is broken")

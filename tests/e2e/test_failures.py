@@ -1,0 +1,85 @@
+"""What fails ends the run within its deadline, names the cause, and leaves no process behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import pytest
+import runs
+
+from megarl import config
+from megarl.errors import RunError
+from megarl.learner.spawn import spawn
+from megarl.train import train
+
+pytestmark = [pytest.mark.e2e, pytest.mark.parallel]
+
+
+@pytest.fixture(autouse=True)
+def nothing_left():
+    """No process outlives its run: neither ranks nor graders (the fork server stays, for the next run's ranks)."""
+    yield
+    left = [p for p in psutil.Process().children(recursive=True) if "rewards.worker" in " ".join(p.cmdline())]
+    ranks = [
+        p for p in psutil.Process().children(recursive=True) if p.num_threads() > 1 and "forkserver" in str(p.cmdline())
+    ]
+    assert not left and not ranks
+
+
+def train_with_a_broken_rank(settings: config.Settings) -> None:
+    """Rank 1 fails in the first update, while rank 0 waits for it in a collective."""
+    from megarl.learner.learner import Learner
+
+    original = Learner.train_step
+
+    def train_step(self: Learner, *arguments: object) -> object:
+        if self.world.rank == 1:
+            raise ArithmeticError("a bit fell over")
+        return original(self, *arguments)
+
+    Learner.train_step = train_step
+    train(settings)
+
+
+def train_with_a_dying_engine(settings: config.Settings) -> None:
+    """The engine's decoder fails in the second step."""
+    from megarl.rollout.decoder import Decoder
+
+    original, calls = Decoder.logits, [0]
+
+    def logits(self: Decoder, *arguments: object) -> object:
+        calls[0] += 1
+        if calls[0] > 20:
+            raise MemoryError("no room for the cache")
+        return original(self, *arguments)
+
+    Decoder.logits = logits
+    train(settings)
+
+
+def test_a_rank_that_raises_ends_the_run_and_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="rank 1 failed: ArithmeticError: a bit fell over"):
+        spawn(train_with_a_broken_rank, 2, (runs.settings(tmp_path / "run", "parallel.tp=2"),), runs.DEADLINE)
+
+
+def test_an_engine_that_dies_ends_the_run_and_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="local engine.*no room for the cache"):
+        spawn(train_with_a_dying_engine, 1, (runs.settings(tmp_path / "run", "parallel.tp=1"),), runs.DEADLINE)
+
+
+def test_a_grader_that_hangs_is_a_verdict_of_its_own(tmp_path: Path) -> None:
+    """Each grade runs into its time limit, its worker is replaced, and the run goes on."""
+    metrics = runs.run(
+        runs.settings(
+            tmp_path / "run", "parallel.tp=1", "steps=1", "reward.function=tests.e2e.graders:hang", "reward.timeout=0.2"
+        )
+    )
+    assert metrics[0]["verdict_timeout"] == 16
+    assert metrics[0]["accuracy"] == 0
+
+
+def test_a_grader_that_always_fails_ends_the_run(tmp_path: Path) -> None:
+    settings = runs.settings(tmp_path / "run", "parallel.tp=1", "reward.function=tests.e2e.graders:fail")
+    with pytest.raises(RunError, match="every one of 16 grades failed.*the verifier is broken"):
+        runs.run(settings)
