@@ -30,7 +30,7 @@ from megarl.rollout.transport.distributed import DistributedTransport
 from megarl.rollout.transport.tensor import TensorTransport
 from megarl.trajectory import Span
 
-pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engines, pytest.mark.timeout(1500)]
 
 PROMPT = TOKENIZER.encode("Hello there. ")
 
