@@ -32,7 +32,7 @@ def train(settings: Settings, nproc: int | None, resume: bool, dry_run: bool) ->
 
     _start(run, (settings, resume), world_size, sizes)
     if parallel.launch_info().rank == 0:
-        Console(stderr=True, highlight=False).print(summary(settings.run))
+        Console(stderr=True, highlight=False).print(summary(settings.run), soft_wrap=True)
 
 
 def sft(settings: Settings, nproc: int | None, dry_run: bool) -> None:

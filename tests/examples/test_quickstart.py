@@ -1,0 +1,60 @@
+"""The quick start's shipped parts fit together. Proves that the settings hold with the shipped tokenizer, that the
+shipped reasoner can do the task, and where `make quickstart` puts its runs. What reinforcement learning makes of it is
+tests/e2e/test_learns.py's matter."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from examples.quickstart.__main__ import SETTINGS, free_run
+from examples.quickstart.search_verify import grade
+from megarl import config
+from megarl.data.prompts import read_prompts
+from megarl.launch import preflight
+from megarl.rollout import early_exit
+from megarl.rollout.local import LocalEngine
+from megarl.trajectory import Group
+
+REASONER = Path("examples/quickstart/reasoner")
+ACCURACY = 0.46  # of the taught reasoner at temperature 0.6, in the README
+
+
+@pytest.mark.parametrize("name", ["train", "sft"])
+def test_the_settings_pass_every_check_before_the_run(name: str, tmp_path: Path) -> None:
+    (tmp_path / "lesson.jsonl").touch()
+    lesson = [f"data.train=[{tmp_path / 'lesson.jsonl'}]"] if name == "sft" else []
+    settings = config.load(SETTINGS.with_name(f"{name}.yaml"), [f"run={tmp_path}", *lesson])
+    preflight(settings, settings.parallel.model_ranks, resume=False)
+    early_exit.check(settings.rollout, AutoTokenizer.from_pretrained(REASONER))
+
+
+def test_the_shipped_reasoner_is_small_and_solves_problems_in_the_taught_way() -> None:
+    """Responses of the local engine to 100 validation problems at temperature 0.6, seed fixed: accuracy not more than
+    four standard errors below the README's, and steps divided by "Wait"."""
+    assert (REASONER / "model.safetensors").stat().st_size < 4 * 2**20
+    settings = config.load(SETTINGS, [f"data.eval=[{SETTINGS.parent / 'problems' / 'validation.jsonl'}]"])
+    tokenizer = AutoTokenizer.from_pretrained(REASONER)
+    table, _ = read_prompts(settings.data.eval, tokenizer, settings.data)
+    engine = LocalEngine(REASONER, tokenizer, batch_slots=100, max_length=early_exit.longest_sequence(settings))
+
+    async def responses() -> list[Group]:
+        await engine.update_weights(0, load_file(REASONER / "model.safetensors").items())
+        groups = await early_exit.evaluation(engine, [table[i] for i in range(100)], settings, tokenizer)
+        await engine.close()
+        return groups
+
+    groups = asyncio.run(responses())
+    right = sum(grade(c.text, group.prompt.answer) for group in groups for c in group.completions)
+    assert right >= 100 * (ACCURACY - 4 * 0.05)
+    assert sum("Wait" in c.text and "</think>" in c.text for group in groups for c in group.completions) >= 80
+
+
+def test_a_quick_start_never_writes_into_an_earlier_one(tmp_path: Path) -> None:
+    assert free_run(tmp_path / "run") == tmp_path / "run"
+    for name in ("run", "run-2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").touch()
+    assert free_run(tmp_path / "run") == tmp_path / "run-3"
