@@ -60,9 +60,12 @@ def score(runs: list[Run], skipped: list[Skipped], laws: Laws = LAWS) -> tuple[l
     time: dict[str, list[tuple[float, Run]]] = defaultdict(list)
     memory: dict[str, list[float]] = defaultdict(list)
     right: list[bool] = []
+    stated: list[bool] = []  # the same, of the runs whose recomputation is published
     for run in runs:
         stages = plan_memory(run.shape, run.layout, run.software)
         right.append(_fits(run) == run.fits)
+        if run.recompute_stated:
+            stated.append(right[-1])
         if run.seconds:
             predicted = step_time(run.shape, run.layout, run.software, run.gpu, laws).seconds
             time[run.group].append((predicted / run.seconds - 1, run))
@@ -84,6 +87,7 @@ def score(runs: list[Run], skipped: list[Skipped], laws: Laws = LAWS) -> tuple[l
         "skipped": len(skipped),
         "time_groups": len(time),
         "memory_groups": len(memory),
+        "fits_accuracy_recompute_stated": sum(stated) / len(stated) if stated else None,
         "recompute_unstated": sum(not run.recompute_stated for run in runs),
     }
     return rows, summary
