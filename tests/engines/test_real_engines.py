@@ -126,15 +126,15 @@ def test_weights_arrive_by_every_way_while_a_request_runs(
             version += 1
 
             async def update(source: Policy = source, version: int = version) -> None:
-                running = asyncio.ensure_future(pool.generate(PROMPT, Sampling(max_tokens=600), "g/0|0"))
+                running = asyncio.ensure_future(pool.generate(PROMPT, Sampling(max_tokens=200), "g/0|0"))
                 await pool.generate(PROMPT, Sampling(max_tokens=4), "g/1|0")
                 assert not running.done()
                 await weight_sync.sync(pool, version, source.tensors(), source.canary(), BF16)
                 generation = await running
-                assert len(generation.token_ids) == 600
+                assert len(generation.token_ids) == 200
                 assert [span.version for span in generation.spans][-1] == version and len(generation.spans) == 2
                 cut = generation.spans[1]
-                assert cut == Span(version, generation.spans[0].end, 600)
+                assert cut == Span(version, generation.spans[0].end, 200)
                 tail = reference_logprobs(source.model, PROMPT + generation.token_ids)[len(PROMPT) - 1 + cut.start :]
                 assert max(abs(a - b) for a, b in zip(generation.logprobs[cut.start :], tail, strict=True)) <= BF16
 
