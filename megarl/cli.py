@@ -71,6 +71,22 @@ def eval(
 
 
 @app.command(context_settings=_PASS_ON, add_help_option=False)
+def plan(context: typer.Context) -> None:
+    """Predict memory and time of a run on given GPUs; refuse a layout that cannot fit."""
+    from megarl.planner.command import main as command
+
+    _run(command, "megarl plan", context.args)
+
+
+@app.command(context_settings=_PASS_ON, add_help_option=False)
+def convert(context: typer.Context) -> None:
+    """Convert checkpoints between Hugging Face and Megatron, and prove it."""
+    from checkpoints_conv.cli import app as commands
+
+    commands(args=context.args, prog_name="megarl convert")
+
+
+@app.command(context_settings=_PASS_ON, add_help_option=False)
 def bench(
     context: typer.Context,
     name: Annotated[str | None, typer.Argument(help="Which benchmark; without it, they are listed.")] = None,

@@ -12,8 +12,8 @@ import typer
 from megarl.bench import _study, record
 from megarl.errors import UserError, nearest
 
-# What peers run: dynamic batching by token budget over sorted lengths, every group trained.
-PEERS = ["packing.strategy=sorted", "pruning.drop_zero_variance=false"]
+# What peers run: dense rows by token budget (as dense as dynamic batching gets), every group trained.
+PEERS = ["packing.strategy=first_fit", "pruning.drop_zero_variance=false"]
 PACKED = ["packing.strategy=dense", "packing.window=256"]
 METHODS = {
     "grpo": [*PEERS],
