@@ -49,6 +49,6 @@ def settings(policy: Policy, run: Path, engine: str, **servers: object) -> Setti
             "run": str(run),
             "model": {"path": str(policy.folder)},
             "data": {"train": []},
-            "rollout": {"engine": engine, "servers": {"start_deadline": 400, "device": "cpu", **servers}},
+            "rollout": {"engine": engine, "servers": {"start_deadline": 600, "device": "cpu", **servers}},
         }
     )
