@@ -31,9 +31,11 @@ def settings(run: Path, *overrides: str) -> config.Settings:
     return config.load(QUICKSTART / "train.yaml", [*small, *overrides])
 
 
-def run(wanted: config.Settings, nproc: int | None = None, resume: bool = False) -> list[dict[str, Any]]:
+def run(
+    wanted: config.Settings, nproc: int | None = None, resume: bool = False, deadline: float = DEADLINE
+) -> list[dict[str, Any]]:
     """Train, and return the metrics without their timings."""
-    spawn(train, nproc or wanted.parallel.model_ranks, (wanted, resume), DEADLINE)
+    spawn(train, nproc or wanted.parallel.model_ranks, (wanted, resume), deadline)
     return untimed(read_metrics(wanted.run))
 
 

@@ -10,19 +10,21 @@ import runs
 pytestmark = [pytest.mark.e2e, pytest.mark.parallel]
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_held_out_accuracy_rises(tmp_path: Path) -> None:
-    """The quick start's own settings for 15 of its 60 steps, seed 0, tp2, on 300 held-out problems at temperature 1.
+    """GRPO for 40 steps on the quick start's problems, seed 0, tp2; 1,000 problems that it never trains on.
 
-    The standard error of the difference of two accuracies near .6 on 300 problems is .04: a rise of .12 is three of
-    them. It does not prove that the quick start's full run reaches the README's figures.
+    The standard error of the difference of two accuracies near .5 on 1,000 problems is at most .022: a rise of .06 is
+    not chance (.096 was measured). It does not prove what Step-GRPO adds, nor the quick start's own figures.
     """
     problems = runs.QUICKSTART / "problems"
     settings = runs.settings(
-        tmp_path / "run", "parallel.tp=2", "steps=15", "rollout.max_response_tokens=160", "evaluation.every=0",
-        "batch={prompts_per_step: 16, completions_per_prompt: 8, tokens_per_row: 2048}",
-        f"data.eval=[{problems / 'heldout.jsonl'}]", "data.eval_limit=300", "evaluation.temperature=1.0",
+        tmp_path / "run", "parallel.tp=2", "steps=40", "rollout.early_exit.enabled=false", "reward.shaping=none",
+        "rollout.max_response_tokens=160", "batch={prompts_per_step: 16, completions_per_prompt: 8, tokens_per_row: 2048}",
+        f"data.eval=[{problems / 'heldout.jsonl'}, {problems / 'validation.jsonl'}]", "evaluation.every=0",
+        "evaluation.temperature=0.6", "evaluation.max_response_tokens=256",
     )  # fmt: skip
-    metrics = runs.run(settings)
+    metrics = runs.run(settings, deadline=500.0)
     before, after = metrics[0]["eval/accuracy"], metrics[-1]["eval/accuracy"]
-    assert after >= before + 0.12, (before, after)
+    assert metrics[0]["eval/completions"] == 1000
+    assert after >= before + 0.06, (before, after)

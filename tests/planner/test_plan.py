@@ -8,10 +8,11 @@ import pytest
 
 from checkpoints_conv.families import rules
 from checkpoints_conv.layout import Layout as Divisions
-from checkpoints_conv.layout import local_rules, padded_vocab
+from checkpoints_conv.layout import local_rules
 from checkpoints_conv.shape import read_shape
 from megarl.config import Parallel, parse
 from megarl.errors import UserError
+from megarl.learner.model import vocabulary_rows
 from megarl.planner import command
 from megarl.planner.count import build_stages
 from megarl.planner.hardware import gpu
@@ -59,7 +60,7 @@ def test_counts_of_the_real_model_are_exactly_the_maps():
             held = pool.apply_async(build_stages, (shape, parallel, gpus)).get(timeout=200)
             for stage, holding in enumerate(held):
                 wanted = {True: 0, False: 0}
-                every = rules(shape, "local", padded_vocab(shape.vocab, parallel.tp))
+                every = rules(shape, "local", vocabulary_rows(shape, parallel.tp))
                 for chunk in range(parallel.vpp):
                     for rule in local_rules(every, shape, layout, stage, chunk).values():
                         size = 1
