@@ -20,7 +20,8 @@ def test_held_out_accuracy_rises(tmp_path: Path) -> None:
     problems = runs.QUICKSTART / "problems"
     settings = runs.settings(
         tmp_path / "run", "parallel.tp=2", "steps=40", "rollout.early_exit.enabled=false", "reward.shaping=none",
-        "rollout.max_response_tokens=160", "batch={prompts_per_step: 16, completions_per_prompt: 8, tokens_per_row: 2048}",
+        "rollout.max_response_tokens=160",
+        "batch={prompts_per_step: 16, completions_per_prompt: 8, tokens_per_row: 2048}",
         f"data.eval=[{problems / 'heldout.jsonl'}, {problems / 'validation.jsonl'}]", "evaluation.every=0",
         "evaluation.temperature=0.6", "evaluation.max_response_tokens=256",
     )  # fmt: skip
