@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from megarl.errors import RunError, UserError, nearest
+from megarl.errors import RunError, Stopped, UserError, nearest
 
 app = typer.Typer(
     name="megarl",
@@ -117,7 +117,10 @@ def _run(function: Any, name: str, arguments: list[str]) -> None:
 
 
 def main() -> None:
-    """Entry point: the user's mistakes end with code 2, failures of the run with code 1, each on one line."""
+    """Entry point: the user's mistakes end with code 2, failures of the run with code 1, each on one line.
+
+    A run that saved and left because it was asked to ends with code 75.
+    """
     try:
         app()
     except UserError as e:
@@ -127,6 +130,8 @@ def main() -> None:
     except RunError as e:
         print(f"megarl: {e}", file=sys.stderr)
         sys.exit(1)
+    except Stopped:
+        sys.exit(Stopped.EXIT_CODE)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,12 @@ class RunError(Exception):
     """Something outside the user's hands failed (an engine, a worker, a deadline); exit code 1, the cause named."""
 
 
+class Stopped(Exception):
+    """A run that was asked to leave has saved and left before its end; exit code 75: start it again with --resume."""
+
+    EXIT_CODE = 75  # "temporary failure, try again" in sysexits.h
+
+
 class DeadlineExceeded(RunError):
     """A wait outlived its deadline."""
 

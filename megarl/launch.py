@@ -13,7 +13,7 @@ from megarl.algorithms import presets, steps
 from megarl.config import Settings
 from megarl.data.prompts import read_prompts
 from megarl.data.tokenizer import load_tokenizer
-from megarl.errors import UserError, nearest
+from megarl.errors import Stopped, UserError, nearest
 from megarl.learner import parallel, precision
 from megarl.learner.spawn import spawn
 from megarl.rollout import early_exit
@@ -30,7 +30,8 @@ def train(settings: Settings, nproc: int | None, resume: bool, dry_run: bool) ->
         return
     from megarl.train import train as run
 
-    _start(run, (settings, resume), world_size, sizes)
+    if not _start(run, (settings, resume), world_size, sizes):
+        raise Stopped
     if parallel.launch_info().rank == 0:
         Console(stderr=True, highlight=False).print(summary(settings.run), soft_wrap=True)
 

@@ -71,9 +71,12 @@ class RunDirectory:
             )  # fmt: skip
 
     def _forget_after(self, step: int) -> None:
-        """Drop what was written after the checkpoint that the run goes on from: those steps are done again."""
+        """Drop what was written after the checkpoint that the run goes on from: those steps are done again.
+
+        At 0 there was none, and the evaluation before the first step is done again too.
+        """
         metrics = self.folder / "metrics.jsonl"
-        kept = [line for line in read_metrics(self.folder) if line["step"] <= step]
+        kept = [line for line in read_metrics(self.folder) if step and line["step"] <= step]
         partial = metrics.with_suffix(".partial")
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
         partial.replace(metrics)

@@ -34,8 +34,8 @@ from megarl.learner.learner import Learner
 from megarl.progress import RunProgress, Stopwatch
 
 
-def train(settings: Settings, resume: bool = False) -> None:
-    """Run the job on this rank until it is done or asked to stop; the first Ctrl-C saves and leaves."""
+def train(settings: Settings, resume: bool = False) -> bool:
+    """Run the job on this rank; whether it came to its end. The first Ctrl-C, SIGTERM or SIGUSR1 saves and leaves."""
     updates = settings.batch.updates_per_step
     switches = presets.resolve(settings.algorithm, settings.rollout.max_response_tokens, updates)
     objective = partial(policy_loss, switches=switches)
@@ -99,4 +99,5 @@ def train(settings: Settings, resume: bool = False) -> None:
                     checkpoints.save(step)
             if leaving:
                 progress.say(f"stopped after step {step}, saved; go on with --resume")
-                return
+                return step == settings.steps
+    return True

@@ -60,3 +60,10 @@ def test_metrics_reach_tensorboard(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("reward/reward")] == [(1, 0.5), (2, 1.0), (3, 1.5)]
+
+
+def test_resuming_before_the_first_checkpoint_forgets_everything(tmp_path: Path) -> None:
+    """The evaluation before the first step is done again too, and appears once."""
+    write(tmp_path, range(3), None)
+    write(tmp_path, range(2), 0)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [0, 1]

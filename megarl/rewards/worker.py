@@ -21,6 +21,8 @@ from megarl.rewards.grade import find, judge
 def main() -> None:
     path, parent = sys.argv[1], int(sys.argv[2])
     _die_with(parent)
+    for asked in (signal.SIGTERM, signal.SIGUSR1):  # Slurm signals every process of a job; ours decides what follows
+        signal.signal(asked, signal.SIG_IGN)
     connection = _take_stdin()
     lines = connection.makefile("rwb")
 
