@@ -23,12 +23,15 @@ from megarl.planner.published import Run, Skipped, read
 from megarl.planner.steptime import step_time
 
 WORST = 10
+CONFIGURATION_FOLDS = 5
 
 
 def main(
     json: Annotated[Path | None, typer.Option(help="Write the result to this file.")] = None,
     runs: Annotated[Path | None, typer.Option(help="CSV of published runs; there is none in the repository.")] = None,
-    folds: Annotated[int, typer.Option(help="Refit without each of so many sets of configurations; 0 = no.")] = 0,
+    cross_validate: Annotated[
+        bool, typer.Option("--cross-validate", help="Refit without each fifth of the configurations, and each source.")
+    ] = False,
     refit: Annotated[bool, typer.Option(help="Fit the constants to all runs and print them.")] = False,
 ) -> None:
     """Score predicted step time and memory against published runs."""
@@ -37,15 +40,22 @@ def main(
     found, skipped = read(runs)
     if not found:
         raise UserError(f"runs: {runs} holds no run that can be predicted ({len(skipped)} skipped)")
-    rows, summary = score(found, skipped)
-    if folds:
-        errors = sorted(held_out_errors(PRIORS, [r for r in found if r.seconds], lambda r: r.group, folds))
-        summary["held_out_time_median_abs_error"] = median(errors)
-        summary["held_out_time_p90_abs_error"] = quantile(errors, 0.9)
-    record.publish("planner", rows, json, summary=summary, skipped=dict(Counter(s.reason for s in skipped)))
-    for name, value in summary.items():
+    rows, summary, details = score(found, skipped)
+    if cross_validate:
+        timed = [run for run in found if run.seconds]
+        held_out = {
+            "configurations": (lambda r: r.group, CONFIGURATION_FOLDS),
+            "sources": (lambda r: r.source, len(timed)),
+        }
+        for name, (key, folds) in held_out.items():
+            errors = sorted(held_out_errors(PRIORS, timed, key, folds))
+            details[f"time_median_abs_error_unseen_{name}"] = median(errors)
+            details[f"time_p90_abs_error_unseen_{name}"] = quantile(errors, 0.9)
+    reasons = dict(Counter(s.reason for s in skipped).most_common())
+    record.publish("planner", rows, json, summary=summary, details=details, skipped=reasons)
+    for name, value in (summary | details).items():
         print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
-    for reason, count in Counter(s.reason for s in skipped).most_common():
+    for reason, count in reasons.items():
         print(f"skipped {count}: {reason}")
     if refit:
         groups: dict[str, list[Run]] = defaultdict(list)
@@ -55,10 +65,12 @@ def main(
         print(fit(PRIORS, list(groups.values())))
 
 
-def score(runs: list[Run], skipped: list[Skipped], laws: Laws = LAWS) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """(the worst ten runs, the summary)."""
+def score(
+    runs: list[Run], skipped: list[Skipped], laws: Laws = LAWS
+) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
+    """(the worst ten runs, the summary, what is behind it)."""
     time: dict[str, list[tuple[float, Run]]] = defaultdict(list)
-    memory: dict[str, list[float]] = defaultdict(list)
+    memory: dict[tuple[str, str], list[float]] = defaultdict(list)  # by source and group
     right: list[bool] = []
     stated: list[bool] = []  # the same, of the runs whose recomputation is published
     for run in runs:
@@ -71,7 +83,7 @@ def score(runs: list[Run], skipped: list[Skipped], laws: Laws = LAWS) -> tuple[l
             time[run.group].append((predicted / run.seconds - 1, run))
         if run.memory:
             peak = max(_as_measured(stage, run) for stage in stages)
-            memory[run.group].append(abs(peak / run.memory - 1))
+            memory[run.source, run.group].append(abs(peak / run.memory - 1))
     errors = sorted(median(abs(e) for e, _ in group) for group in time.values())
     worst = sorted((pair for group in time.values() for pair in group), key=lambda pair: -abs(pair[0]))[:WORST]
     rows = [
@@ -85,12 +97,17 @@ def score(runs: list[Run], skipped: list[Skipped], laws: Laws = LAWS) -> tuple[l
         "fits_accuracy": sum(right) / len(right),
         "scored": len(runs),
         "skipped": len(skipped),
+    }
+    details = {
         "time_groups": len(time),
         "memory_groups": len(memory),
         "fits_accuracy_recompute_stated": sum(stated) / len(stated) if stated else None,
         "recompute_unstated": sum(not run.recompute_stated for run in runs),
     }
-    return rows, summary
+    # The memory model has no constant fitted to a source, so each source tests it apart.
+    for source in sorted({source for source, _ in memory}):
+        details[f"memory_median_abs_error_{source}"] = median(median(g) for (s, _), g in memory.items() if s == source)
+    return rows, summary, details
 
 
 def quantile(ordered: list[float], share: float) -> float:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import csv
 import re
+from collections import defaultdict
 from dataclasses import dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import Literal
 
@@ -17,10 +19,13 @@ from megarl.errors import UserError
 from megarl.planner.hardware import GPUS, Dtype, Gpu
 from megarl.planner.layout import AttentionKernel, Layout, Recompute, Software
 from megarl.planner.shape import Shape
-from megarl.planner.steptime import model_flops
+from megarl.planner.steptime import model_flops, step_time
 
 Row = dict[str, str]
 MemoryKind = Literal["allocated", "reserved", "driver"]
+DTYPES: dict[str, Dtype] = {"fp16": "bf16", "bf16": "bf16", "fp8": "fp8", "nvfp4": "fp4", "fp32": "fp32"}
+POSITIVE = ("layers", "hidden", "heads", "vocab", "seq", "n_gpus", "TP", "PP", "VPP", "CP", "EP", "ETP", "MBS", "GBS",
+            "step_s", "tok_s_gpu", "peak_mem_gib")  # fmt: skip
 REQUIRED = ("layers", "hidden", "heads", "ffn", "vocab", "seq", "gpu", "n_gpus", "TP", "PP", "GBS", "precision")
 
 
@@ -56,12 +61,24 @@ def read(file: Path) -> tuple[list[Run], list[Skipped]]:
     runs, skipped = [], []
     with file.open(newline="") as stream:
         for row in csv.DictReader(stream):
-            reason = _unusable(row)
-            if reason:
-                skipped.append(Skipped(row["id"], reason))
-            else:
-                runs.append(_run(row))
+            found = _read_row(defaultdict(str, {name: text or "" for name, text in row.items() if name}))
+            (runs if isinstance(found, Run) else skipped).append(found)
     return runs, skipped
+
+
+def _read_row(row: Row) -> Run | Skipped:
+    """A run, or why it cannot be predicted: whatever stands in the cells, no row is lost and none stops the others."""
+    try:
+        reason = _unusable(row)
+        if reason:
+            return Skipped(row["id"], reason)
+        run = _run(row)
+        predicted = step_time(run.shape, run.layout, run.software, run.gpu).seconds
+        if not (isfinite(predicted) and predicted > 0):
+            return Skipped(row["id"], "sizes that cannot be predicted")
+        return run
+    except (ValueError, KeyError, ArithmeticError, IndexError) as e:
+        return Skipped(row["id"], f"a cell that cannot be read: {e}")
 
 
 def _unusable(row: Row) -> str | None:
@@ -74,6 +91,11 @@ def _unusable(row: Row) -> str | None:
         return f"no {', '.join(missing)}"
     if row["gpu"].lower().removesuffix("-80gb") not in GPUS:
         return f"unknown GPU {row['gpu']}"
+    if row["precision"] not in DTYPES:
+        return f"unknown precision {row['precision']}"
+    bad = [name for name in POSITIVE if row[name] and not float(row[name]) > 0]
+    if bad:
+        return f"{', '.join(bad)} not positive"
     if row["complete"].startswith("time") and _seconds(row) is None:
         return "only a throughput in FLOP/s whose convention is not stated"
     return None
@@ -174,7 +196,6 @@ def _software(row: Row) -> Software:
     early = row["framework"] in ("megatron-lm", "megatron-deepspeed") or "kernel:" in text
     release = re.search(r"performance summary (\d+)\.(\d+)", row["source"])
     modern = release is not None and tuple(map(int, release.groups())) >= (26, 6)
-    dtype: dict[str, Dtype] = {"fp16": "bf16", "bf16": "bf16", "fp8": "fp8", "nvfp4": "fp4"}
     attention: AttentionKernel = "flash"
     if "kernel: torch" in text:
         attention = "unfused"
@@ -186,7 +207,7 @@ def _software(row: Row) -> Software:
     plain = row["overlap"] == "dp"  # Megatron-Core's bare defaults: no sequence parallelism
     overlap = not early and not plain and "all overlap off" not in text and row["overlap"] != "none"
     return Software(
-        dtype=dtype[row["precision"]],
+        dtype=DTYPES[row["precision"]],
         attention=attention,
         fused="kernel:" not in text or "rms kernel" in text,
         sequence_parallel="seq_parallel=true" in text or "+sequence-parallel" in text or not (early or plain),

@@ -57,6 +57,29 @@ def test_no_row_is_lost(tmp_path):
     assert len({s.reason for s in skipped}) == 5
 
 
+def test_odd_cells_are_skipped_with_a_reason(tmp_path):
+    """Unknown hardware, types and software, words for numbers, and zeros: a reason or a prediction, never an error."""
+    odd = [
+        {"gpu": "GB400"}, {"precision": "int4"}, {"layers": "many"}, {"heads": "0"}, {"TP": "0"}, {"step_s": "fast"},
+        {"GBS": "-1"}, {"EP": "x"}, {"gpu": "96GB class (unstated)"}, {"precision": ""}, {"step_s": "0"},
+    ]  # fmt: skip
+    fine = [{"framework": "a-new-trainer"}, {"model": ""}, {"attn": "unheard of"}, {"kind": "?"}, {"mem_def": "?"}]
+    runs, skipped = read(table(tmp_path / "runs.csv", *odd, *fine))
+    assert (len(runs), len(skipped)) == (len(fine), len(odd))
+    assert all(s.reason for s in skipped)
+    bench.main(runs=tmp_path / "runs.csv")
+
+
+def test_a_table_without_optional_columns_is_read(tmp_path):
+    kept = ("id", "layers", "hidden", "heads", "ffn", "vocab", "seq", "gpu", "n_gpus", "TP", "PP", "GBS", "precision")
+    kept += ("step_s", "complete")
+    with (tmp_path / "runs.csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, kept, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerow(ROW)
+    assert len(read(tmp_path / "runs.csv")[0]) == 1
+
+
 def test_software_is_read_from_what_the_source_says(tmp_path):
     file = table(
         tmp_path / "runs.csv",
@@ -81,9 +104,16 @@ def test_score_counts_groups_once_and_writes_its_summary(tmp_path):
     bench.main(json=tmp_path / "out.json", runs=file)
     result = json.loads((tmp_path / "out.json").read_text())
     summary = result["summary"]
-    assert summary["scored"] == 3 and summary["skipped"] == 0 and summary["time_groups"] == 2
+    assert summary["scored"] == 3 and summary["skipped"] == 0 and result["details"]["time_groups"] == 2
     assert summary["fits_accuracy"] == pytest.approx(2 / 3)
-    assert {"time_median_abs_error", "time_p90_abs_error", "memory_median_abs_error"} <= set(summary)
+    assert set(summary) == {
+        "time_median_abs_error",
+        "time_p90_abs_error",
+        "memory_median_abs_error",
+        "fits_accuracy",
+        "scored",
+        "skipped",
+    }
     assert result["rows"][0]["time_error"] == max((r["time_error"] for r in result["rows"]), key=abs)
 
 
