@@ -31,9 +31,17 @@ class LayerSpec(StrEnum):
     local = "local"
 
 
-Source = Annotated[Path, typer.Argument(help="Folder of the checkpoint to read.")]
+Source = Annotated[
+    Path, typer.Argument(help="Folder of the checkpoint: a Hugging Face model, or Megatron's files of either format.")
+]
 Destination = Annotated[Path, typer.Argument(help="Folder to write; must not exist, or be empty.")]
-LayoutWords = Annotated[list[str] | None, typer.Argument(help="Layout: tp=, pp=, vpp=, ep=.", metavar="[tp=N pp=N …]")]
+LayoutWords = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Parallel sizes: tp (tensor), pp (pipeline), vpp (chunks a stage), ep (expert); default 1.",
+        metavar="[tp=N pp=N …]",
+    ),
+]
 Names = Annotated[LayerSpec, typer.Option(help="Layer names of classic files: Transformer Engine's or Megatron's own.")]
 Config = Annotated[Path | None, typer.Option(help="config.json, or its folder, if the checkpoint has none of its own.")]
 Cast = Annotated[Type | None, typer.Option(help="Cast every tensor; default: keep each tensor's type.")]
@@ -83,7 +91,7 @@ def megatron_to_hf(
 
 
 @app.command()
-def relayout(
+def reshard(
     source: Source,
     destination: Destination,
     layout: LayoutWords = None,
@@ -96,7 +104,7 @@ def relayout(
     from checkpoints_conv import commands
 
     sizes = commands.parse_layout(layout or [])
-    commands.relayout(source, destination, sizes, spec.value, config, workers, dry_run)
+    commands.reshard(source, destination, sizes, spec.value, config, workers, dry_run)
 
 
 @app.command()
@@ -106,6 +114,36 @@ def verify(a: Source, b: Source, config: Config = None) -> None:
 
     if not commands.verify(a, b, config):
         raise typer.Exit(1)
+
+
+@app.command()
+def inspect(source: Source, config: Config = None) -> None:
+    """List what a checkpoint of any format holds: names, shapes, types, bytes and norms."""
+    from checkpoints_conv import commands
+
+    commands.inspect(source, config)
+
+
+@app.command()
+def compare(a: Source, b: Source, config: Config = None) -> None:
+    """Show how far two checkpoints are apart, e.g. before and after training: max |a - b| of every tensor."""
+    from checkpoints_conv import commands
+
+    commands.compare_all(a, b, config)
+
+
+@app.command()
+def average(
+    sources: Annotated[list[Path], typer.Argument(help="Folders of checkpoints of one model, of any format.")],
+    to: Annotated[Path, typer.Option(help="Folder to write; must not exist, or be empty.")],
+    config: Config = None,
+    workers: Workers = WORKERS,
+    dry_run: DryRun = False,
+) -> None:
+    """Average the weights of several checkpoints (in float32) into one Hugging Face folder."""
+    from checkpoints_conv import commands
+
+    commands.average(sources, to, config, workers, dry_run)
 
 
 def main() -> None:

@@ -11,9 +11,11 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
+from checkpoints_conv.average import Average
 from checkpoints_conv.checkpoint import Checkpoint, open_checkpoint
 from checkpoints_conv.classic import ClassicWriter
 from checkpoints_conv.convert import Plan, convert, plan
+from checkpoints_conv.families import rules
 from checkpoints_conv.hf import HfWriter
 from checkpoints_conv.layout import Layout
 from checkpoints_conv.rules import Spec
@@ -60,7 +62,7 @@ def megatron_to_hf(
         run(plan(checkpoint, writer, destination, DTYPES[dtype] if dtype else None), workers, dry_run)
 
 
-def relayout(
+def reshard(
     source: Path,
     destination: Path,
     layout: Layout,
@@ -80,7 +82,7 @@ def verify(a: Path, b: Path, config: Path | None = None) -> bool:
         first, second = (stack.enter_context(opened(_open(path, config))) for path in (a, b))
         compared = list(compare(first, second))
     differing = [c for c in compared if not c.equal]
-    console = Console()
+    console = _wide_console()
     if differing:
         console.print(difference_table(differing))
         console.print(f"{len(differing)} of {len(compared)} tensors differ")
@@ -90,6 +92,49 @@ def verify(a: Path, b: Path, config: Path | None = None) -> bool:
         f"{len(compared)} tensors, all equal" + (f", {rounded} in the narrower of two types" if rounded else "")
     )
     return True
+
+
+def inspect(source: Path, config: Path | None = None) -> None:
+    """Print every tensor's name, Megatron name, shape, type, bytes and norm, and the sums."""
+    table = Table("tensor", "Megatron", "shape", "type", "bytes", "norm")
+    count = total = 0
+    with opened(open_checkpoint(source, config)) as checkpoint:
+        checkpoint.check_whole()
+        for rule in (rule for rule in rules(checkpoint.model) if not rule.copy):
+            for name, tensor in checkpoint.parts(rule).items():
+                kind, norm = str(tensor.dtype).removeprefix("torch."), tensor.float().norm().item()
+                table.add_row(name, rule.megatron, str(list(tensor.shape)), kind, f"{tensor.nbytes:,}", f"{norm:.6g}")
+                count, total = count + 1, total + tensor.nbytes
+        console = _wide_console()
+        console.print(table)
+        console.print(
+            f"{source}: {checkpoint.format}, {checkpoint.model.family}, {checkpoint.model.parameters:,} parameters in "
+            f"{count} tensors, {total:,} bytes in {len(checkpoint.files())} files"
+        )
+
+
+def compare_all(a: Path, b: Path, config: Path | None = None) -> None:
+    """Print how far every tensor of two checkpoints is from the other."""
+    with ExitStack() as stack:
+        first, second = (stack.enter_context(opened(_open(path, config))) for path in (a, b))
+        compared = list(compare(first, second))
+    console = _wide_console()
+    console.print(difference_table(compared))
+    furthest = max(compared, key=lambda c: c.max_difference)
+    differing = sum(not c.equal for c in compared)
+    console.print(
+        f"{differing} of {len(compared)} tensors differ; largest {furthest.max_difference:.3g}: {furthest.name}"
+    )
+
+
+def average(
+    sources: list[Path], destination: Path, config: Path | None = None, workers: int = 2, dry_run: bool = False
+) -> None:
+    """Write the mean of checkpoints of one model as a model folder."""
+    with ExitStack() as stack:
+        members = [stack.enter_context(opened(_open(path, config))) for path in sources]
+        mean = Average(members)
+        run(plan(mean, HfWriter(mean.model), destination), workers, dry_run)
 
 
 def parse_layout(words: list[str]) -> Layout:
@@ -125,8 +170,8 @@ def run(plan: Plan, workers: int, dry_run: bool = False) -> None:
 
 
 def difference_table(differing: list[Comparison]) -> Table:
-    """One row for each tensor that differs."""
-    guesses = misplaced(differing)
+    """One row for each comparison."""
+    guesses = misplaced([c for c in differing if not c.equal])
     table = Table("tensor", "Megatron", "shape", "differing values", "max |a - b|", "")
     for c in differing:
         row = (c.name, c.megatron, str(list(c.shape)), f"{c.differing:,}", f"{c.max_difference:.3g}")
@@ -141,6 +186,12 @@ def opened(checkpoint: Checkpoint) -> Iterator[Checkpoint]:
         yield checkpoint
     finally:
         checkpoint.close()
+
+
+def _wide_console() -> Console:
+    """Into a file or a pipe, tables keep their full names."""
+    console = Console()
+    return console if console.is_terminal else Console(width=200)
 
 
 def _open(path: Path, config: Path | None) -> Checkpoint:

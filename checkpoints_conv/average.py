@@ -1,0 +1,53 @@
+"""The mean of several checkpoints of one model, as a checkpoint that is converted like any other."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from checkpoints_conv.checkpoint import Checkpoint
+from checkpoints_conv.rules import Rule
+from checkpoints_conv.shape import ModelShape
+from megarl.errors import UserError
+
+
+class Average:
+    """A `Checkpoint` whose tensors are means, taken in float32; formats and layouts of the members may differ."""
+
+    format = "average"
+
+    def __init__(self, members: list[Checkpoint]) -> None:
+        self.members = members
+        self.folder: Path = members[0].folder
+
+    @cached_property
+    def model(self) -> ModelShape:
+        first, *rest = self.members
+        for other in rest:
+            if other.model != first.model:
+                raise UserError(f"{other.folder}: is another model than {first.folder}; only one model can be averaged")
+        return first.model
+
+    def check_whole(self) -> None:
+        for member in self.members:
+            member.check_whole()
+
+    def dtype(self, rule: Rule) -> torch.dtype:
+        return self.members[0].dtype(rule)
+
+    def parts(self, rule: Rule) -> dict[str, Tensor]:
+        total: dict[str, Tensor] = {}
+        for member in self.members:
+            for name, tensor in member.parts(rule).items():
+                total[name] = total[name].add_(tensor) if name in total else tensor.to(torch.float32, copy=True)
+        return {name: tensor.div_(len(self.members)).to(self.dtype(rule)) for name, tensor in total.items()}
+
+    def files(self) -> list[Path]:
+        return [file for member in self.members for file in member.files()]
+
+    def close(self) -> None:
+        for member in self.members:
+            member.close()
