@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -192,6 +193,8 @@ class TorchDistWriter:
         return sum(unit.nbytes + 1024 * len(unit.rules) for unit in units)  # a small archive goes around each tensor
 
     def lay_out(self, folder: Path, units: list[Unit]) -> None:
+        # Nothing reads the archives' checksums, and they would cost as much as the writing.
+        torch.serialization.set_crc32_options(False)
         self.folder = folder / RELEASE
         self.folder.mkdir(exist_ok=True)
         known: dict[str, tuple[torch.dtype, str]] = {}
@@ -215,6 +218,7 @@ class TorchDistWriter:
                     record.append(
                         [rule.megatron, row, len(tensor), NAMES[tensor.dtype], name, start, file.tell() - start]
                     )
+            os.fdatasync(file.fileno())  # now, while other threads read
         return record
 
     def finish(self, units: list[Unit], records: Mapping[int, list]) -> None:
