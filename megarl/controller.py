@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from checkpoints_conv.shape import read_shape
 from megarl.algorithms import pruning
+from megarl.commit import clear_errors
 from megarl.config import Settings
 from megarl.data.ledger import Entry, Fate, Ledger
 from megarl.data.loader import Loader
@@ -49,13 +50,15 @@ class Controller:
 
     def open_run(self, resume_step: int | None) -> None:
         """Start the run directory, or go on with it after `resume_step`."""
-        self.run = RunDirectory(self.settings.run, self.settings, resume_step)
-        precisions.write_manifest(self.settings.run, self.settings.precision, read_shape(self.settings.model.path))
+        with clear_errors(self.settings.run):
+            self.run = RunDirectory(self.settings.run, self.settings, resume_step)
+            precisions.write_manifest(self.settings.run, self.settings.precision, read_shape(self.settings.model.path))
 
     def report(self, step: int, metrics: dict[str, Any]) -> None:
         """Record figures and show them."""
         assert self.run
-        self.run.metrics(step, metrics)
+        with clear_errors(self.settings.run):
+            self.run.metrics(step, metrics)
         self.progress.step(step, metrics)
 
     def make(self, collected: Collected, experience: Experience, step: int) -> list[Batch]:
@@ -73,7 +76,8 @@ class Controller:
     def finish_step(self, step: int, collected: Collected, metrics: dict[str, Any]) -> None:
         """Remember what the step saw: rollouts, metrics, pruning history, ledger, expected response length."""
         assert self.run
-        self.run.rollouts(step, collected.groups)
+        with clear_errors(self.settings.run):
+            self.run.rollouts(step, collected.groups)
         for drawn, group in zip(collected.drawn, collected.groups, strict=True):
             self.loader.history.update(drawn.index, float(np.mean([abs(c.advantage) for c in group.completions])))
         for drawn in collected.replaced:

@@ -22,6 +22,7 @@ from megarl.export import export
 from megarl.learner import parallel
 from megarl.learner.learner import Learner, sft_objective
 from megarl.progress import RunProgress
+from megarl.runlock import only_job
 from megarl.trajectory import Batch, Sample, derive_seed
 
 
@@ -35,13 +36,13 @@ def sft(settings: Settings) -> None:
 
         demonstrations: list[Demonstration] = []
         if world.is_controller:
+            stack.enter_context(only_job(settings.run, progress.say))
             tokenizer = load_tokenizer(settings.model.path)
             longest = settings.batch.tokens_per_row + 1  # a sequence's last token is no input
             demonstrations, too_long = read_demonstrations(settings.data.train, tokenizer, settings.data, longest)
             progress.say(
                 f"{len(demonstrations)} demonstrations, {too_long} left out as longer than batch.tokens_per_row"
             )
-            settings.run.mkdir(parents=True, exist_ok=True)
             metrics = stack.enter_context((settings.run / "metrics.jsonl").open("x"))
         learner = Learner(settings, world, total_updates=settings.steps)
 

@@ -32,6 +32,7 @@ from megarl.interrupt import Interrupt
 from megarl.learner import parallel
 from megarl.learner.learner import Learner
 from megarl.progress import RunProgress, Stopwatch
+from megarl.runlock import only_job
 
 
 def train(settings: Settings, resume: bool = False) -> bool:
@@ -52,6 +53,7 @@ def train(settings: Settings, resume: bool = False) -> bool:
         tokenizer = load_tokenizer(settings.model.path)
         controller = None
         if world.is_controller:
+            stack.enter_context(only_job(settings.run, progress.say))
             controller = stack.enter_context(Controller(settings, tokenizer, progress))
         learner = Learner(settings, world, total_updates=settings.steps * updates)
         checkpoints = Checkpoints(settings, world, learner, controller, progress)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -11,6 +15,7 @@ import runs
 from megarl import config
 from megarl.errors import RunError
 from megarl.learner.spawn import spawn
+from megarl.runlock import only_job
 from megarl.train import train
 
 pytestmark = [pytest.mark.e2e, pytest.mark.parallel]
@@ -83,3 +88,23 @@ def test_a_grader_that_always_fails_ends_the_run(tmp_path: Path) -> None:
     settings = runs.settings(tmp_path / "run", "parallel.tp=1", "reward.function=tests.e2e.graders:fail")
     with pytest.raises(RunError, match="every one of 16 grades failed.*the verifier is broken"):
         runs.run(settings)
+
+
+def test_a_run_directory_in_use_is_refused(tmp_path: Path) -> None:
+    """`megarl train` where another process is at work: one line that names it, exit code 2, nothing written."""
+    folder = tmp_path / "run"
+    with only_job(folder, print):
+        job = subprocess.run(
+            [sys.executable, "-m", "megarl.cli", "train", str(runs.QUICKSTART / "train.yaml"), f"run={folder}"]
+            + ["parallel.tp=1"],
+            capture_output=True,
+            text=True,
+            timeout=runs.DEADLINE,
+        )
+    refusals = [line for line in job.stderr.splitlines() if line.startswith("megarl: ")]
+    assert refusals == [
+        f"megarl: run: {folder} is in use by process {os.getpid()} on {socket.gethostname()}; "
+        "end it, or name another folder"
+    ]
+    assert job.returncode == 2
+    assert [file.name for file in folder.iterdir()] == [".lock"]
