@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import multiprocessing
 import os
 import pickle
+import select
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -88,7 +89,7 @@ def _environment(rank: int, nproc: int, port: int) -> dict[str, str]:
 
 def _run(pipe: Connection, environment: dict[str, str], target: Callable[..., Any], args: tuple[Any, ...]) -> None:
     """A rank's process."""
-    _die_with_parent()
+    _die_with_starter(pipe)
     os.setpgid(0, 0)  # the terminal's Ctrl-C reaches the parent only, which passes it on
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(environment)
@@ -114,13 +115,19 @@ def _run(pipe: Connection, environment: dict[str, str], target: Callable[..., An
     os._exit(0 if message[0] == "done" else 1)
 
 
-def _die_with_parent() -> None:
-    """Linux kills this process when its parent ends, even by SIGKILL. Elsewhere the parent's `finally` has to do."""
-    parent = os.getppid()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:
-            os._exit(1)
+def _die_with_starter(pipe: Connection) -> None:
+    """Kill this process when the reading end of `pipe` closes, as it does however the starter ends.
+
+    The kernel's signal at a parent's death would not do: the parent is the fork server, which outlives the starter.
+    """
+    poll = select.poll()
+    poll.register(pipe.fileno(), 0)  # 0: only errors are reported
+
+    def watch() -> None:
+        poll.poll()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="starter", daemon=True).start()
 
 
 def _collect(ranks: list[tuple[Any, Connection]], deadline: float | None) -> list[Any]:

@@ -1,0 +1,51 @@
+"""Ranks end with the process that started them."""
+
+import os
+import select
+import signal
+import subprocess
+import sys
+
+import pytest
+
+DEADLINE = 120.0  # seconds
+RANKS = """
+import os, signal, sys
+from megarl.learner.spawn import spawn
+
+def hold(path):
+    pipe = os.open(path, os.O_WRONLY)
+    os.write(pipe, b"up\\n")
+    signal.pause()
+
+if __name__ == "__main__":
+    spawn(hold, 2, (sys.argv[1],))
+"""
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGKILL])
+def test_ranks_end_with_their_starter(tmp_path, signal_number):
+    """Each rank holds a FIFO open; the reader sees its end only when all have ended."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    starter = subprocess.Popen([sys.executable, str(script), str(fifo)])
+    try:
+        reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+        said = b""
+        while said != b"up\nup\n":
+            more = _read(reader)
+            assert more, "a rank ended before its starter"
+            said += more
+    finally:
+        starter.send_signal(signal_number)
+        starter.wait(DEADLINE)
+    assert _read(reader) == b""  # every writer is gone
+    os.close(reader)
+
+
+def _read(reader: int) -> bytes:
+    ready, _, _ = select.select([reader], [], [], DEADLINE)
+    assert ready, f"the ranks wrote nothing and did not end within {DEADLINE:g} s"
+    return os.read(reader, 100)
