@@ -42,6 +42,7 @@ class ModelShape:
     norm_eps: float
     max_positions: int
     moe: Experts | None = None
+    initial_std: float = 0.02  # of random weights (`initializer_range`; transformers' default)
 
     @property
     def parameters(self) -> int:
@@ -93,6 +94,7 @@ def read_shape(config: Mapping[str, Any] | Path) -> ModelShape:
         norm_eps=get("rms_norm_eps"),
         max_positions=get("max_position_embeddings"),
         moe=_experts(get, values) if family.expert else None,
+        initial_std=values.get("initializer_range", 0.02),
     )
 
 

@@ -184,7 +184,7 @@ class Learner:
         chunks = build(self.shape, self.config, self.settings.precision)
         weights = Weights(self.shape, [unwrap(chunk) for chunk in chunks], self.world)
         if self.settings.model.weights == "random":
-            weights.draw(self.settings.seed)
+            weights.draw(self.settings.seed, self.shape.initial_std)
         else:
             weights.read(self.settings.model.path)
         return chunks, weights

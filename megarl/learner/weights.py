@@ -22,7 +22,6 @@ from megarl.learner.parallel import World
 from megarl.trajectory import derive_seed
 
 BUCKET_BYTES = 1 << 26  # of full tensors gathered at a time
-INITIAL_STD = 0.02  # transformers' default initializer_range
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +65,7 @@ class Weights:
                     own[name].copy_(tensor)
 
     @torch.no_grad()
-    def draw(self, seed: int, std: float = INITIAL_STD) -> None:
+    def draw(self, seed: int, std: float) -> None:
         """Fill the parameters from `seed`, the same model under any layout: norms 1, biases 0, the rest normal."""
         for _, rules in self.local:
             for rule in rules.values():
