@@ -70,6 +70,17 @@ def eval(
     launch.evaluate(settings, trained, temperature or [settings.evaluation.temperature], nproc)
 
 
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories; several are compared.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="The page to write; default: report.html in the first run.")] = None,
+) -> None:
+    """Write one self-contained HTML page of a run, also while it runs: curves, rollouts, ledger, settings."""
+    from megarl import report as pages
+
+    typer.echo(pages.write(runs, out))
+
+
 @app.command(context_settings=_PASS_ON, add_help_option=False)
 def plan(context: typer.Context) -> None:
     """Predict memory and time of a run on given GPUs; refuse a layout that cannot fit."""

@@ -1,0 +1,66 @@
+"""What a run ran on and with: versions, machine. Written once into the run directory; holds no secrets."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+FILE = "environment.json"
+PACKAGES = (
+    "megarl", "torch", "megatron-core", "transformer-engine", "transformers", "tokenizers", "numpy", "sglang", "vllm",
+)  # fmt: skip
+VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_NNODES")
+
+
+def describe(ranks: int) -> dict[str, Any]:
+    """Flat, for a table. Of the process environment only the `VARIABLES` are read."""
+    found: dict[str, Any] = {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "ranks": ranks,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()}",
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
+    }
+    if torch.cuda.is_available():
+        found["gpu"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    found |= {package: number for package in PACKAGES if (number := _version(package))}
+    return found | {name: os.environ[name] for name in VARIABLES if name in os.environ}
+
+
+def write(folder: Path, ranks: int) -> None:
+    (folder / FILE).write_text(json.dumps(describe(ranks), indent=1) + "\n")
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """What `write` wrote; empty for a run that has none."""
+    file = folder / FILE
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+        )
+    except FileNotFoundError:
+        return None
+    return found.stdout.strip() or None

@@ -1,0 +1,147 @@
+"""Puts the page together. Scripts and styles are inlined and named by their hash in a content security policy, so that
+the page can load nothing and run nothing else, whatever a model wrote into its responses."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import sys
+import traceback
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from megarl.report import rollouts, run
+from megarl.report.run import Run
+
+FILE = "report.html"
+HERE = Path(__file__).parent
+SCRIPTS = ("dom.js", "chart.js", "bars.js", "curves.js", "tokens.js", "viewer.js", "tables.js", "main.js")
+
+
+def write(folders: Sequence[Path], out: Path | None = None) -> Path:
+    """Write the report of one run or the comparison of several; default: report.html in the first. Atomic."""
+    runs = [run.read(folder) for folder in folders]
+    out = out or folders[0] / FILE
+    partial = out.with_name(out.name + ".partial")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_text(render(runs))
+    partial.replace(out)
+    return out
+
+
+def at_end(folder: Path) -> Path | None:
+    """`write` for the end of a run, which no fault of the report may fail: it is told on standard error instead."""
+    try:
+        return write([folder])
+    except Exception as e:
+        traceback.print_exc()
+        print(f"megarl: THE REPORT OF {folder} COULD NOT BE WRITTEN ({e}); the run itself is whole. "
+              f"Try again with: megarl report {folder}", file=sys.stderr)  # fmt: skip
+        return None
+
+
+def render(runs: Sequence[Run]) -> str:
+    """The whole page."""
+    names = _names(runs)
+    packed = [rollouts.pack(each, rollouts.BUDGET // len(runs)) for each in runs]
+    chunks = {"main": rollouts.compress([_data(r, n, p) for r, n, p in zip(runs, names, packed, strict=True)])}
+    for i, each in enumerate(packed):
+        chunks[f"tokens-{i}"] = rollouts.compress(each.tokens)
+        chunks |= {f"step-{i}-{step}": text for step, text in each.chunks.items()}
+    style = (HERE / "style.css").read_text()
+    script = "(() => {\n'use strict';\n" + "".join((HERE / name).read_text() for name in SCRIPTS) + "})();\n"
+    templates = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return templates.get_template("page.html").render(
+        title=" · ".join(names),
+        runs=[_static(r, n, p) for r, n, p in zip(runs, names, packed, strict=True)],
+        chunks=chunks,
+        style=style,
+        script=script,
+        style_hash=_hash(style),
+        script_hash=_hash(script),
+        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    )
+
+
+def _data(each: Run, name: str, packed: rollouts.Packed) -> dict[str, Any]:
+    """What the scripts draw."""
+    early = each.settings.get("rollout", {}).get("early_exit", {})
+    return {
+        "name": name,
+        "metrics": run.columns(each.metrics),
+        "rollouts": packed.index,
+        "calibration": packed.calibration,
+        "ledger": run.ledger_view(each.ledger),
+        "markers": early.get("markers") or each.settings.get("reward", {}).get("markers") or [],
+    }
+
+
+def _static(each: Run, name: str, packed: rollouts.Packed) -> dict[str, Any]:
+    """What the template shows."""
+    shown = sum(row["completions"] for row in packed.index)
+    seen = sum(row["all"] for row in packed.index)
+    notices = [*each.notices, *([packed.notice] if packed.notice else [])]
+    if shown < seen or len(packed.index) < packed.steps_on_disk:
+        notices.append(
+            f"rollouts shown: {shown:,} completions of {len(packed.index)} steps, out of {packed.steps_on_disk} steps "
+            f"on disk (the page holds at most {rollouts.BUDGET // 2**20} MB of them); all are in {each.folder}/rollouts"
+        )
+    return {
+        "name": name,
+        "method": _method(each.settings),
+        "progress": f"{each.last_step} of {each.steps} steps",
+        "finished": each.last_step >= each.steps,
+        "tiles": [tile | {"text": _figure(tile["value"], tile["unit"]),
+                          "old": None if tile["before"] is None else _figure(tile["before"], tile["unit"])}
+                  for tile in run.tiles(each)],
+        "settings": run.settings_rows(each.settings),
+        "environment": each.environment,
+        "notices": notices,
+    }  # fmt: skip
+
+
+def _method(settings: dict[str, Any]) -> str:
+    """What was trained and how, in a few words."""
+    if not settings:
+        return ""
+    parts = [Path(settings["model"]["path"]).name, settings.get("algorithm", {}).get("preset", "").upper()]
+    if settings.get("rollout", {}).get("early_exit", {}).get("enabled"):
+        parts.append("Step-GRPO")
+    pruning = settings.get("pruning", {})
+    if pruning.get("prompts") or pruning.get("completions"):
+        parts.append("DPPO")
+    layout = settings.get("parallel", {})
+    parts.append(" ".join(f"{name.upper()} {layout[name]}" for name in ("tp", "pp", "cp", "ep") if name in layout))
+    return " · ".join(part for part in parts if part)
+
+
+def _figure(value: float, unit: str) -> str:
+    if unit == "%":
+        return f"{100 * value:.1f} %"
+    if unit == "tokens":
+        return f"{value:,.1f} tokens"
+    if unit == "count":
+        return f"{value:,.0f}"
+    if unit == "s":
+        hours, rest = divmod(round(value), 3600)
+        minutes, seconds = divmod(rest, 60)
+        return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
+    return f"{value:.3f}"
+
+
+def _names(runs: Sequence[Run]) -> list[str]:
+    """Folder names, told apart by their parents where equal."""
+    plain = [each.name for each in runs]
+    if len(set(plain)) == len(plain):
+        return plain
+    return [str(each.folder) for each in runs]
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,0 +1,182 @@
+"""A run directory as the report reads it. Files that a run has not written (yet) are absent, never an error."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+
+from megarl import commit, config, environment
+from megarl.data import ledger
+from megarl.errors import RunError
+from megarl.rundir import read_metrics
+
+LEDGER_ROWS = 50_000  # of the look-up table; the totals always count everything
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is on disk of one run."""
+
+    folder: Path
+    name: str
+    metrics: list[dict[str, Any]]
+    settings: dict[str, Any]
+    environment: dict[str, Any]
+    ledger: list[ledger.Step]
+    notices: list[str]
+
+    @property
+    def last_step(self) -> int:
+        return max((line["step"] for line in self.metrics), default=0)
+
+    @property
+    def steps(self) -> int:
+        """Steps that the run was asked for."""
+        return int(self.settings.get("steps", self.last_step))
+
+
+def read(folder: Path) -> Run:
+    """Read a run; raises UserError when there are no metrics."""
+    metrics, notices = read_metrics(folder), []
+    file = folder / "config.yaml"
+    settings = yaml.safe_load(file.read_text()) if file.is_file() else None
+    if not isinstance(settings, dict):
+        settings = {}
+        notices.append(f"{file} is missing: settings are not shown")
+    steps: list[ledger.Step] = []
+    if committed := commit.steps(folder / "checkpoints"):
+        try:
+            steps = list(ledger.Ledger.load(commit.folder_of(folder / "checkpoints", committed[-1])))
+        except RunError as e:
+            notices.append(f"the data ledger is not shown: {e}")
+    return Run(folder, folder.resolve().name, metrics, settings, environment.read(folder), steps, notices)
+
+
+def columns(metrics: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    """metrics.jsonl by key, in the order of first appearance; None where a step has no such figure.
+
+    A step that is written twice (its evaluation apart) is one row. NaN and infinities, which JSON lacks, are texts.
+    """
+    merged: dict[int, dict[str, Any]] = {}
+    for line in metrics:
+        merged.setdefault(line["step"], {}).update(line)
+    rows = [merged[step] for step in sorted(merged)]
+    keys = dict.fromkeys(key for row in rows for key in row)
+    return {key: [_json(row.get(key)) for row in rows] for key in keys}
+
+
+def tiles(run: Run) -> list[dict[str, Any]]:
+    """The few figures that tell how a run went: `{label, value, before, unit, note}`, numbers."""
+    found = []
+    evaluations = [line for line in run.metrics if "eval/accuracy" in line]
+    if evaluations:
+        first, last = evaluations[0], evaluations[-1]
+        n = last.get("eval/completions", 0)
+        error = math.sqrt(last["eval/accuracy"] * (1 - last["eval/accuracy"]) / n) if n else 0.0
+        note = f"± {100 * error:.1f}, {n} held-out responses"
+        found.append(_tile("Held-out accuracy", first, last, "eval/accuracy", "%", note))
+        if "eval/response_tokens" in last:
+            found.append(_tile("Held-out response", first, last, "eval/response_tokens", "tokens"))
+    for key, label, unit in (
+        ("reward", "Reward", ""),
+        ("accuracy", "Training accuracy", "%"),
+        ("response_tokens", "Response", "tokens"),
+        ("early_exit_fraction", "Early exits", "%"),
+    ):
+        values = [line[key] for line in run.metrics if isinstance(line.get(key), int | float)]
+        if values:
+            width = max(1, len(values) // 10)
+            before, after = sum(values[:width]) / width, sum(values[-width:]) / width
+            note = f"means over {width} steps" if width > 1 else "first and last step"
+            found.append({"label": label, "before": before, "value": after, "unit": unit, "note": note})
+    seconds = sum(line.get("seconds_total", 0.0) for line in run.metrics)
+    found.append({"label": "Time", "before": None, "value": seconds, "unit": "s", "note": "sum over the steps"})
+    if tokens := sum(line.get("tokens_generated", 0) for line in run.metrics):
+        found.append({"label": "Tokens generated", "before": None, "value": tokens, "unit": "count", "note": ""})
+    return found
+
+
+def settings_rows(tree: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every setting `{key, value, default, changed, doc}`; a required one has no default, and is not `changed`."""
+    known = dict(_defaults(config.Settings))
+    rows = []
+    for key, value in _flat(tree):
+        default, doc = known.get(key, (_UNKNOWN, ""))
+        required = default is _REQUIRED
+        text = "required" if required else "unknown setting" if default is _UNKNOWN else _text(default)
+        changed = not required and (default is _UNKNOWN or _text(value) != text)
+        rows.append({"key": key, "value": _text(value), "default": text, "changed": changed, "doc": doc})
+    return rows
+
+
+def ledger_view(steps: Sequence[ledger.Step]) -> dict[str, Any] | None:
+    """Fates by step and by epoch, prompts recorded twice in an epoch, and the newest entries for look-up."""
+    if not steps:
+        return None
+    fates = {fate.name.lower(): [sum(e.fate is fate for e in s.entries) for s in steps] for fate in ledger.Fate}
+    epochs: dict[int, Counter[str]] = defaultdict(Counter)
+    seen: Counter[tuple[int, int]] = Counter()
+    for step in steps:
+        for entry in step.entries:
+            epochs[entry.epoch][entry.fate.name.lower()] += 1
+            seen[entry.epoch, entry.index] += 1
+    rows = [[s.step, e.index, e.epoch, e.fate.value, e.completions, e.trained] for s in steps for e in s.entries]
+    repeated = Counter(epoch for (epoch, _), count in seen.items() if count > 1)
+    return {
+        "step": [s.step for s in steps],
+        "fates": fates,
+        "epochs": [{"epoch": e, "repeated": repeated[e], **epochs[e]} for e in sorted(epochs)],
+        "rows": rows[-LEDGER_ROWS:],
+        "total": len(rows),
+    }
+
+
+def _tile(label: str, first: dict[str, Any], last: dict[str, Any], key: str, unit: str, note: str = "") -> dict:
+    before = first.get(key) if first is not last else None
+    return {"label": label, "before": before, "value": last[key], "unit": unit, "note": note}
+
+
+_REQUIRED, _UNKNOWN = object(), object()
+
+
+def _defaults(section: type[config.Section], prefix: str = "") -> Any:
+    """(dotted key, (default, documentation)) of every setting below a section."""
+    for name, field in section.model_fields.items():
+        nested = next((a for a in (field.annotation, *get_args(field.annotation)) if hasattr(a, "model_fields")), None)
+        default = _REQUIRED if field.is_required() else field.get_default(call_default_factory=True)
+        if nested is not None and (default is _REQUIRED or default is not None):
+            yield from _defaults(nested, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", (default, field.description or "")
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> Any:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        return "[" + ", ".join(_text(v) for v in value) + "]"
+    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _json(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def as_json(value: Any) -> str:
+    """Compact JSON that every browser reads."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=str)
