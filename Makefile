@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test engines test-engines test-gpu lint clean
+.PHONY: help setup quickstart test engines test-engines test-gpu test-report lint clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -3
@@ -26,7 +26,7 @@ quickstart: setup
 	$(BIN)/megarl train examples/quickstart/train.yaml --resume
 
 test: setup
-	$(BIN)/python -m pytest -m "not engines and not slurm and not gpu"
+	$(BIN)/python -m pytest -m "not engines and not slurm and not gpu and not browser"
 
 # The rollout engines' own environments: .engines/sglang and .engines/vllm, about 3 GB each, rebuilt when a pin changes.
 engines: setup
@@ -38,6 +38,12 @@ test-engines: engines
 # Needs one CUDA device and transformer-engine, in the environment of PYTHON: see tests/gpu/README.md.
 test-gpu:
 	MEGARL_GPU_RESULTS=docs/gpu_results.md $(PYTHON) -m pytest tests/gpu
+
+# The report in headless Chromium, checked by axe-core: that wheel is taken for the one script that it holds.
+test-report: setup
+	{ command -v chromium && command -v chromedriver; } >/dev/null || { apt-get update && apt-get install -y --no-install-recommends chromium chromium-driver; }
+	$(BIN)/pip install --quiet --no-deps axe-playwright-python==0.1.8
+	$(BIN)/python -m pytest -m browser tests/report
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

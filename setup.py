@@ -36,7 +36,7 @@ setup(
         # Engines live in environments of their own (their torch pins differ): these extras name what goes there.
         "sglang": ["sglang==0.5.23"],
         "vllm": ["vllm==0.32.0"],
-        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy"],
+        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "selenium>=4.20"],
     },
     entry_points={"console_scripts": ["megarl=megarl.cli:main"]},
 )

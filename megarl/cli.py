@@ -81,6 +81,31 @@ def report(
     typer.echo(pages.write(runs, out))
 
 
+@app.command()
+def tail(
+    run: Annotated[
+        Path, typer.Argument(help="A run directory, of a run that is going on or over.", show_default=False)
+    ],
+    rollouts: Annotated[int, typer.Option(min=0, help="Show so many responses of every step.")] = 0,
+    once: Annotated[bool, typer.Option("--once", help="Show what there is, do not follow.")] = False,
+) -> None:
+    """Watch a run from outside: a live view on a terminal (r shows the last rollouts), else a line a step."""
+    from megarl.tail import tail as follow
+
+    follow(run, rollouts, once)
+
+
+@app.command()
+def trace(
+    run: Annotated[Path, typer.Argument(help="A run directory.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="The file to write; default: trace.json in the run.")] = None,
+) -> None:
+    """Write the phases of every rank as a Chrome trace, for ui.perfetto.dev or chrome://tracing."""
+    from megarl import trace as traces
+
+    typer.echo(traces.write(run, out))
+
+
 @app.command(context_settings=_PASS_ON, add_help_option=False)
 def plan(context: typer.Context) -> None:
     """Predict memory and time of a run on given GPUs; refuse a layout that cannot fit."""

@@ -11,6 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from checkpoints_conv.shape import read_shape
+from megarl import environment
 from megarl.algorithms import pruning
 from megarl.commit import clear_errors
 from megarl.config import Settings
@@ -48,10 +49,11 @@ class Controller:
         if notice := pruning.notice(settings.pruning):
             progress.say(notice)
 
-    def open_run(self, resume_step: int | None) -> None:
+    def open_run(self, resume_step: int | None, ranks: int) -> None:
         """Start the run directory, or go on with it after `resume_step`."""
         with clear_errors(self.settings.run):
             self.run = RunDirectory(self.settings.run, self.settings, resume_step)
+            environment.write(self.settings.run, ranks)
             precisions.write_manifest(self.settings.run, self.settings.precision, read_shape(self.settings.model.path))
 
     def report(self, step: int, metrics: dict[str, Any]) -> None:

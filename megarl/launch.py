@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from checkpoints_conv.shape import ModelShape, read_shape
+from megarl import report
 from megarl.algorithms import presets, steps
 from megarl.config import Settings
 from megarl.data.prompts import read_prompts
@@ -30,9 +31,15 @@ def train(settings: Settings, nproc: int | None, resume: bool, dry_run: bool) ->
         return
     from megarl.train import train as run
 
-    if not _start(run, (settings, resume), world_size, sizes):
+    try:
+        finished = _start(run, (settings, resume), world_size, sizes)
+    finally:  # a run that failed is looked at too
+        controller = parallel.launch_info().rank == 0
+        if controller and (settings.run / "metrics.jsonl").exists():
+            report.at_end(settings.run)
+    if not finished:
         raise Stopped
-    if parallel.launch_info().rank == 0:
+    if controller:
         Console(stderr=True, highlight=False).print(summary(settings.run), soft_wrap=True)
 
 

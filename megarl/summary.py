@@ -20,6 +20,7 @@ def summary(folder: Path) -> Group:
     newest = max(line["step"] for line in lines) if lines else 0
     pointers = Text.assemble(
         "where to look next\n",
+        *_pointer("the run on one page", folder / "report.html"),
         *_pointer("every figure of every step", folder / "metrics.jsonl"),
         *_pointer("what the model wrote, and why it was rewarded", folder / "rollouts" / f"step_{newest:06d}.jsonl"),
         *_pointer("curves", f"tensorboard --logdir {folder / 'tensorboard'}"),

@@ -31,6 +31,7 @@ from megarl.experience import Experience
 from megarl.interrupt import Interrupt
 from megarl.learner import parallel
 from megarl.learner.learner import Learner
+from megarl.phases import PhaseLog
 from megarl.progress import RunProgress, Stopwatch
 from megarl.runlock import only_job
 
@@ -48,7 +49,9 @@ def train(settings: Settings, resume: bool = False) -> bool:
         stack.callback(world.close)
         progress = RunProgress(settings.steps, quiet=not world.is_controller)
         stack.callback(progress.close)
-        watch = Stopwatch(progress)
+        phases = PhaseLog(settings.run, world.rank)
+        stack.callback(phases.close)
+        watch = Stopwatch(progress, phases)
 
         tokenizer = load_tokenizer(settings.model.path)
         controller = None
@@ -59,7 +62,7 @@ def train(settings: Settings, resume: bool = False) -> bool:
         checkpoints = Checkpoints(settings, world, learner, controller, progress)
         done = checkpoints.restore() if resume else 0
         if controller:
-            controller.open_run(resume_step=done if resume else None)
+            controller.open_run(done if resume else None, world.world_size)
 
         runner = stack.enter_context(asyncio.Runner())
         engines = Engines(settings, world, runner, tokenizer, learner)
@@ -78,6 +81,7 @@ def train(settings: Settings, resume: bool = False) -> bool:
         watch.lap()
 
         for step in range(done + 1, settings.steps + 1):
+            watch.step = step
             with watch("rollout"):
                 collected = collector.collect(step, switches.dynamic_sampling)
             with watch("reward"):

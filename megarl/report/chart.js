@@ -25,7 +25,7 @@ function short(v) {
   if (v === 0) return "0";
   if (size >= 1e6) return `${Number((v / 1e6).toPrecision(3))}M`;
   if (size >= 1e4) return `${Number((v / 1e3).toPrecision(3))}k`;
-  return size < 1e-3 ? v.toExponential(0) : String(Number(v.toPrecision(3)));
+  return size < 1e-3 ? Number(v.toPrecision(3)).toExponential() : String(Number(v.toPrecision(3)));
 }
 
 /** Exponential moving average with the start's bias taken out; holes stay. */

@@ -117,7 +117,7 @@ def _method(settings: dict[str, Any]) -> str:
     if pruning.get("prompts") or pruning.get("completions"):
         parts.append("DPPO")
     layout = settings.get("parallel", {})
-    parts.append(" ".join(f"{name.upper()} {layout[name]}" for name in ("tp", "pp", "cp", "ep") if name in layout))
+    parts.append(" ".join(f"{n.upper()} {layout[n]}" for n in ("tp", "pp", "cp", "ep") if layout.get(n, 1) > 1))
     return " · ".join(part for part in parts if part)
 
 
@@ -131,7 +131,9 @@ def _figure(value: float, unit: str) -> str:
     if unit == "s":
         hours, rest = divmod(round(value), 3600)
         minutes, seconds = divmod(rest, 60)
-        return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
+        return (
+            f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
+        )
     return f"{value:.3f}"
 
 
