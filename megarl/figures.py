@@ -13,6 +13,7 @@ from megarl.config import Settings
 from megarl.engines import Engines
 from megarl.errors import RunError
 from megarl.experience import Collected
+from megarl.learner import device
 from megarl.rollout import early_exit
 from megarl.trajectory import Batch
 
@@ -52,6 +53,7 @@ def of_step(
         "packing_density": density(batches, settings.batch.tokens_per_row),
         **trained,
         "canary_difference": engines.canary_difference,
+        "memory_gib": device.peak_memory() / 2**30,
         "weight_version": completions[0].spans[0].version if n and completions[0].spans else -1,
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import resource
 
 import torch
 
@@ -23,6 +24,13 @@ def transformer_engine() -> bool:
 def backend() -> str:
     """Of the model's collectives."""
     return "nccl" if on_cuda() else "gloo"
+
+
+def peak_memory() -> int:
+    """The most bytes that this rank has held so far: of device memory, or of the process on a CPU."""
+    if on_cuda():
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts KiB
 
 
 def claim(local_rank: int, local_world_size: int) -> torch.device:

@@ -65,7 +65,7 @@ function card(title, note) {
  * lines: [{label, key (colour class), xs, ys, run, marks (points rather than a line)}].
  * The plot is a slider: the pointer or the arrow keys move the crosshair of every chart.
  */
-function lineChart(title, lines, { note, percent, log } = {}) {
+function lineChart(title, lines, { note, percent, log, exact } = {}) {
   const { node, head, body } = card(title, note);
   const positive = lines.every((l) => l.ys.every((v) => typeof v !== "number" || v > 0));
   const state = { log: Boolean(log) && positive };
@@ -93,7 +93,7 @@ function lineChart(title, lines, { note, percent, log } = {}) {
 
   function draw(width) {
     if (!width) return;
-    const data = lines.map((l) => ({ ...l, x: l.xs(axis.x), soft: l.marks ? l.ys : smoothed(l.ys, axis.smooth) }));
+    const data = lines.map((l) => ({ ...l, x: l.xs(axis.x), soft: l.marks || exact ? l.ys : smoothed(l.ys, axis.smooth) }));
     const xs = data.flatMap((l) => l.x.filter((_, i) => typeof l.ys[i] === "number"));
     const ys = data.flatMap((l) => l.ys.filter((v) => typeof v === "number"));
     let [x0, x1] = [Math.min(...extremes(xs)), Math.max(...extremes(xs))], [y0, y1] = extremes(ys);
@@ -117,7 +117,7 @@ function lineChart(title, lines, { note, percent, log } = {}) {
         l.x.forEach((x, i) => typeof l.ys[i] === "number" && svg.append(el("circle", { class: `mark ${l.key}`, cx: toX(x), cy: toY(l.ys[i]), r: 3.5 })));
         continue;
       }
-      if (axis.smooth > 0) svg.append(el("path", { class: `line raw ${l.key}`, d: path(l.x, l.ys, toX, toY) }));
+      if (axis.smooth > 0 && !exact) svg.append(el("path", { class: `line raw ${l.key}`, d: path(l.x, l.ys, toX, toY) }));
       svg.append(el("path", { class: `line ${l.key}`, d: path(l.x, l.soft, toX, toY) }));
     }
     const cross = el("line", { class: "cross", y1: TOP, y2: HEIGHT - BOTTOM, visibility: "hidden" });

@@ -25,10 +25,11 @@ const CURVES = [  // section, title, [[key, label]…], options
   ["dppo", "Packing density", [["packing_density"]], { percent: true }],
   ["dppo", "Tokens a step", [["tokens_generated", "generated"], ["tokens_trained", "trained"]]],
   ["machine", "Seconds a step", [["seconds_total"]]],
+  ["machine", "Memory", [["memory_gib"]], { note: "GiB at the peak, of the controller's rank", exact: true }],
   ["machine", "Mismatch: train against rollout log-probs", [["mismatch_mean", "mean"], ["mismatch_max", "largest"]], { log: true }],
   ["machine", "Mismatch: KL", [["mismatch_kl"]]],
   ["machine", "Canary after the weight sync", [["canary_difference"]]],
-  ["machine", "Weight version of the rollouts", [["weight_version"]]],
+  ["machine", "Weight version of the rollouts", [["weight_version"]], { exact: true }],
 ];
 const PHASE = /^seconds_(?!total$)(.+)/, EXIT = /^exits\/(.+)/, BIN = /^probe_confidence\/([\d.]+)$/;
 const STACKED = /^(verdict_|seconds_|exits\/|probe_confidence\/|eval\/completions$|step$)/;

@@ -27,6 +27,13 @@ function markerPattern(markers) {
   return new RegExp(`(?<![A-Za-z])(?:${escaped.join("|")})(?![A-Za-z])`, "g");
 }
 
+/** A token's text; a marker's leading space stays outside of its colour, which would else hang on the line before. */
+function painted(piece, flags) {
+  if (!flags.includes("marker")) return [piece];
+  const word = piece.trimStart();
+  return [piece.slice(0, piece.length - word.length), el("b", { class: "marker" }, word)];
+}
+
 /** The origin (0 sampled, 1 inserted) of every token. */
 const origins = (c) => c.o.flatMap(([origin, count]) => Array(count).fill(origin));
 
@@ -67,7 +74,7 @@ function responseBody(c, table, { markers, colour, query, label }) {
       }
       if (i === cut) out.push(pill("cut", "✂ cut", `thought ended here\n${ENDS[c.exit_reason]}`));
       if (versions.has(i)) out.push(pill("version", "⇡ weights", `from here on under weights ${c.spans.find(([, s]) => s === i)[0]}`));
-      out.push(el("span", { class: `t${origin[i] ? " inserted" : ""}${flags[i]} ${COLOURS[colour](c, i)}`, "data-i": i }, pieces[i]));
+      out.push(el("span", { class: `t${origin[i] ? " inserted" : ""}${flags[i]} ${COLOURS[colour](c, i)}`, "data-i": i }, ...painted(pieces[i], flags[i])));
     }
     return out;
   };

@@ -1,6 +1,6 @@
 // The rollout viewer: pick a step and a prompt, see its group side by side; filter, sort, search.
 
-const VERDICTS = { right: "✓", wrong: "✗", timeout: "⏱", error: "!" };
+const VERDICTS = { right: "✓", wrong: "✗", timeout: "…", error: "!" };
 
 function viewer(runs) {
   const root = $("#viewer");
@@ -36,7 +36,7 @@ function viewer(runs) {
       el("span", { class: "steps" }, el("button", { type: "button", "aria-label": "Previous step", onclick: () => jump(-1) }, "‹"), stepLabel, el("button", { type: "button", "aria-label": "Next step", onclick: () => jump(1) }, "›")),
       el("label", {}, "Search ", search), everywhere, sortLabel, colourLabel),
     el("div", { class: "bar", role: "group", "aria-label": "Filter" }, verdictBoxes, exitLabel, keptLabel),
-    el("p", { class: "legend" }, el("span", {}, el("b", { class: "t marker" }, "Wait"), " begins a step"), el("span", {}, el("b", { class: "t inserted" }, "inserted"), " by early exit"),
+    el("p", { class: "legend" }, el("span", {}, el("b", { class: "marker" }, "Wait"), " begins a step"), el("span", {}, el("b", { class: "t inserted" }, "inserted"), " by early exit"),
       el("span", {}, el("b", { class: "pill cut" }, "✂ cut"), " thought ended early"), el("span", {}, el("b", { class: "pill accepted" }, "◆ .97"), " accepted probe"), el("span", {}, el("b", { class: "pill declined" }, "◇ .41"), " declined")),
     hits, el("div", { class: "split" }, el("div", { class: "side" }, count, prompts), shown));
 

@@ -40,4 +40,4 @@ def run(
 
 
 def untimed(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if not k.startswith("seconds_")} for line in metrics]
+    return [{k: v for k, v in line.items() if not k.startswith(("seconds_", "memory_"))} for line in metrics]

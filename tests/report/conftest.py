@@ -30,5 +30,6 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(found["chromedriver"]))
+    driver.set_script_timeout(300)  # axe-core's, on a busy machine
     yield driver
     driver.quit()

@@ -81,7 +81,7 @@ def write(folder: Path, steps: int, groups: int, per_group: int = 8, tokens: int
             "grad_norm": float(rng.exponential()),
             "mismatch_mean": 1e-6 * (1 + float(rng.random())),
             "loss": float("nan") if step == 1 else float(rng.normal()),
-            "memory_host_gib": 1.5,
+            "memory_gib": 1.5,
             **{f"seconds_{name}": float(rng.random()) for name in ("rollout", "reward", "train", "sync", "total")},
         }
         if step == steps:
