@@ -32,7 +32,7 @@ setup(
     ],
     extras_require={
         # On a CUDA machine only: without its CUDA part, transformer-engine breaks `import megatron.core`.
-        "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
+        "gpu": ["transformer-engine[core_cu13,pytorch]>=2.10,<2.12"],
         # Engines live in environments of their own (their torch pins differ): these extras name what goes there.
         "sglang": ["sglang==0.5.23"],
         "vllm": ["vllm==0.32.0"],

@@ -46,14 +46,33 @@ class Parallel(Section):
     """Context-parallel size: each sequence is split over this many ranks."""
     ep: Positive = 1
     """Expert-parallel size (mixture-of-experts models only)."""
+    etp: Positive | None = None
+    """Tensor-parallel size inside the experts; default: tp, as in Megatron."""
     sp: bool | None = None
     """Sequence parallelism of the norms; default: on when tp > 1."""
     distributed_optimizer: bool = True
     """Shard optimizer state over data-parallel ranks (ZeRO-1)."""
     overlap: bool = False
     """Overlap gradient reduction (and, with the distributed optimizer, parameter gathering) with compute."""
+    overlap_tp: bool = False
+    """Overlap tensor-parallel communication with matrix products, by Transformer Engine's user buffers (CUDA only).
+    Their size is fixed: every row is padded to tokens_per_row. Needs sequence parallelism and cp 1."""
+    overlap_p2p: bool = True
+    """Overlap the exchange between pipeline stages with compute (interleaved schedule only)."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activation recomputation."""
+    """Activation recomputation: of every layer, or of `recompute_modules`."""
+    recompute_modules: list[Literal["core_attn", "layernorm", "mlp", "moe", "moe_act"]] = ["core_attn"]
+    """What `selective` recomputes; `layernorm` and `moe_act` on Transformer Engine only."""
+    gradient_accumulation_fusion: bool | None = None
+    """Add weight gradients to the float32 gradient inside the matrix product (CUDA only); default: on where
+    Transformer Engine and apex's kernel for it are installed."""
+    cp_comm: Literal["p2p", "a2a"] = "p2p"
+    """How context-parallel ranks exchange keys and values on Transformer Engine: a ring, or all-to-all over heads.
+    Its other two ways refuse packed rows, and before version 2.10 so did all-to-all."""
+    offload_optimizer: Fraction = 0.0
+    """Share of the optimizer state kept, and updated, in host memory (CUDA only)."""
+    offload_layers: Natural = 0
+    """Layers whose activations wait for the backward pass in host memory (CUDA only; pp 1, no recomputation)."""
 
     @property
     def model_ranks(self) -> int:

@@ -41,6 +41,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2+sp": (2, {"tp": 2}),
     "pp2": (2, {"pp": 2}),
     "pp2·vpp2": (2, {"pp": 2, "vpp": 2}),
+    "pp2·vpp2, no p2p overlap": (2, {"pp": 2, "vpp": 2, "overlap_p2p": False}),
+    "tp1 recompute of the MLP": (1, {"recompute": "selective", "recompute_modules": ["core_attn", "mlp"]}),
     "cp2": (2, {"cp": 2}),
     "dp2": (2, {"distributed_optimizer": False}),
     "dp2 distributed optimizer": (2, {}),
@@ -60,6 +62,7 @@ EXPERT_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp1": (1, {}),
     "ep2": (2, {"ep": 2}),
     "ep2, overlap": (2, {"ep": 2, "overlap": True}),
+    "ep2·tp2·etp1+sp": (2, {"ep": 2, "tp": 2, "etp": 1}),
     "ep2·tp2+sp": (4, {"ep": 2, "tp": 2}),
     "ep2·pp2": (4, {"ep": 2, "pp": 2}),
 }

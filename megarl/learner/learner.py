@@ -29,7 +29,7 @@ from megarl.errors import RunError
 from megarl.learner import checkpoint
 from megarl.learner import precision as precisions
 from megarl.learner.attention import inverse_frequencies
-from megarl.learner.model import build, transformer_config, unwrap
+from megarl.learner.model import build, transformer_config, unwrap, user_buffers
 from megarl.learner.parallel import World, check
 from megarl.learner.rows import Alignment, Row, build_row, sequence_sum
 from megarl.learner.schedule import learning_rate
@@ -82,8 +82,10 @@ class Learner:
         check(settings.parallel, self.shape)
         self.config = transformer_config(self.shape, settings.parallel, settings.precision)
         self.frequencies = inverse_frequencies(self.shape)
-        self.alignment = Alignment.of(settings.parallel, settings.precision)
+        self.alignment = Alignment.of(settings.parallel, settings.precision, settings.batch.tokens_per_row)
         self.temperature = settings.rollout.temperature
+        if settings.parallel.overlap_tp:
+            user_buffers(self.config, self.alignment.row)
         chunks, self.weights = self._filled()
         self.models = self._distributed(chunks)
         self.optimizer = get_megatron_optimizer(self._optimizer_config(), self.models, use_gloo_process_groups=False)
@@ -231,6 +233,10 @@ class Learner:
             params_dtype=dtype,
             use_distributed_optimizer=parallel.distributed_optimizer,
             overlap_param_gather=parallel.overlap and parallel.distributed_optimizer,
+            # Megatron's hybrid optimizer takes its gradients the precision-aware way.
+            use_precision_aware_optimizer=parallel.offload_optimizer > 0,
+            optimizer_cpu_offload=parallel.offload_optimizer > 0,
+            optimizer_offload_fraction=parallel.offload_optimizer,
         )
 
     def _run(

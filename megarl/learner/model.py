@@ -31,6 +31,7 @@ from checkpoints_conv.layout import padded_vocab
 from checkpoints_conv.rules import Spec
 from checkpoints_conv.shape import Experts, ModelShape
 from megarl.config import Parallel, Precision
+from megarl.errors import UserError
 from megarl.learner import cpu, device, emulation
 from megarl.learner import precision as precisions
 from megarl.learner.attention import PackedAttention, PackedRow, inverse_frequencies
@@ -135,7 +136,12 @@ def transformer_config(shape: ModelShape, parallel: Parallel, precision: Precisi
         "bias_activation_fusion": te,
         "apply_rope_fusion": te,
         "persist_layer_norm": te,
-        "gradient_accumulation_fusion": te and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        "gradient_accumulation_fusion": _gradient_fusion(parallel),
+        "expert_tensor_parallel_size": parallel.etp or parallel.tp,
+        "tp_comm_overlap": parallel.overlap_tp,
+        "cp_comm_type": parallel.cp_comm if te else None,
+        "cpu_offloading": parallel.offload_layers > 0,
+        "cpu_offloading_num_layers": parallel.offload_layers,
     }
     if shape.moe:
         settings |= _expert_settings(shape.moe, te)
@@ -144,12 +150,40 @@ def transformer_config(shape: ModelShape, parallel: Parallel, precision: Precisi
     if parallel.pp > 1:
         # With two stages the previous and the next rank are one peer, and Megatron's batched exchange mixes them up
         # under the interleaved schedule: wrong gradients, no error.
-        settings |= {"overlap_p2p_comm": parallel.vpp > 1, "batch_p2p_comm": parallel.vpp == 1}
+        settings |= {
+            "overlap_p2p_comm": parallel.vpp > 1 and parallel.overlap_p2p,
+            "batch_p2p_comm": parallel.vpp == 1,
+        }
     if parallel.recompute == "full":
         settings |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     elif parallel.recompute == "selective":
-        settings["recompute_granularity"] = "selective"
+        settings |= {"recompute_granularity": "selective", "recompute_modules": list(parallel.recompute_modules)}
     return TransformerConfig(**settings, **precisions.transformer_settings(precision))
+
+
+def _gradient_fusion(parallel: Parallel) -> bool:
+    """Raises UserError when it is asked for and apex's kernel, which the output layer asks for, is not there."""
+    kernel = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+    if parallel.gradient_accumulation_fusion and not kernel:
+        raise UserError(
+            "parallel.gradient_accumulation_fusion: true needs apex's fused_weight_gradient_mlp_cuda; "
+            "nearest valid value: false"
+        )
+    if parallel.gradient_accumulation_fusion is None:
+        return kernel and spec_kind() == "te"
+    return parallel.gradient_accumulation_fusion
+
+
+def user_buffers(config: TransformerConfig, tokens: int) -> None:
+    """Transformer Engine's buffers for rows of `tokens` tokens, as Megatron-LM's training script makes them."""
+    from transformer_engine.pytorch.module.base import initialize_ub
+
+    initialize_ub(
+        shape=[tokens, config.hidden_size],
+        tp_size=config.tensor_model_parallel_size,
+        use_fp8=config.fp8 is not None,
+        bootstrap_backend="nccl",
+    )
 
 
 def _expert_settings(moe: Experts, te: bool) -> dict[str, Any]:

@@ -17,6 +17,12 @@ from megarl.errors import DeadlineExceeded, RunError, UserError
 from megarl.learner import device
 from megarl.learner import precision as precisions
 
+CUDA_ONLY = {
+    "overlap_tp": False, "gradient_accumulation_fusion": False, "cp_comm": "p2p", "offload_optimizer": 0.0,
+    "offload_layers": 0,
+}  # fmt: skip
+"""Settings of `parallel` that need a CUDA device with Transformer Engine → the value that does not."""
+
 
 @dataclass(frozen=True, slots=True)
 class Launch:
@@ -122,6 +128,7 @@ def start(parallel: Parallel, precision: Precision, seed: int, deadline_s: float
     launch = launch_info()
     check_ranks(parallel, launch.world_size)
     precisions.check(precision)
+    check_device(parallel)
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron overlaps communication in issue order
     timeout = datetime.timedelta(seconds=deadline_s)
     here = device.claim(launch.local_rank, launch.local_world_size)
@@ -133,6 +140,7 @@ def start(parallel: Parallel, precision: Precision, seed: int, deadline_s: float
         virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
         context_parallel_size=parallel.cp,
         expert_model_parallel_size=parallel.ep,
+        expert_tensor_parallel_size=parallel.etp,
         distributed_timeout_minutes=deadline_s / 60,
         create_gloo_process_groups=False,
     )
@@ -153,6 +161,49 @@ def check(parallel: Parallel, shape: ModelShape) -> None:
         raise UserError(f"parallel.{e}") from None
     if parallel.sp and parallel.tp == 1:
         raise UserError("parallel.sp: true needs parallel.tp > 1; nearest valid value: false")
+    if parallel.etp and not shape.moe:
+        raise UserError(f"parallel.etp: {parallel.etp}: the model has no experts; leave it unset")
+    if parallel.overlap_tp and (parallel.cp > 1 or not parallel.sequence_parallel):
+        raise UserError("parallel.overlap_tp: true needs sequence parallelism and cp 1; nearest valid value: false")
+    heads = shape.kv_groups // parallel.tp
+    if parallel.cp_comm == "a2a" and heads % parallel.cp:
+        raise UserError(
+            f"parallel.cp_comm: a2a: cp {parallel.cp} does not divide the {heads} key/value groups of a "
+            "tensor-parallel rank; nearest valid value: p2p"
+        )
+    if parallel.offload_layers and (parallel.pp > 1 or parallel.recompute != "none"):
+        raise UserError(
+            f"parallel.offload_layers: {parallel.offload_layers} needs pp 1 and recompute none; nearest valid value: 0"
+        )
+    if parallel.offload_layers >= shape.layers:
+        raise UserError(
+            f"parallel.offload_layers: {parallel.offload_layers} of {shape.layers} layers; "
+            f"nearest valid value: {shape.layers - 1}"
+        )
+    if parallel.recompute == "selective" and not shape.moe:
+        for module in sorted({"moe", "moe_act"} & set(parallel.recompute_modules)):
+            raise UserError(f"parallel.recompute_modules: {module}: the model has no experts; nearest valid value: mlp")
+    if parallel.offload_optimizer and not parallel.distributed_optimizer:
+        raise UserError("parallel.offload_optimizer: needs parallel.distributed_optimizer; nearest valid value: 0")
+
+
+def check_device(parallel: Parallel) -> None:
+    """Raise UserError for a setting that does nothing, or fails, without CUDA and Transformer Engine."""
+    for name, neutral in CUDA_ONLY.items():
+        value = getattr(parallel, name)
+        if value and value != neutral and not device.transformer_engine():
+            raise UserError(
+                f"parallel.{name}: {value} needs a CUDA device with Transformer Engine; "
+                f"nearest valid value: {str(neutral).lower()}"
+            )
+    fine = {"core_attn", "mlp", "moe"}
+    if parallel.recompute == "selective" and not device.transformer_engine():
+        for module in parallel.recompute_modules:
+            if module not in fine:  # recomputing without keeping the output asks for the engine's FP8 state
+                raise UserError(
+                    f"parallel.recompute_modules: {module} needs a CUDA device with Transformer Engine; "
+                    f"valid values here: {', '.join(sorted(fine))}"
+                )
 
 
 def check_ranks(parallel: Parallel, world_size: int) -> None:
@@ -161,8 +212,13 @@ def check_ranks(parallel: Parallel, world_size: int) -> None:
         sizes = f"tp {parallel.tp} * pp {parallel.pp} * cp {parallel.cp} = {parallel.model_ranks}"
         nearest = max(1, round(world_size / parallel.model_ranks)) * parallel.model_ranks
         raise UserError(f"parallel: {world_size} ranks are not a multiple of {sizes}; nearest valid number: {nearest}")
-    replicas = world_size // (parallel.tp * parallel.pp)
-    if replicas % parallel.ep:
+    stage, etp = world_size // parallel.pp, parallel.etp or parallel.tp
+    if stage % etp:
+        best = max(d for d in range(1, etp) if stage % d == 0)
+        raise UserError(
+            f"parallel.etp: {etp} does not divide the {stage} ranks of a pipeline stage; nearest valid value: {best}"
+        )
+    if (replicas := stage // etp) % parallel.ep:
         best = max(d for d in range(1, parallel.ep) if replicas % d == 0)
         raise UserError(
             f"parallel.ep: {parallel.ep} does not divide the {replicas} ranks of each tensor- and pipeline-parallel "
@@ -172,7 +228,7 @@ def check_ranks(parallel: Parallel, world_size: int) -> None:
 
 def layout_of(parallel: Parallel) -> Layout:
     """Model-parallel sizes in the terms of checkpoints_conv."""
-    return Layout(tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp, ep=parallel.ep)
+    return Layout(tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp, ep=parallel.ep, etp=parallel.etp)
 
 
 def _join(launch: Launch, timeout: datetime.timedelta, here: torch.device) -> None:

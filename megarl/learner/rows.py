@@ -26,10 +26,11 @@ class Alignment:
     row: int  # the row, so that each rank's part is even (sequence parallelism, FP8)
 
     @classmethod
-    def of(cls, parallel: Parallel, precision: Precision) -> Alignment:
+    def of(cls, parallel: Parallel, precision: Precision, tokens_per_row: int) -> Alignment:
         sample = 2 * parallel.cp if parallel.cp > 1 else 1
         per_rank = (parallel.tp if parallel.sequence_parallel else 1) * row_multiple(precision)
-        return cls(sample, math.lcm(sample, parallel.cp * per_rank))
+        row = math.lcm(sample, parallel.cp * per_rank)
+        return cls(sample, _up(tokens_per_row, row) if parallel.overlap_tp else row)
 
     def row_length(self, samples: Sequence[Sample]) -> int:
         """Positions of a row that holds `samples`; at least the smallest row there is."""

@@ -44,7 +44,7 @@ def main(
         return
     parallel = settings.parallel
     try:
-        Divisions(parallel.tp, parallel.pp, parallel.vpp, parallel.ep).check(model)
+        Divisions(parallel.tp, parallel.pp, parallel.vpp, parallel.ep, parallel.etp).check(model)
     except UserError as e:
         raise UserError(f"parallel.{e}") from None
     plan(settings, model, card, size, response_tokens)  # refuses sizes that cannot be laid out, before Megatron does

@@ -41,6 +41,7 @@ CASES = [
     (QWEN2, Parallel(tp=4, pp=2), 16),
     (LLAMA, Parallel(tp=2, pp=2, cp=2), 16),
     (MOE, Parallel(ep=4), 8),
+    (MOE, Parallel(tp=2, ep=4, etp=1), 16),
     (MOE, Parallel(tp=2, pp=2, ep=2), 1024),
 ]
 
@@ -56,7 +57,7 @@ def test_counts_of_the_real_model_are_exactly_the_maps():
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         for config, parallel, gpus in CASES:
             shape = read_shape(config)
-            layout = Divisions(parallel.tp, parallel.pp, parallel.vpp, parallel.ep)
+            layout = Divisions(parallel.tp, parallel.pp, parallel.vpp, parallel.ep, parallel.etp)
             held = pool.apply_async(build_stages, (shape, parallel, gpus)).get(timeout=200)
             for stage, holding in enumerate(held):
                 wanted = {True: 0, False: 0}
