@@ -18,6 +18,7 @@ Architecture = Literal["ampere", "hopper", "blackwell"]
 Dtype = Literal["fp32", "bf16", "fp8", "fp4"]
 
 GIB = 2**30
+HOST = 20.0  # GB/s per GPU between card and host memory, and that Adam on the host's cores streams: 8 cards share it
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,15 +92,29 @@ def software(settings: Settings) -> Software:
     """What the learner does under these settings on a GPU with Transformer Engine."""
     parallel, precision = settings.parallel, settings.precision
     dtype: Dtype = precision.dtype
-    recompute: dict[str, Recompute] = {"none": "none", "selective": "attention", "full": "full"}
     return Software(
         dtype=dtype,
         sequence_parallel=parallel.sequence_parallel,
-        tp_overlap=False,
+        tp_overlap=parallel.overlap_tp,
         dp_overlap=parallel.overlap,
         distributed_optimizer=parallel.distributed_optimizer,
-        recompute=recompute[parallel.recompute],
+        recompute=recomputed(parallel),
+        p2p_overlap=parallel.overlap_p2p,
+        gradient_fusion=parallel.gradient_accumulation_fusion is not False,
+        cp_all_to_all=parallel.cp_comm == "a2a",
+        offload_optimizer=parallel.offload_optimizer,
+        offload_layers=parallel.offload_layers,
     )
+
+
+def recomputed(parallel: Parallel) -> Recompute:
+    """The planner's term for what is recomputed."""
+    if parallel.recompute != "selective":
+        return parallel.recompute
+    modules = set(parallel.recompute_modules)
+    if modules & {"moe", "mlp"}:
+        return "moe"
+    return "selective" if modules & {"layernorm", "moe_act"} else "attention"
 
 
 def layout(settings: Settings, gpus: int, response_tokens: float) -> Layout:
@@ -112,7 +126,7 @@ def layout(settings: Settings, gpus: int, response_tokens: float) -> Layout:
             f"gpus: {gpus} is not a multiple of tp {parallel.tp} * pp {parallel.pp} * cp {parallel.cp}; "
             f"nearest valid number: {near}"
         )
-    replicas = gpus // (parallel.tp * parallel.pp)
+    replicas = gpus // ((parallel.etp or parallel.tp) * parallel.pp)
     if replicas % parallel.ep:
         near = max(d for d in range(1, parallel.ep + 1) if replicas % d == 0)
         raise UserError(
@@ -129,7 +143,7 @@ def layout(settings: Settings, gpus: int, response_tokens: float) -> Layout:
         vpp=parallel.vpp,
         cp=parallel.cp,
         ep=parallel.ep,
-        etp=parallel.tp if parallel.ep > 1 else 1,
+        etp=parallel.etp or parallel.tp,
         micro_batch=1,
         global_batch=max(1, -(-int(rows) // data_parallel)) * data_parallel,
         sequence=batch.tokens_per_row,

@@ -10,6 +10,7 @@ from megarl.planner.shape import Shape
 
 AttentionKernel = Literal["unfused", "fused_softmax", "flash1", "flash"]
 Recompute = Literal["none", "attention", "selective", "moe", "full"]
+"""Of nothing, the scores, what is cheap (norms, activations), that and the MLP or the experts, or every layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,11 @@ class Software:
     node_dispatch: bool = False  # DeepEP, HybridEP: a token crosses the network once to each domain that wants it
     ep_overlap: bool = False  # expert traffic runs beside another micro-batch's compute
     fused_experts: bool = False  # permutation fused into dispatch and grouped products, no wait for the host
+    p2p_overlap: bool = True  # stages exchange beside compute (interleaved schedule only)
+    gradient_fusion: bool = True  # weight gradients are added in fp32 inside the matrix product
+    cp_all_to_all: bool = False  # context parallelism exchanges heads, not a ring of keys and values
+    offload_optimizer: float = 0.0  # share of the optimizer state in host memory
+    offload_layers: int = 0  # layers whose activations wait in host memory
     distributed_optimizer: bool = True
     fsdp: bool = False
     recompute: Recompute = "none"

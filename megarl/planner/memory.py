@@ -113,7 +113,10 @@ def _stage(
         parts["activations"] = flight * saved
         parts["recomputed"] = kept_moe if moe else kept_dense
     else:
-        parts["activations"] = flight * (dense * kept_dense + moe * kept_moe)
+        whole = flight * (dense * kept_dense + moe * kept_moe)
+        # Megatron keeps two layers on the card while offloaded ones travel.
+        away = max(0, min(software.offload_layers, layers[stage]) - 2) / max(1, layers[stage])
+        parts["activations"] = whole * (1 - away)
     shard = layout.tp if software.sequence_parallel else 1
     t, h = layout.tokens, shape.hidden
     if stage == 0:
@@ -153,7 +156,7 @@ def _state(layout: Layout, software: Software, held: Holding) -> dict[str, float
     return {
         "weights": weight * both,
         "gradients": software.gradient_bytes * both * trained,
-        "optimizer": optimizer * trained,
+        "optimizer": optimizer * trained * (1 - software.offload_optimizer),
     }
 
 
@@ -197,7 +200,8 @@ def layer_bytes(shape: Shape, layout: Layout, software: Software, moe: bool) -> 
         return rows * width * (wide * up + (0.0 if recomputed else operand))
 
     if not moe:
-        return norms + attention + dropout + mlp(t / tp, shape.ffn)
+        kept = 0.0 if software.recompute == "moe" else mlp(t / tp, shape.ffn)
+        return norms + attention + dropout + kept
     routed = t / tp * shape.topk
     expert = routed * (wide * h) + mlp(routed, shape.moe_ffn) + routed * wide * h + 8.0 * shard * shape.experts
     if software.recompute == "moe":

@@ -10,7 +10,7 @@ from checkpoints_conv.shape import ModelShape
 from megarl.config import Parallel, Settings
 from megarl.errors import UserError
 from megarl.planner.hardware import Gpu
-from megarl.planner.job import Plan, plan, with_parallel
+from megarl.planner.job import Plan, plan, recomputed, with_parallel
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 RECOMPUTE = ("none", "selective", "full")
@@ -20,7 +20,7 @@ def candidates(settings: Settings, model: ModelShape, gpu: Gpu, gpus: int, respo
     """Every plan of a power-of-two layout that the model and the GPUs allow, fitting or not."""
     for parallel in _layouts(settings.parallel, model, gpus):
         try:
-            Divisions(parallel.tp, parallel.pp, parallel.vpp, parallel.ep).check(model)
+            Divisions(parallel.tp, parallel.pp, parallel.vpp, parallel.ep, parallel.etp).check(model)
             yield plan(with_parallel(settings, parallel), model, gpu, gpus, response)
         except UserError:
             continue
@@ -41,7 +41,7 @@ def nearest_fit(settings: Settings, model: ModelShape, gpu: Gpu, gpus: int, resp
         place, recompute = candidate.layout, candidate.software.recompute
         pairs = ((place.tp, wanted.tp), (place.pp, wanted.pp), (place.cp, wanted.cp), (place.ep, wanted.ep))
         moved = sum(abs(log2(new / old)) for new, old in pairs)
-        same = recompute == {"selective": "attention"}.get(wanted.recompute, wanted.recompute)
+        same = recompute == recomputed(wanted)
         return moved + (0 if same else 0.5), candidate.train.seconds
 
     return min(found, key=distance, default=None)
@@ -51,7 +51,8 @@ def settings_of(candidate: Plan) -> str:
     """A plan's layout as overrides."""
     place = candidate.layout
     sizes = {"tp": place.tp, "pp": place.pp, "vpp": place.vpp, "cp": place.cp, "ep": place.ep}
-    recompute = {"attention": "selective"}.get(candidate.software.recompute, candidate.software.recompute)
+    recompute = candidate.software.recompute
+    recompute = recompute if recompute in ("none", "full") else "selective"
     parts = [f"parallel.{name}={size}" for name, size in sizes.items() if size > 1 or name in ("tp", "pp")]
     return " ".join([*parts, f"parallel.recompute={recompute}"])
 
@@ -70,4 +71,6 @@ def _layouts(base: Parallel, model: ModelShape, gpus: int) -> Iterator[Parallel]
                     for vpp in chunks:
                         for recompute in RECOMPUTE:
                             change = {"tp": tp, "pp": pp, "vpp": vpp, "cp": cp, "ep": ep, "recompute": recompute}
+                            if base.offload_layers and (pp > 1 or recompute != "none"):
+                                continue
                             yield base.model_copy(update=change)

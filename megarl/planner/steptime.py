@@ -10,13 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from math import log2
 
-from megarl.planner.hardware import LAWS, Dtype, Gpu, Laws
+from megarl.planner.hardware import HOST, LAWS, Dtype, Gpu, Laws
 from megarl.planner.layout import Layout, Software
+from megarl.planner.memory import layer_bytes
 from megarl.planner.shape import Shape
 
 PARTS = (
     "matmul", "attention", "elementwise", "launch", "tensor_parallel", "context_parallel", "expert_parallel",
-    "bubble", "pipeline", "data_parallel", "optimizer", "straggler",
+    "bubble", "pipeline", "data_parallel", "optimizer", "offload", "straggler",
 )  # fmt: skip
 Parts = dict[str, float]
 
@@ -64,7 +65,8 @@ class Clock:
         """A linear layer: (forward, backward), the backward's weight gradient added into fp32."""
         backward = self.matmul(m, n, k, count, dtype)
         if self.software.trainable > 0.5:
-            backward += self.matmul(k, int(m) or 1, n, count, dtype, out=2 * self.software.gradient_bytes)
+            out = 2 * self.software.gradient_bytes + (0.0 if self.software.gradient_fusion else 4.0)
+            backward += self.matmul(k, int(m) or 1, n, count, dtype, out=out)
         return self.matmul(m, k, n, count, dtype), backward
 
     def attention(self, tokens: float, span: float, heads: float, qk: float, v: float) -> tuple[float, float]:
@@ -146,10 +148,11 @@ def step_time(shape: Shape, layout: Layout, software: Software, gpu: Gpu, laws: 
         parts["bubble"] = (layout.pp - 1) / layout.vpp * mean
         volume = 2.0 * layout.tokens * shape.hidden / (layout.tp if software.sequence_parallel else 1)
         send = volume / clock.link(2, layout.gpus // layout.pp) + laws.latency * 1e-6
-        exposed = 1.0 if layout.vpp == 1 else 0.3  # interleaving overlaps all but the warm-up
+        exposed = 0.3 if layout.vpp > 1 and software.p2p_overlap else 1.0  # interleaving overlaps all but the warm-up
         parts["pipeline"] = 2 * send * layout.vpp * exposed * m
     parts["data_parallel"] = _data_parallel(shape, layout, clock, stages, sum(slowest.values()))
     parts["optimizer"] = _optimizer(shape, layout, clock, stages)
+    parts["offload"] = _offload(shape, layout, clock, stages, sum(slowest.values()))
     total = sum(parts.values())
     parts["straggler"] = total * laws.straggler * log2(max(1.0, layout.gpus / 8))
     return StepTime(parts, model_flops(shape, layout), [sum(load.values()) for load in loads])
@@ -193,8 +196,11 @@ def _layer(shape: Shape, layout: Layout, clock: Clock, kind: str) -> Parts:
     )
     # Norms and residual additions: 2 x (read, write, add) of the hidden state; rotary embedding; activation.
     volume = 2 * (12 * shard * h + 4 * t * (shape.query_width + shape.kv_width) / tp)
+    mlp = 0.0  # seconds of the dense MLP's matrix products, forward
     if kind == "dense":
-        matmul += [clock.forward_backward(t, k, n) for k, n in shape.mlp_matmuls(shape.ffn, tp)]
+        pairs = [clock.forward_backward(t, k, n) for k, n in shape.mlp_matmuls(shape.ffn, tp)]
+        mlp = sum(f for f, _ in pairs)
+        matmul += pairs
         volume += 2 * shape.mlp_matrices * t * shape.ffn / tp
         expert = moe_traffic = (0.0, 0.0)
     else:
@@ -222,7 +228,12 @@ def _layer(shape: Shape, layout: Layout, clock: Clock, kind: str) -> Parts:
     tp_exposed = laws.tp_exposed if software.tp_overlap else 1.0
     blocks = 2 if kind == "dense" or shape.shared_ffn else 1
     tensor = 2 * blocks * collective * tp_exposed  # a gather and a scatter around each block
-    ring = clock.ring(2.0 * t * layout.cp * shape.kv_width / tp, layout.cp, tp) * laws.cp_exposed
+    if software.cp_all_to_all:  # queries, keys, values and outputs change from tokens to heads; nothing hides it
+        ring = clock.all_to_all(
+            2.0 * t * (shape.query_width + shape.kv_width + shape.value_width) / tp, layout.cp, tp, 1
+        )
+    else:
+        ring = clock.ring(2.0 * t * layout.cp * shape.kv_width / tp, layout.cp, tp) * laws.cp_exposed
     gap = laws.dense_gap if kind == "dense" else laws.dense_gap + (0.0 if software.fused_experts else laws.moe_gap)
     gap = gap * 1e-6 * (0.3 if software.graphs else 1.0)
     forward = {
@@ -242,7 +253,7 @@ def _layer(shape: Shape, layout: Layout, clock: Clock, kind: str) -> Parts:
     elif software.recompute in ("selective", "moe"):
         total["elementwise"] += 0.5 * moved
         if software.recompute == "moe":
-            total["matmul"] += expert[0]
+            total["matmul"] += expert[0] + mlp
             total["expert_parallel"] += moe_traffic[0]
     if software.fsdp:
         weights = shape.attention_parameters(tp)
@@ -297,7 +308,22 @@ def _optimizer(shape: Shape, layout: Layout, clock: Clock, stages: list[int]) ->
     dense, experts = _rank_parameters(shape, layout, stages)
     if clock.software.distributed_optimizer or clock.software.fsdp:
         dense, experts = dense / (layout.dp * layout.cp), experts / layout.expert_dp
-    return 34.0 * (dense + experts) * clock.software.trainable / clock.hbm
+    on_card = 1 - clock.software.offload_optimizer
+    return 34.0 * (dense + experts) * clock.software.trainable * on_card / clock.hbm
+
+
+def _offload(shape: Shape, layout: Layout, clock: Clock, stages: list[int], micro: float) -> float:
+    """Adam on the host, with gradients and weights carried there and back; activations that travel slower than
+    the layers compute."""
+    software, seconds = clock.software, 0.0
+    if software.offload_optimizer:
+        dense, experts = _rank_parameters(shape, layout, stages)
+        share = dense / (layout.dp * layout.cp) + experts / layout.expert_dp
+        seconds += (34.0 + 6.0) * share * software.offload_optimizer / (HOST * 1e9)
+    if software.offload_layers:
+        kept = layer_bytes(shape, layout, software, bool(shape.experts)) * min(software.offload_layers, max(stages))
+        seconds += layout.micro_batches * max(0.0, 2 * kept / (HOST * 1e9) - micro)
+    return seconds
 
 
 def _add(*loads: Parts) -> Parts:

@@ -56,6 +56,9 @@ def test_parts_are_named_and_not_negative():
         (Software(fused=False), Software()),
         (Software(), Software(dtype="fp8")),
         (Software(), Software(graphs=True)),
+        (Software(gradient_fusion=False), Software()),
+        (Software(offload_optimizer=1.0), Software()),
+        (Software(offload_layers=31), Software()),
     ],
 )
 def test_each_switch_moves_time_the_right_way(slow, fast):
