@@ -21,14 +21,17 @@ from megarl.errors import DeadlineExceeded, RunError, UserError
 from megarl.rewards.grade import Grade, failed
 
 START_DEADLINE = 120.0  # seconds; importing math-verify takes 1–3
+ATTEMPTS = 2  # at a grade, when the process that is to give it dies
 
 
 class Graders:
     """`workers` processes that grade by `function` (`package.module:function`), each call within `timeout` seconds.
 
     A call over its time is answered with the verdict `timeout`, and its process is killed and replaced; an exception
-    or a process that dies is the verdict `error`, with the message kept. Use from any event loop; close when done.
-    The constructor returns when the first process is ready; it raises UserError when the function cannot be imported.
+    is the verdict `error`, with the message kept, and so is a process that dies, twice: the first time may have been
+    somebody else's doing (`kill -9`, no memory), and must not change a reward.
+    Use from any event loop; close when done. The constructor returns when the first process is ready; it raises
+    UserError when the function cannot be imported.
     """
 
     def __init__(self, function: str, workers: int, timeout: float) -> None:
@@ -139,18 +142,19 @@ class _Worker:
 
     def grade(self, response: str, answer: str) -> Grade:
         """Grade one response, within the timeout once the process is up."""
-        if self._process is None:
-            self.start()
-        try:
-            return Grade(**self._ask([response, answer], self._timeout))
-        except TimeoutError:
-            self.end()
-            return failed("timeout", response, f"no verdict within {self._timeout:g} s")
-        except OSError:
-            code = self.end()
-            if self._closed:
-                raise RunError("the graders were closed amid a call") from None
-            return failed("error", response, f"the grader process {_death(code)}")
+        for _ in range(ATTEMPTS):
+            if self._process is None:
+                self.start()
+            try:
+                return Grade(**self._ask([response, answer], self._timeout))
+            except TimeoutError:
+                self.end()
+                return failed("timeout", response, f"no verdict within {self._timeout:g} s")
+            except OSError:
+                code = self.end()
+                if self._closed:
+                    raise RunError("the graders were closed amid a call") from None
+        return failed("error", response, f"the grader process {_death(code)}, {ATTEMPTS} times")
 
     def forbid(self) -> None:
         """From another thread: break off what the process does, and let it not be started again."""

@@ -50,6 +50,14 @@ def vanish(response: str, argument: str) -> bool:
     os._exit(3)
 
 
+def killed_once(response: str, marker: str) -> bool:
+    """`kill -9` from outside, the first time only."""
+    if not os.path.exists(marker):
+        open(marker, "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return True
+
+
 def crash(response: str, argument: str) -> bool:
     os.kill(os.getpid(), signal.SIGSEGV)
     return False

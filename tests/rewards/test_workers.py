@@ -64,8 +64,8 @@ def test_verdicts_are_told_apart(graders):
         ("", "value None", "error", 0.0, "returned None, not a bool"),
         ("", "value nan", "error", 0.0, "returned nan, not a bool"),
         ("", "value 'yes'", "error", 0.0, "returned 'yes', not right, wrong, timeout, error"),
-        ("", "vanish", "error", 0.0, "left with status 3"),
-        ("", "crash", "error", 0.0, "died by SIGSEGV"),
+        ("", "vanish", "error", 0.0, "left with status 3, 2 times"),
+        ("", "crash", "error", 0.0, "died by SIGSEGV, 2 times"),
         ("", "spin_in_c", "timeout", 0.0, "no verdict within 3 s"),
         ("", "talk", "right", 1.0, ""),
     ]
@@ -73,6 +73,13 @@ def test_verdicts_are_told_apart(graders):
     for (_, answer, verdict, score, message), got in zip(cases, grades, strict=True):
         assert (got.verdict, got.score) == (verdict, score), answer
         assert message in got.message, answer
+
+
+def test_a_kill_from_outside_changes_no_grade(graders, tmp_path):
+    """A process that dies once is asked again in another; one that dies twice is an error (above)."""
+    marker = tmp_path / "killed"
+    assert grade(graders, ("", f"killed_once {marker}"))[0].verdict == "right"
+    assert marker.exists()
 
 
 def test_formatted_whatever_the_verdict(graders):
