@@ -106,6 +106,19 @@ def trace(
     typer.echo(traces.write(run, out))
 
 
+@app.command()
+def serve(
+    config: Config,
+    overrides: Overrides = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Of the first task's server.")] = 30000,
+) -> None:
+    """Run an engine server of this configuration on this node; under srun, one a task (slurm/launch.sh)."""
+    from megarl import config as settings_file
+    from megarl.rollout.serve import serve as run
+
+    run(settings_file.load(config, overrides), port)
+
+
 @app.command(context_settings=_PASS_ON, add_help_option=False)
 def plan(context: typer.Context) -> None:
     """Predict memory and time of a run on given GPUs; refuse a layout that cannot fit."""

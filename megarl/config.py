@@ -206,7 +206,8 @@ class Servers(Section):
 
 class Rollout(Section):
     engine: Literal["local", "sglang", "vllm"] = "local"
-    """`local` is embedded in the learner ranks: small models, no second environment."""
+    """`local` is embedded in the learner ranks, or served by `megarl serve` where `servers.addresses` names servers:
+    small models, no second environment."""
     max_response_tokens: Positive = 16384
     """Response budget, thought and answer together."""
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
@@ -223,6 +224,11 @@ class Rollout(Section):
     """Largest |engine - learner| log-prob of the canary after a weight sync; beyond it the run stops."""
     early_exit: EarlyExit = EarlyExit()
     servers: Servers = Servers()
+
+    @property
+    def embedded(self) -> bool:
+        """Whether every learner rank has its own engine."""
+        return self.engine == "local" and not self.servers.addresses
 
 
 class Evaluation(Section):

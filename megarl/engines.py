@@ -24,7 +24,7 @@ CANARY_TOKENS = 32
 class Engines:
     """The first `drivers` ranks drive an engine and share the prompts; `engine` is None on the others.
 
-    `local`: every rank has one. Servers: the controller drives the pool of all of them.
+    Embedded: every rank has one. Servers: the controller drives the pool of all of them.
     """
 
     def __init__(
@@ -40,9 +40,9 @@ class Engines:
         generator = np.random.default_rng(derive_seed(settings.seed, "canary"))
         self._canary = generator.integers(0, learner.shape.vocab, CANARY_TOKENS).astype(np.int32)
         early_exit.check(settings.rollout, tokenizer)
-        self.drivers = world.world_size if settings.rollout.engine == "local" else 1
+        self.drivers = world.world_size if settings.rollout.embedded else 1
         self.engine: Engine | None = None
-        if settings.rollout.engine == "local":
+        if settings.rollout.embedded:
             self.engine = LocalEngine(
                 settings.model.path,
                 tokenizer,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 from megarl.config import Rollout, Servers, Settings
 from megarl.errors import UserError
-from megarl.rollout import sglang, vllm
+from megarl.rollout import early_exit, served, sglang, vllm
 from megarl.rollout.detokenize import Vocabulary
 from megarl.rollout.pool import Pool
 from megarl.rollout.remote import RemoteEngine
@@ -25,21 +26,21 @@ from megarl.rollout.transport.tensor import TensorTransport
 ENGINES: dict[str, tuple[type[RemoteEngine], Callable[..., Any], Callable[..., dict[str, str]]]] = {
     "sglang": (sglang.SGLangEngine, sglang.command, sglang.environment),
     "vllm": (vllm.VLLMEngine, vllm.command, vllm.environment),
+    "local": (served.ServedEngine, served.command, served.environment),
 }
 
 
 def check(rollout: Rollout) -> None:
     """Refuse what an engine cannot do; raises UserError. Before anything is started."""
     servers = rollout.servers
-    if rollout.engine == "vllm":
-        if rollout.top_p < 1 or rollout.top_k > 0:
-            name, value, valid = ("top_p", rollout.top_p, "1.0") if rollout.top_p < 1 else ("top_k", rollout.top_k, "0")
-            raise UserError(
-                f"rollout.{name}: {value}: vLLM returns log-probs after the cut, which training cannot use; "
-                f"use {valid}, or rollout.engine: sglang"
-            )
-        if servers.sync not in ("auto", "disk"):
-            raise UserError(f"rollout.servers.sync: '{servers.sync}' needs SGLang; vLLM takes 'disk'")
+    if rollout.engine != "sglang" and servers.sync not in ("auto", "disk"):
+        raise UserError(f"rollout.servers.sync: '{servers.sync}' needs SGLang; {rollout.engine} takes 'disk'")
+    if rollout.engine == "vllm" and (rollout.top_p < 1 or rollout.top_k > 0):
+        name, value, valid = ("top_p", rollout.top_p, "1.0") if rollout.top_p < 1 else ("top_k", rollout.top_k, "0")
+        raise UserError(
+            f"rollout.{name}: {value}: vLLM returns log-probs after the cut, which training cannot use; "
+            f"use {valid}, or rollout.engine: sglang"
+        )
     if not servers.addresses and not python_of(rollout).is_file():
         raise UserError(
             f"rollout.servers.python: {python_of(rollout)} does not exist; build it with `make engines`, or name the "
@@ -59,26 +60,10 @@ def build(settings: Settings, vocabulary: Vocabulary) -> Pool:
     rollout, servers, model = settings.rollout, settings.rollout.servers, settings.model
     check(rollout)
     config = json.loads((model.path / "config.json").read_text())
-    dtype = torch.float32 if settings.precision.dtype == "fp32" else torch.bfloat16
-    transport = choose_transport(rollout, model.path, dtype, settings.run / "weights")
-    kind, command, environment = ENGINES[rollout.engine]
-    api_key = os.environ[servers.api_key_env] if servers.api_key_env else None
-    line = command(
-        python_of(rollout),
-        model.path.resolve(),
-        dtype=str(dtype).removeprefix("torch."),
-        cuda=on_cuda(servers),
-        weights=model.weights,
-        flags=[*servers.flags, *(["--api-key", api_key] if api_key else [])],
-    )
+    transport = choose_transport(rollout, model.path, dtype_of(settings), settings.run / "weights")
+    kind, *_ = ENGINES[rollout.engine]
     places: Sequence[str | Server] = servers.addresses or [
-        Server(
-            f"{rollout.engine}-{i}",
-            line,
-            log=settings.run / "logs" / f"{rollout.engine}-{i}.log",
-            environment={**environment(cuda=on_cuda(servers)), **one_of(i, servers)},
-        )
-        for i in range(servers.count)
+        server(settings, i, f"{rollout.engine}-{i}") for i in range(servers.count)
     ]
     engines = [
         kind(
@@ -88,20 +73,44 @@ def build(settings: Settings, vocabulary: Vocabulary) -> Pool:
             servers,
             vocab_size=int(config["vocab_size"]),
             transport=transport,
-            api_key=api_key,
+            api_key=api_key_of(servers),
         )
         for place in places
     ]
     return Pool(engines, transport, servers, tied=bool(config.get("tie_word_embeddings")))
 
 
+def server(settings: Settings, index: int, name: str, port: int = 0) -> Server:
+    """The server `index` of `servers.count` on this host, not started: on a free loopback port, or on `port` of every
+    interface."""
+    rollout, servers, model = settings.rollout, settings.rollout.servers, settings.model
+    _, command, environment = ENGINES[rollout.engine]
+    flags, api_key = list(servers.flags), api_key_of(servers)
+    flags += ["--api-key", api_key] if api_key else []
+    flags += ["--host", "0.0.0.0"] if port else []
+    if rollout.engine == "local":
+        longest = early_exit.longest_sequence(settings)
+        flags += ["--slots", str(rollout.local_batch), "--max-length", str(longest)]
+    line = command(
+        python_of(rollout),
+        model.path.resolve(),
+        dtype=str(dtype_of(settings)).removeprefix("torch."),
+        cuda=on_cuda(servers),
+        weights=model.weights,
+        flags=flags,
+    )
+    log = settings.run / "logs" / f"{name}.log"
+    own = {**environment(cuda=on_cuda(servers)), **one_of(index, servers)}
+    return Server(name, line, log=log, environment=own, port=port)
+
+
 def choose_transport(rollout: Rollout, model: Path, dtype: torch.dtype, folder: Path) -> Transport:
     """The way for weights: what `servers.sync` says, or for `auto` shared memory where the host is one and the servers
-    run on its CPU, a broadcast to other SGLang servers, and a folder for vLLM."""
+    run on its CPU, a broadcast to other SGLang servers, and a folder for vLLM and `megarl serve`'s own engine."""
     servers, cuda = rollout.servers, on_cuda(rollout.servers)
     mode = servers.sync
     if mode == "auto":
-        mode = "disk" if rollout.engine == "vllm" else "distributed" if cuda or servers.addresses else "tensor"
+        mode = "disk" if rollout.engine != "sglang" else "distributed" if cuda or servers.addresses else "tensor"
     if mode == "disk":
         return DiskTransport(folder, model, dtype)
     if mode == "tensor":
@@ -113,7 +122,17 @@ def choose_transport(rollout: Rollout, model: Path, dtype: torch.dtype, folder: 
 
 def python_of(rollout: Rollout) -> Path:
     """The interpreter that runs the servers."""
-    return rollout.servers.python or Path(".engines") / rollout.engine / "bin" / "python"
+    own = Path(sys.executable) if rollout.engine == "local" else Path(".engines") / rollout.engine / "bin" / "python"
+    return rollout.servers.python or own
+
+
+def dtype_of(settings: Settings) -> torch.dtype:
+    """The servers' compute type."""
+    return torch.float32 if settings.precision.dtype == "fp32" else torch.bfloat16
+
+
+def api_key_of(servers: Servers) -> str | None:
+    return os.environ[servers.api_key_env] if servers.api_key_env else None
 
 
 def on_cuda(servers: Servers) -> bool:

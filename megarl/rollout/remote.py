@@ -23,7 +23,7 @@ from megarl.errors import DeadlineExceeded, RunError
 from megarl.rollout.detokenize import Vocabulary
 from megarl.rollout.engine import Generation, Sampling
 from megarl.rollout.http import Endpoint, ServerError
-from megarl.rollout.servers import Server
+from megarl.rollout.servers import POLL, Server
 from megarl.rollout.stops import Match, Stops
 from megarl.trajectory import Span
 
@@ -150,14 +150,31 @@ class RemoteEngine(ABC):
         """
         self.version = None
         if self.server is None:
-            await self.health()
+            await self._await_health()
         else:
             await self.close()
             self.server.start()
             self.endpoint = Endpoint(self.server.address, api_key=self._api_key)
             await self.server.wait_until(self.health, self.settings.start_deadline)
-        # A server that lists its models may still be unable to use them.
+        await self._first_token()
+
+    async def _first_token(self) -> None:
+        """A server that lists its models may still be unable to use them."""
         await self._segment("first-token", [0], Sampling(max_tokens=1))
+
+    async def _await_health(self) -> None:
+        """Somebody else's server may still be starting."""
+        deadline, cause = self.settings.start_deadline, ""
+        try:
+            async with asyncio.timeout(deadline):
+                while True:
+                    try:
+                        return await self.health()
+                    except ServerError as e:
+                        cause = str(e)
+                    await asyncio.sleep(POLL)
+        except TimeoutError:
+            raise DeadlineExceeded(f"{self.name} to become healthy ({cause})", deadline) from None
 
     # ---- weights -------------------------------------------------------------------------------------------------
 

@@ -19,12 +19,15 @@ Command = Callable[[int], Sequence[str]]  # port → command line
 
 
 class Server:
-    """A server process. `start` may be called again after it ended; each start gets a new free port."""
+    """A server process. `start` may be called again after it ended; each start gets a new free port, unless one is
+    given."""
 
-    def __init__(self, name: str, command: Command, *, log: Path, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, name: str, command: Command, *, log: Path, environment: Mapping[str, str] | None = None, port: int = 0
+    ) -> None:
         self.name = name
         self.log = log
-        self.port = 0
+        self.port = self._fixed = port
         self._command = command
         self._environment = dict(environment or {})
         self._process: subprocess.Popen[bytes] | None = None
@@ -48,7 +51,7 @@ class Server:
 
     def start(self) -> None:
         """Start the process; returns at once. Its output goes to `log`, appended."""
-        self.port = free_port()
+        self.port = self._fixed or free_port()
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with open(self.log, "ab") as log:
             self._process = subprocess.Popen(
@@ -80,14 +83,18 @@ class Server:
 
     async def stop(self) -> None:
         """End the process group; returns when it is gone."""
+        await asyncio.to_thread(self.end)
+
+    def end(self) -> None:
+        """As `stop`, without an event loop."""
         process, self._process = self._process, None
         if process is None:
             return
         assert process.stdin is not None
         process.stdin.close()
         try:
-            await asyncio.wait_for(asyncio.to_thread(process.wait), 2 * keeper.GRACE + 5)
-        except TimeoutError:
+            process.wait(2 * keeper.GRACE + 5)
+        except subprocess.TimeoutExpired:
             process.kill()
             raise DeadlineExceeded(f"{self.name} to end", 2 * keeper.GRACE + 5) from None
 

@@ -1,0 +1,82 @@
+"""The embedded engine behind HTTP, on any node; the server is megarl/engine_server.py, started by `megarl serve`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from megarl.errors import RunError
+from megarl.rollout.engine import Sampling
+from megarl.rollout.remote import CONTROL_DEADLINE, RemoteEngine, Segment, field
+from megarl.rollout.weight_sync import checksum
+
+
+class ServedEngine(RemoteEngine):
+    """Seeds are exact by position and log-probs precede top-p and top-k, as of the embedded engine: the same tokens."""
+
+    kind = "local"
+
+    async def score(self, token_ids: Sequence[int]) -> list[float]:
+        self._check_tokens(token_ids)
+        purpose = f"score {len(token_ids)} tokens"
+        answer = await self._post("/score", {"token_ids": list(token_ids)}, purpose, CONTROL_DEADLINE)
+        return [float(value) for value in field(answer, "logprobs")]
+
+    async def load_folder(self, version: int, folder: Path) -> None:
+        payload = {"version": version, "folder": str(folder)}
+        answer = await self._post("/load", payload, f"load weights {version} from {folder}", CONTROL_DEADLINE)
+        self._held: dict[str, int] = field(answer, "held")
+        self.version = version
+
+    def digests(self) -> Checksums:
+        return Checksums()
+
+    async def verify(self, sent: Checksums) -> None:
+        wrong = [name for name, digest in self._held.items() if sent.sums.get(name) != digest]
+        if wrong:
+            raise RunError(f"weights {self.version}: {self.name} does not hold what was sent: {', '.join(wrong)}")
+
+    async def _first_token(self) -> None:
+        """It has no weights before the first update."""
+
+    async def _segment(self, server_id: str, token_ids: list[int], sampling: Sampling) -> Segment:
+        payload = {"id": server_id, "token_ids": token_ids, "sampling": asdict(sampling)}
+        answer = await self._post("/generate", payload, f"answer '{server_id}'", self.settings.attempt_deadline)
+        self._check_version([str(version) for version in field(answer, "versions")])
+        return Segment(field(answer, "token_ids"), field(answer, "logprobs"), field(answer, "finish"))
+
+    async def _abort(self, server_id: str) -> None:
+        await self._tell("/abort", {"id": server_id}, "abort a request")
+
+    async def _abort_all(self) -> None:
+        await self._tell("/abort", {"id": None}, "abort its requests")
+
+
+class Checksums:
+    """Of the tensors as they are sent."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, int] = {}
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        self.sums[name] = checksum(tensor)
+
+
+def command(
+    python: Path, model: Path, *, dtype: str, cuda: bool, weights: str, flags: Sequence[str]
+) -> Callable[[int], Sequence[str]]:
+    """The server's command line, given its port. Whatever `weights` says, it has the learner's."""
+    common = ["--model", str(model), "--dtype", dtype, "--device", "cuda" if cuda else "cpu"]
+
+    def build(port: int) -> list[str]:
+        return [str(python), "-m", "megarl.engine_server", *common, "--port", str(port), *flags]
+
+    return build
+
+
+def environment(*, cuda: bool) -> dict[str, str]:
+    """Nothing beside ours."""
+    return {}
