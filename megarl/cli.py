@@ -119,6 +119,20 @@ def serve(
     run(settings_file.load(config, overrides), port)
 
 
+@app.command()
+def doctor(
+    config: Annotated[Path | None, typer.Argument(help="The run's YAML file; without it, the machine alone.")] = None,
+    overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(help="Devices that this node must have.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the findings to this file.")] = None,
+) -> None:
+    """Look for what would stop a run here: versions, devices, fabric, disk, ports, engines, clocks. Code 1 if any."""
+    from megarl import config as settings_file
+    from megarl.doctor.command import doctor as run
+
+    run(settings_file.load(config, overrides) if config else None, gpus, json)
+
+
 @app.command(context_settings=_PASS_ON, add_help_option=False)
 def plan(context: typer.Context) -> None:
     """Predict memory and time of a run on given GPUs; refuse a layout that cannot fit."""

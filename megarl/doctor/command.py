@@ -1,0 +1,54 @@
+"""The command: every check, a line each; exit code 1 when one failed."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from megarl.config import Settings
+from megarl.doctor import machine, peers, software
+from megarl.doctor.finding import Finding
+from megarl.errors import RunError
+
+STYLES = {"ok": "green", "warn": "yellow", "fail": "red"}
+
+
+def examine(settings: Settings | None, gpus: int | None) -> Iterator[Finding]:
+    """All findings of this node; without settings, those that need none. Under srun, the nodes also meet."""
+    env = os.environ
+    tasks = int(env.get("SLURM_STEP_NUM_TASKS", "1"))
+    yield from software.versions()
+    yield from machine.devices(gpus)
+    yield from machine.limits()
+    yield from machine.fabric(tasks)
+    if settings is None:
+        return
+    yield from machine.disk(settings)
+    yield from software.engines(settings)
+    if tasks > 1 and "MASTER_ADDR" in env:
+        rank = int(env["SLURM_PROCID"])
+        yield from peers.meet(rank, tasks, env["MASTER_ADDR"], int(env["MASTER_PORT"]), settings.run)
+
+
+def doctor(settings: Settings | None, gpus: int | None, file: Path | None) -> None:
+    """Print what was found and write it to `file`; raises RunError naming every failure."""
+    host = socket.gethostname()
+    findings = list(examine(settings, gpus))
+    table = Table(title=host, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    for each in findings:
+        hint = f"  → {each.hint}" if each.hint else ""
+        table.add_row(f"[{STYLES[each.status]}]{each.status}", each.check, f"{each.text}{hint}")
+    Console(width=None if os.isatty(1) else 200, highlight=False).print(table)
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"host": host, "findings": [asdict(f) for f in findings]}, indent=1) + "\n")
+    failed = [f"{f.check}: {f.text} → {f.hint}" for f in findings if f.status == "fail"]
+    if failed:
+        raise RunError(f"doctor: {host}: {'; '.join(failed)}")

@@ -1,0 +1,179 @@
+"""`megarl doctor`: each check finds what it is there to find, and says what to do; the exit code is for scripts."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from megarl import cli, config
+from megarl.doctor import machine, peers, software
+from megarl.doctor.finding import Finding
+
+ROOT = Path(__file__).parents[2]
+CONFIG = "examples/quickstart/train.yaml"
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for name in ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def settings(run: Path, *overrides: str) -> config.Settings:
+    return config.load(ROOT / CONFIG, [f"run={run}", *overrides])
+
+
+def of(findings: Iterable[Finding], check: str) -> Finding:
+    return next(f for f in findings if f.check == check)
+
+
+def doctor(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr("sys.argv", ["megarl", "doctor", *arguments])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    return int(left.value.code or 0)
+
+
+def test_this_machine_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Code 0, every check named in the JSON, nothing left in the run directory. Not a proof that a GPU node passes."""
+    file = tmp_path / "found.json"
+    assert doctor(monkeypatch, CONFIG, f"run={tmp_path / 'run'}", "--json", str(file)) == 0
+    found = json.loads(file.read_text())["findings"]
+    assert {f["check"] for f in found} >= {"python", "torch", "megatron-core", "devices", "fabric", "disk", "engine"}
+    assert not any(f["status"] == "fail" for f in found)
+    assert list((tmp_path / "run").iterdir()) == []
+    assert "torch" in capsys.readouterr().out
+
+
+def test_failures_are_one_line_with_a_hint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Missing devices and an unwritable run directory: code 1, and both on the one line of stderr."""
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert doctor(monkeypatch, CONFIG, f"run={tmp_path / 'file' / 'run'}", "--gpus", "8") == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    for word in ("8 CUDA devices", "nvidia-smi", "Not a directory", "run="):
+        assert word in lines[0]
+
+
+def test_a_full_disk_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The space is counted against the checkpoints that the run would keep."""
+    need = of(machine.disk(settings(tmp_path / "run")), "disk")
+    assert need.status == "ok"
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1 << 20}))
+    found = of(machine.disk(settings(tmp_path / "run")), "disk")
+    assert found.status == "fail"
+    assert "checkpoint.keep" in found.hint
+
+
+def test_engines_of_their_own_are_looked_at(tmp_path: Path) -> None:
+    """An interpreter that is not there, and one that lacks the engine."""
+    missing = of(
+        software.engines(settings(tmp_path, "rollout.engine=vllm", "rollout.servers.python=/no/python")), "engine"
+    )
+    assert missing.status == "fail"
+    assert "make engines" in missing.hint
+    bare = of(
+        software.engines(settings(tmp_path, "rollout.engine=vllm", "rollout.servers.python=/usr/bin/env")), "engine"
+    )
+    assert bare.status == "fail"
+
+
+def test_wrong_versions_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(software, "version", {"torch": "2.9.0", "transformer-engine": "2.9"}.get)
+    monkeypatch.setattr(software.device, "on_cuda", lambda: False)
+    found = {f.check: f for f in software.versions()}
+    assert (found["torch"].status, found["megatron-core"].status) == ("warn", "fail")
+    assert "2.9.0" in found["torch"].text
+    assert found["transformer-engine"].status == "fail"  # it breaks `import megatron.core` without CUDA
+
+
+def test_infiniband_ports_that_are_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of two down: the run is slowed; both: it would not start."""
+    for card, state in (("mlx5_0", "4: ACTIVE"), ("mlx5_1", "1: DOWN")):
+        (tmp_path / card / "ports" / "1").mkdir(parents=True)
+        (tmp_path / card / "ports" / "1" / "state").write_text(state)
+    monkeypatch.setattr(machine, "_cards", lambda: sorted(tmp_path.glob("*/ports/*")))
+    found = of(machine.fabric(2), "fabric")
+    assert (found.status, "mlx5_1" in found.text, "mlx5_0" in found.text) == ("warn", True, False)
+    (tmp_path / "mlx5_0" / "ports" / "1" / "state").write_text("1: DOWN")
+    assert of(machine.fabric(2), "fabric").status == "fail"
+
+
+def meet(run: Path, other: Path, size: int = 2, callers: int = 1, skew: float = 0.0) -> list[list[Finding]]:
+    """Findings of the first node and of those that call it, each in a thread."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    found: list[list[Finding]] = [[] for _ in range(1 + callers)]
+
+    def node(rank: int) -> None:
+        place = run if rank == 0 else other
+        found[rank] = list(peers.meet(rank, size, "127.0.0.1", port, place, deadline=5.0))
+
+    threads = [threading.Thread(target=node, args=(rank,)) for rank in range(1 + callers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def test_nodes_meet(tmp_path: Path) -> None:
+    """Reachable, clocks agree, one folder."""
+    found = meet(tmp_path, tmp_path)
+    assert {f.status for node in found for f in node} == {"ok"}
+    assert of(found[1], "clock").status == "ok"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_file_system_is_found(tmp_path: Path) -> None:
+    """The run directory has the same name on both nodes but is not the same folder."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    _, caller = meet(tmp_path / "a", tmp_path / "b")
+    assert of(caller, "shared disk").status == "fail"
+
+
+def test_a_node_that_does_not_call_is_counted(tmp_path: Path) -> None:
+    """Of three nodes to call, two are silent: the first one says so."""
+    host, _ = meet(tmp_path, tmp_path, size=4)
+    found = of(host, "peers")
+    assert found.status == "fail"
+    assert "2 of 3 nodes did not call" in found.text
+
+
+def test_a_clock_that_is_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caller's clock is moved by two minutes."""
+    real = peers.time.time
+
+    def moved() -> float:
+        return real() + (120.0 if threading.current_thread().name == "caller" else 0.0)
+
+    monkeypatch.setattr(peers.time, "time", moved)
+    monkeypatch.setattr(peers, "_call", _renamed(peers._call))
+    _, caller = meet(tmp_path, tmp_path)
+    found = of(caller, "clock")
+    assert found.status == "warn"
+    assert "+120" in found.text
+
+
+def test_a_port_in_use(tmp_path: Path) -> None:
+    with socket.create_server(("", 0)) as taken:
+        found = list(peers.meet(0, 2, "127.0.0.1", taken.getsockname()[1], tmp_path, deadline=1.0))
+    assert of(found, "ports").status == "fail"
+
+
+def _renamed(call):
+    def wrapper(*arguments):
+        threading.current_thread().name = "caller"
+        return call(*arguments)
+
+    return wrapper
