@@ -84,6 +84,9 @@ def verify(folder: Path) -> str | None:
         expected = json.loads((folder / MANIFEST).read_text())["sha256"]
     except (OSError, ValueError, KeyError):
         return f"{MANIFEST} is missing or unreadable"
+    unknown = {str(file.relative_to(folder)) for file in _files(folder)} - {MANIFEST, *expected}
+    if unknown:
+        return f"{min(unknown)} is not of this checkpoint"
     for name, checksum in expected.items():
         file = folder / name
         if not file.is_file():
@@ -99,7 +102,7 @@ def clear_errors(place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
             raise RunError(f"cannot save to {place}: {os.strerror(e.errno)}; earlier checkpoints are untouched") from e
         raise
 

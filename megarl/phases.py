@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from megarl.commit import clear_errors
+
 FOLDER = "phases"
 
 
@@ -47,6 +49,10 @@ class PhaseLog:
             self._file.close()
 
     def _write(self, kind: str, phase: str, step: int) -> None:
+        with clear_errors(self._path):
+            self._append(kind, phase, step)
+
+    def _append(self, kind: str, phase: str, step: int) -> None:
         if self._file is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("a+", buffering=1)

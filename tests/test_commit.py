@@ -33,9 +33,9 @@ def test_retention_keeps_the_newest(tmp_path: Path) -> None:
     assert commit.steps(tmp_path) == [2, 3]
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest", "foreign file"])
 def test_damaged_checkpoint_falls_back(tmp_path: Path, damage: str) -> None:
-    """A flipped byte, a cut file, a missing file or manifest: the one before is taken, with a message."""
+    """A flipped byte, a cut, missing or foreign file, no manifest: the one before is taken, with a message."""
     save(tmp_path, 1)
     weights = save(tmp_path, 2) / "learner" / "weights"
     content = weights.read_bytes()
@@ -45,6 +45,8 @@ def test_damaged_checkpoint_falls_back(tmp_path: Path, damage: str) -> None:
         weights.write_bytes(content[:-1])
     elif damage == "remove":
         weights.unlink()
+    elif damage == "foreign file":
+        weights.with_name("common.pt").write_bytes(b"nobody checksummed this")
     else:
         (commit.folder_of(tmp_path, 2) / commit.MANIFEST).unlink()
     said: list[str] = []

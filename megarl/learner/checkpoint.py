@@ -26,6 +26,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from checkpoints_conv.shape import ModelShape
+from checkpoints_conv.torch_dist import load_metadata
 from megarl.errors import RunError, UserError
 from megarl.learner.model import unwrap, vocabulary_rows
 
@@ -63,6 +64,7 @@ def load(learner: Learner, folder: Path) -> None:
         _allocate_state(learner)
     state = _sharded(learner, optimizer, loading=True)
     with _reading(folder):
+        load_metadata(folder / ".metadata")  # refuses a pickle with code in it, which torch's reader would run
         state, left, absent = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RETURN_ALL)
     _complain(folder, [key for key in absent if EXTRA_STATE not in key], "is missing")
     ignored = (EXTRA_STATE,) if optimizer or manifest is None else (EXTRA_STATE, "optimizer.")

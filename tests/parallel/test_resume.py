@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 import resource
 import shutil
 from pathlib import Path
@@ -134,6 +136,19 @@ def test_the_plain_optimizer_resumes_under_another_layout(runs: dict[str, Any]) 
     assert (counts, own) == ([BEFORE], True)
 
 
+REFUSED = ("missing", "cut", "lost", "torn", "common", "code in a pickle", "code in the common part")
+
+
+class _Code:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (self.command,)
+
+
 def _refusals(model: Path, other: Path, folders: dict[str, Path]) -> dict[str, str]:
     messages = {}
 
@@ -144,7 +159,7 @@ def _refusals(model: Path, other: Path, folders: dict[str, Path]) -> dict[str, s
             messages[name] = str(e)
 
     learner = _learner(model, {})
-    for name in ("missing", "cut", "lost", "torn", "common"):
+    for name in REFUSED:
         attempt(name, learner.load, folders[name])
     learner.world.release()
     learner = _learner(other, {})
@@ -160,34 +175,30 @@ def _refusals(model: Path, other: Path, folders: dict[str, Path]) -> dict[str, s
 def test_refuses_what_is_not_a_whole_fitting_checkpoint(runs: dict[str, Any], tmp_path: Path) -> None:
     """Another architecture, missing or truncated files, a full disk: one line each, naming the place and the cause.
 
-    The full disk is played by a limit on file sizes.
+    The full disk is played by a limit on file sizes. Code in either pickle of a checkpoint is not run.
     """
     saved = runs["saved"]
     other = tmp_path / "other"
     write_model(other, tied=True, hidden_size=128)
-    folders = {name: tmp_path / name for name in ("missing", "cut", "lost", "torn", "common", "full")}
+    folders = {name: tmp_path / name for name in (*REFUSED, "full")}
     folders["full"].mkdir()
-    for name in ("cut", "lost", "torn", "common"):
+    for name in REFUSED[1:]:
         shutil.copytree(saved, folders[name])
     data = max(folders["cut"].glob("*.distcp"), key=lambda file: file.stat().st_size)
     data.write_bytes(data.read_bytes()[:-1000])
     max(folders["lost"].glob("*.distcp"), key=lambda file: file.stat().st_size).unlink()
     (folders["torn"] / "learner.json").write_text((saved / "learner.json").read_text()[:40])
     (folders["common"] / "common.pt").write_bytes((saved / "common.pt").read_bytes()[:100])
+    code = _Code(f"touch {tmp_path / 'code_ran'}")
+    (folders["code in a pickle"] / ".metadata").write_bytes(pickle.dumps(code))
+    torch.save({"optimizer": code}, folders["code in the common part"] / "common.pt")
     messages = spawn(_refusals, 1, (runs["model"], other, {**folders, "whole": saved}), DEADLINE)[0]
-    assert messages.keys() == {
-        "missing",
-        "cut",
-        "lost",
-        "torn",
-        "common",
-        "other model",
-        "other optimizer",
-        "disk full",
-    }
+    assert messages.keys() == {*REFUSED, "other model", "other optimizer", "disk full"}
+    assert not (tmp_path / "code_ran").exists()
+    assert "posix.system" in messages["code in a pickle"]
     assert not [message for message in messages.values() if "\n" in message]
     assert "hidden 64 there, 128" in messages["other model"]
     assert "distributed_optimizer" in messages["other optimizer"]
     assert "the disk is full" in messages["disk full"]
-    for name in ("missing", "cut", "lost", "torn", "common"):
+    for name in REFUSED:
         assert str(folders[name]) in messages[name]
