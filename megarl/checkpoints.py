@@ -9,6 +9,7 @@ from megarl.exchange import broadcast
 from megarl.learner.learner import Learner
 from megarl.learner.parallel import World
 from megarl.progress import RunProgress
+from megarl.watchdog import waiting
 
 
 class Checkpoints:
@@ -28,6 +29,10 @@ class Checkpoints:
 
     def save(self, step: int) -> None:
         """Commit the state after `step`. On failure what was written is removed and the older checkpoints stay."""
+        with waiting(f"the checkpoint of step {step} to be on disk in {self.folder}", self.world.deadline_s):
+            self._save(step)
+
+    def _save(self, step: int) -> None:
         partial = commit.partial_of(self.folder, step)
         try:
             if self.controller:

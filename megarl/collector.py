@@ -22,6 +22,7 @@ from megarl.experience import Collected, Experience
 from megarl.learner.parallel import World
 from megarl.rollout import early_exit
 from megarl.trajectory import Group, Prompt
+from megarl.watchdog import waiting
 
 ROUNDS = 10  # of dynamic sampling, before the step goes on with the informative groups it has
 T = TypeVar("T")
@@ -133,4 +134,5 @@ class Collector:
             except TimeoutError:
                 raise DeadlineExceeded(f"{what} on rank {self.world.rank}", seconds) from None
 
-        return self.runner.run(bounded())
+        with waiting(f"{what} on rank {self.world.rank}", seconds):  # the engine may block the event loop
+            return self.runner.run(bounded())

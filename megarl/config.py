@@ -374,6 +374,8 @@ class Settings(Section):
     checkpoint: Checkpoint = Checkpoint()
     collective_deadline: Annotated[float, Field(gt=0)] = 1800.0
     """Seconds a collective between ranks may take before the run ends and says which."""
+    heartbeat_deadline: Annotated[float, Field(gt=0)] = 300.0
+    """Seconds without a sign of life after which a rank counts as stopped, or its node as lost, and the run ends."""
 
     @model_validator(mode="after")
     def _cross_checks(self) -> Self:

@@ -17,6 +17,7 @@ from megarl.rollout.detokenize import Vocabulary
 from megarl.rollout.engine import Engine
 from megarl.rollout.local import LocalEngine
 from megarl.trajectory import Batch, Sample, derive_seed
+from megarl.watchdog import waiting
 
 CANARY_TOKENS = 32
 
@@ -70,7 +71,8 @@ class Engines:
             return
         canary = weight_sync.Canary(self._canary.tolist(), expected.tolist())
         bound = self.settings.rollout.canary_limit
-        self.canary_difference = self.runner.run(weight_sync.sync(self.engine, version, tensors, canary, bound))
+        with waiting(f"the engines to take the weights of version {version}", self.world.deadline_s):
+            self.canary_difference = self.runner.run(weight_sync.sync(self.engine, version, tensors, canary, bound))
 
     def close(self) -> None:
         """Free the engines; servers that were started for this run end."""

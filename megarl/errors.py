@@ -18,6 +18,10 @@ class Stopped(Exception):
     EXIT_CODE = 75  # "temporary failure, try again" in sysexits.h
 
 
+class RanksLost(RunError):
+    """Another rank has left: a consequence, whose cause that rank or whoever started it can tell."""
+
+
 class DeadlineExceeded(RunError):
     """A wait outlived its deadline."""
 

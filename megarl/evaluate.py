@@ -33,6 +33,7 @@ def evaluate(settings: Settings, trained: bool, temperatures: list[float]) -> li
         deadline = settings.collective_deadline + settings.rollout.deadline
         world = parallel.start(settings.parallel, settings.precision, settings.seed, deadline)
         stack.callback(world.close)
+        stack.enter_context(world.watchdog(settings.heartbeat_deadline, settings.run / "logs"))
         progress = RunProgress(len(temperatures), quiet=not world.is_controller)
         stack.callback(progress.close)
         tokenizer = load_tokenizer(settings.model.path)

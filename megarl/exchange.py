@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from megarl.learner.parallel import World
+from megarl.watchdog import collective
 
 T = TypeVar("T")
 
@@ -16,7 +17,8 @@ def broadcast(value: T, world: World) -> T:
     if world.world_size == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, 0, group=world.control)
+    with collective("a broadcast from rank 0", world.deadline_s):
+        dist.broadcast_object_list(box, 0, group=world.control)
     return box[0]
 
 
@@ -25,5 +27,6 @@ def gather(value: T, world: World) -> list[T]:
     if world.world_size == 1:
         return [value]
     values: list[T | None] | None = [None] * world.world_size if world.is_controller else None
-    dist.gather_object(value, values, 0, group=world.control)
+    with collective("a gathering on rank 0", world.deadline_s):
+        dist.gather_object(value, values, 0, group=world.control)
     return values if values is not None else []  # type: ignore[return-value]

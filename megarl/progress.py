@@ -13,6 +13,7 @@ from rich.live import Live
 
 from megarl.liveview import PHASES, LiveView, line
 from megarl.phases import PhaseLog
+from megarl.watchdog import doing
 
 
 class RunProgress:
@@ -47,10 +48,14 @@ class RunProgress:
 
 
 class Stopwatch:
-    """Seconds spent in each named phase since the last `lap`; every phase is also told to the rank's phase log."""
+    """Seconds spent in each named phase since the last `lap`; every phase is told to the rank's phase log and watchdog.
 
-    def __init__(self, progress: RunProgress, log: PhaseLog) -> None:
-        self._progress, self._log, self._spent, self._began = progress, log, {}, time.perf_counter()
+    A collective in a phase has `deadline` seconds.
+    """
+
+    def __init__(self, progress: RunProgress, log: PhaseLog, deadline: float) -> None:
+        self._progress, self._log, self._deadline = progress, log, deadline
+        self._spent, self._began = {}, time.perf_counter()
         self.step = 0
         """The step that the phases belong to."""
 
@@ -58,7 +63,7 @@ class Stopwatch:
     def __call__(self, phase: str) -> Iterator[None]:
         self._progress.phase(phase)
         began = time.perf_counter()
-        with self._log.span(phase, self.step):
+        with self._log.span(phase, self.step), doing(f"{phase} of step {self.step}", self._deadline):
             try:
                 yield
             finally:

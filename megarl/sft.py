@@ -31,6 +31,7 @@ def sft(settings: Settings) -> None:
     with ExitStack() as stack:
         world = parallel.start(settings.parallel, settings.precision, settings.seed, settings.collective_deadline)
         stack.callback(world.close)
+        stack.enter_context(world.watchdog(settings.heartbeat_deadline, settings.run / "logs"))
         progress = RunProgress(settings.steps, quiet=not world.is_controller)
         stack.callback(progress.close)
 

@@ -49,14 +49,16 @@ def train(settings: Settings, resume: bool = False) -> bool:
         stack.callback(world.close)
         progress = RunProgress(settings.steps, quiet=not world.is_controller)
         stack.callback(progress.close)
+        if world.is_controller:
+            stack.enter_context(only_job(settings.run, progress.say))
+        stack.enter_context(world.watchdog(settings.heartbeat_deadline, settings.run / "logs"))  # all ranks wait here
         phases = PhaseLog(settings.run, world.rank)
         stack.callback(phases.close)
-        watch = Stopwatch(progress, phases)
+        watch = Stopwatch(progress, phases, deadline)
 
         tokenizer = load_tokenizer(settings.model.path)
         controller = None
         if world.is_controller:
-            stack.enter_context(only_job(settings.run, progress.say))
             controller = stack.enter_context(Controller(settings, tokenizer, progress))
         learner = Learner(settings, world, total_updates=settings.steps * updates)
         checkpoints = Checkpoints(settings, world, learner, controller, progress)

@@ -15,7 +15,7 @@ from megarl.progress import RunProgress, Stopwatch
 
 def logged(run: Path, rank: int, steps: range) -> None:
     log = PhaseLog(run, rank)
-    watch = Stopwatch(RunProgress(9, quiet=True), log)
+    watch = Stopwatch(RunProgress(9, quiet=True), log, 60.0)
     for step in steps:
         watch.step = step
         for phase in ("rollout", "train"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -13,9 +14,10 @@ from megatron.core import parallel_state, tensor_parallel
 from checkpoints_conv.layout import Layout
 from checkpoints_conv.shape import ModelShape
 from megarl.config import Parallel, Precision
-from megarl.errors import DeadlineExceeded, RunError, UserError
+from megarl.errors import DeadlineExceeded, RanksLost, RunError, UserError
 from megarl.learner import device
 from megarl.learner import precision as precisions
+from megarl.watchdog import Watchdog, waiting
 
 CUDA_ONLY = {
     "overlap_tp": False, "gradient_accumulation_fusion": False, "cp_comm": "p2p", "offload_optimizer": 0.0,
@@ -101,11 +103,23 @@ class World:
         """Wait for every rank. Raises DeadlineExceeded, naming `name` and the ranks that did not come."""
         timeout = datetime.timedelta(seconds=self.deadline_s)
         try:
-            dist.monitored_barrier(self.control, timeout, wait_all_ranks=True)
+            with waiting(f"the other ranks: {name}", self.deadline_s):
+                dist.monitored_barrier(self.control, timeout, wait_all_ranks=True)
         except RuntimeError as e:
             if "closed" in str(e) or "reset" in str(e):
-                raise RunError(f"{name}: another rank has left ({e})") from None
+                raise RanksLost(f"{name}: another rank has left ({e})") from None
             raise DeadlineExceeded(f"{name} ({' '.join(str(e).split())})", self.deadline_s) from None
+
+    def watchdog(self, deadline: float, folder: Path) -> Watchdog:
+        """This rank's, with a connection to the rendezvous store of its own: no wait can hold its pulse up."""
+        store = None
+        if self.world_size > 1:
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            own = dist.TCPStore(address, port, timeout=datetime.timedelta(seconds=deadline), wait_for_workers=False)
+            store = dist.PrefixStore("watchdog", own)
+        return Watchdog(
+            self.rank, self.world_size, store, deadline, folder, join=lambda: self.barrier("every rank's first pulse")
+        )
 
     def release(self) -> None:
         """End the model-parallel groups; `start` may then lay the same ranks out anew."""

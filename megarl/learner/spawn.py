@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import os
 import pickle
@@ -19,7 +20,8 @@ from typing import Any
 
 import torch
 
-from megarl.errors import DeadlineExceeded, RunError, UserError
+from megarl import watchdog
+from megarl.errors import DeadlineExceeded, RanksLost, RunError, UserError
 from megarl.learner import device
 
 GRACE = 5.0  # seconds between the request to end and SIGKILL
@@ -93,6 +95,7 @@ def _run(pipe: Connection, environment: dict[str, str], target: Callable[..., An
     os.setpgid(0, 0)  # the terminal's Ctrl-C reaches the parent only, which passes it on
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(environment)
+    watchdog.announce = lambda verdict: _send(pipe, ("verdict", verdict))
     try:
         message = ("done", target(*args))
     except KeyboardInterrupt:
@@ -100,19 +103,22 @@ def _run(pipe: Connection, environment: dict[str, str], target: Callable[..., An
     except UserError as e:
         message = ("user", str(e))
     except RunError as e:
-        message = ("run", str(e))
+        message = ("lost" if isinstance(e, RanksLost) else "run", str(e))
     except BaseException as e:
         traceback.print_exc()
         message = ("raised", ("".join(traceback.format_exception_only(e)).strip(), traceback.format_exc()))
-    with contextlib.suppress(BrokenPipeError):
-        # Before the connections to the other ranks close, so that the cause comes first. Plain pickle copies tensors,
-        # where multiprocessing's would pass handles that die with this process.
-        pipe.send_bytes(pickle.dumps(message))
+    _send(pipe, message)  # before the connections to the other ranks close, so that the cause comes first
     sys.stdout.flush()
     sys.stderr.flush()
     if torch.distributed.is_initialized() and message[0] == "done":
         torch.distributed.destroy_process_group()
     os._exit(0 if message[0] == "done" else 1)
+
+
+def _send(pipe: Connection, message: tuple[str, Any]) -> None:
+    """Plain pickle copies tensors, where multiprocessing's would pass handles that die with this process."""
+    with contextlib.suppress(BrokenPipeError):
+        pipe.send_bytes(pickle.dumps(message))
 
 
 def _die_with_starter(pipe: Connection) -> None:
@@ -135,6 +141,7 @@ def _collect(ranks: list[tuple[Any, Connection]], deadline: float | None) -> lis
     until = None if deadline is None else time.monotonic() + deadline
     interrupts = 0
     interrupted = False
+    consequence: RanksLost | None = None
     while len(results) < len(ranks):
         waiting = {pipe: rank for rank, (_, pipe) in enumerate(ranks) if rank not in results}
         left = None if until is None else max(0.0, until - time.monotonic())
@@ -149,14 +156,23 @@ def _collect(ranks: list[tuple[Any, Connection]], deadline: float | None) -> lis
                     os.kill(process.pid, signal.SIGINT)
             continue
         if not ready:
+            if consequence:
+                raise consequence
             missing = ", ".join(str(rank) for rank in waiting.values())
             raise DeadlineExceeded(f"rank {missing} of {len(ranks)} to finish", deadline)
         for pipe in ready:
             rank = waiting[pipe]
-            kind, value = _receive(rank, ranks[rank][0], pipe)
+            try:
+                kind, value = _receive(rank, ranks[rank][0], pipe)
+            except RanksLost as e:  # the rank that was lost says more, if it is one of ours
+                kind, value = "lost", None
+                consequence = consequence or e
+                until = min(until or math.inf, time.monotonic() + GRACE)
             if kind == "interrupted":
                 interrupted = True
             results[rank] = value
+    if consequence:
+        raise consequence
     if interrupted:
         raise KeyboardInterrupt
     return [results[rank] for rank in range(len(ranks))]
@@ -175,6 +191,10 @@ def _receive(rank: int, process: Any, pipe: Connection) -> tuple[str, Any]:
         raise UserError(value)
     if kind == "run":
         raise RunError(f"rank {rank}: {value}")
+    if kind == "lost":
+        raise RanksLost(f"rank {rank}: {value}")
+    if kind == "verdict":
+        raise RunError(value)
     if kind == "raised":
         line, trace = value
         error = RankFailed(f"rank {rank} failed: {line}")

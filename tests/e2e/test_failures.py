@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -47,6 +48,21 @@ def train_with_a_broken_rank(settings: config.Settings) -> None:
     train(settings)
 
 
+def train_with_a_stopped_rank(settings: config.Settings) -> None:
+    """Rank 1 hangs in the first update as nothing else does: stopped by SIGSTOP, while rank 0 waits for it."""
+    from megarl.learner.learner import Learner
+
+    original = Learner.train_step
+
+    def train_step(self: Learner, *arguments: object) -> object:
+        if self.world.rank == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return original(self, *arguments)
+
+    Learner.train_step = train_step
+    train(settings)
+
+
 def train_with_a_dying_engine(settings: config.Settings) -> None:
     """The engine's decoder fails in the second step."""
     from megarl.rollout.decoder import Decoder
@@ -66,6 +82,15 @@ def train_with_a_dying_engine(settings: config.Settings) -> None:
 def test_a_rank_that_raises_ends_the_run_and_is_named(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="rank 1 failed: ArithmeticError: a bit fell over"):
         spawn(train_with_a_broken_rank, 2, (runs.settings(tmp_path / "run", "parallel.tp=2"),), runs.DEADLINE)
+
+
+def test_a_rank_that_hangs_ends_the_run_and_is_named(tmp_path: Path) -> None:
+    """Within heartbeat_deadline, though its collectives may take hours; where rank 0 waited is written down."""
+    folder = tmp_path / "run"
+    patient = ["parallel.tp=2", "heartbeat_deadline=8", "collective_deadline=20000"]
+    with pytest.raises(RunError, match="rank 1 has shown no sign of life for .* it was last at train of step 1"):
+        spawn(train_with_a_stopped_rank, 2, (runs.settings(folder, *patient),), runs.DEADLINE)
+    assert "learner.py" in (folder / "logs" / "stacks_rank_0.txt").read_text()
 
 
 def test_an_engine_that_dies_ends_the_run_and_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,278 @@
+"""Every wait has a name and a deadline, every rank a pulse: what outlives either ends the job and says so.
+
+Each rank writes its pulse (a counter, and what it is doing) into the rendezvous store every few seconds. Rank 0 looks
+at all of them, the others at rank 0's and at the *verdict*: the message of the first rank that gave up. Ages are taken
+from the looker's own monotonic clock, so neither clock skew nor a clock jump matters. A thread of its own does the
+looking, and needs no store: it also notices when the store itself, and so the node that holds it, is gone.
+
+On expiry every rank that is alive appends the stacks of its threads to `logs/stacks_rank_<r>.txt` of the run directory.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from megarl.errors import DeadlineExceeded, RanksLost
+
+PERIOD = 5.0  # seconds between pulses, at most
+LINGER = 2.0  # periods that a rank which gives up stays, so that the others hear its verdict and write their stacks
+MARGIN = 1.1  # of a wait's deadline: what waits (gloo, HTTP) has that deadline too, and speaks first if it can
+TIMED_OUT = ("timed out", "timeout")  # in gloo's and NCCL's errors, in lower case
+LEFT = ("connection closed", "connection reset", "broken pipe", "connection refused", "socket closed")
+
+
+class Store(Protocol):
+    """What is used of torch's rendezvous store."""
+
+    def set(self, key: str, value: str) -> None: ...
+    def get(self, key: str) -> bytes: ...
+    def compare_set(self, key: str, expected: str, desired: str) -> bytes: ...
+    def multi_get(self, keys: list[str]) -> list[bytes]: ...
+
+
+def print_message(message: str) -> None:
+    print(f"megarl: {message}", file=sys.stderr, flush=True)
+
+
+announce: Callable[[str], None] = print_message
+"""Told why this process ends, just before it ends by its watchdog; whoever started it may set another one."""
+
+
+class Watchdog:
+    """One rank's: `with Watchdog(…)` on every rank, after all of them have joined.
+
+    `deadline`: seconds without a pulse after which a rank counts as stopped. `store` None: there are no other ranks.
+    `folder` takes the stacks; `join` is called once all pulses have begun (a barrier).
+    """
+
+    def __init__(
+        self, rank: int, world_size: int, store: Any, deadline: float, folder: Path, join: Callable[[], None]
+    ) -> None:
+        self.rank, self.world_size, self.deadline, self.folder = rank, world_size, deadline, folder
+        self._store: Store | None = store
+        self._join = join
+        self._period = min(PERIOD, deadline / 5)
+        self._doing = "starting"
+        self._waits: list[tuple[str, float, float]] = []  # (what, seconds, until), of all threads
+        self._seen: dict[int, tuple[bytes, float]] = {}  # rank → its last pulse, and when it was new to us
+        self._contact = time.monotonic()  # the store's last answer
+        self._verdict = ""
+        self._stop = threading.Event()
+        self._news = threading.Event()  # another pulse is due at once
+        self._threads = [threading.Thread(target=self._look, name="watchdog", daemon=True)]
+        if store is not None:
+            self._threads.append(threading.Thread(target=self._beat, name="pulse", daemon=True))
+
+    @contextmanager
+    def doing(self, what: str, seconds: float) -> Iterator[None]:
+        """What this rank is at, "train of step 3", for the others' messages. Collectives in it have `seconds` each."""
+        before, self._doing = self._doing, what
+        self._news.set()
+        with self._named(f"a collective of {what}", seconds):
+            yield
+        self._doing = before  # kept on failure: that is what the others should hear
+
+    @contextmanager
+    def collective(self, name: str, seconds: float) -> Iterator[None]:
+        """One exchange of all ranks within the time; torch's own timeout is as long."""
+        name = f"{name}, {self._doing}"
+        with self.waiting(f"the other ranks in {name}", seconds), self._named(name, seconds):
+            yield
+
+    @contextmanager
+    def waiting(self, what: str, seconds: float) -> Iterator[None]:
+        """End the job when the body takes longer than `seconds` (and a margin), naming `what`."""
+        wait = what, seconds, time.monotonic() + seconds * MARGIN
+        self._waits.append(wait)
+        try:
+            yield
+        finally:
+            self._waits.remove(wait)  # not the last one, if threads wait
+
+    @contextmanager
+    def _named(self, what: str, seconds: float) -> Iterator[None]:
+        """DeadlineExceeded for torch's error about a collective that took too long, RanksLost for one that broke."""
+        try:
+            yield
+        except RuntimeError as e:
+            text = str(e).lower()
+            if any(word in text for word in TIMED_OUT):
+                raise DeadlineExceeded(f"the other ranks in {what}", seconds) from e
+            if any(word in text for word in LEFT):
+                raise RanksLost(f"another rank has left amid {what}") from e
+            raise
+
+    def __enter__(self) -> Watchdog:
+        global _current
+        if self._store is not None:
+            self._store.set(_pulse_key(self.rank), self._pulse(0))
+            if self.rank == 0:
+                self._store.set("verdict", "")
+        self._join()
+        for thread in self._threads:
+            thread.start()
+        _current = self
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """A deadline that ran out in the body is written down and told to the other ranks; it learns where they are."""
+        global _current
+        _current = None
+        if isinstance(error, DeadlineExceeded) and not self._verdict:
+            error.args = (f"{error}{self._others()}",)
+            self._dump(str(error))
+            self._tell(f"rank {self.rank}: {error}")
+            self._stop.wait(LINGER * self._period if self._store is not None else 0)
+        self._stop.set()
+        self._news.set()
+
+    # ---- the thread that talks to the store ----------------------------------------------------------------------
+
+    def _beat(self) -> None:
+        assert self._store is not None
+        watched = range(1, self.world_size) if self.rank == 0 else [0]
+        keys = ["verdict", *map(_pulse_key, watched)]
+        count, looked = 0, 0.0
+        while not self._stop.is_set():
+            self._news.wait(self._period)
+            self._news.clear()
+            count += 1
+            with suppress(Exception):  # the store is gone, which `_look` notices by the age of `_contact`
+                self._store.set(_pulse_key(self.rank), self._pulse(count))
+                if time.monotonic() - looked < self._period:
+                    continue
+                verdict, *pulses = self._store.multi_get(keys)
+                self._contact = looked = time.monotonic()
+                self._verdict = self._verdict or verdict.decode()
+                for rank, pulse in zip(watched, pulses, strict=True):
+                    if self._seen.get(rank, (b"", 0.0))[0] != pulse:
+                        self._seen[rank] = (pulse, looked)
+
+    # ---- the thread that looks -----------------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        before = time.monotonic()
+        while not self._stop.wait(self._period / 2):
+            now = time.monotonic()
+            if now - before > self.deadline / 2:  # we were stopped ourselves, maybe all of us: nobody is late yet
+                self._contact = now
+                self._seen = {rank: (pulse, now) for rank, (pulse, _) in list(self._seen.items())}
+            before = now
+            if self._verdict:
+                self._end(self._verdict)
+            if self._store is not None:
+                self._check_pulses(now)
+            for what, seconds, until in list(self._waits):
+                if now > until:
+                    self._give_up(f"rank {self.rank}: {DeadlineExceeded(what, seconds)}{self._others()}")
+
+    def _check_pulses(self, now: float) -> None:
+        silent = now - self._contact
+        if silent > self.deadline:
+            self._give_up(
+                f"rank 0, or the rendezvous store beside it, has shown rank {self.rank} no sign of life for "
+                f"{silent:.0f} s (heartbeat_deadline: {self.deadline:g}): it is stopped, or its node is gone; rank "
+                f"{self.rank} was at {self._doing}"
+            )
+        # By the store's last answer, so that a slow store or a busy machine makes nobody late.
+        ages = [(rank, pulse, self._contact - seen) for rank, (pulse, seen) in list(self._seen.items())]
+        late = [each for each in ages if each[2] > self.deadline]
+        if late:
+            rank, pulse, age = late[0]
+            more = f" (and {len(late) - 1} more ranks)" if len(late) > 1 else ""
+            self._give_up(
+                f"rank {rank}{more} has shown no sign of life for {age:.0f} s (heartbeat_deadline: {self.deadline:g}): "
+                f"it is stopped, or its node is gone; it was last at {_doing(pulse)}"
+            )
+
+    def _give_up(self, message: str) -> None:
+        """End the job for `message`, unless another rank was first."""
+        self._tell(message)
+        self._end(self._verdict or message)
+
+    def _end(self, verdict: str) -> None:
+        self._dump(verdict)
+        time.sleep(LINGER * self._period if self._store is not None else 0)  # the others hear it and write stacks
+        announce(verdict)
+        os._exit(1)
+
+    def _tell(self, verdict: str) -> None:
+        """Post the verdict; the first one stands."""
+        if self._store is not None:
+            standing = _bounded(lambda store: store.compare_set("verdict", "", verdict), self._store)
+            self._verdict = standing.decode() if standing else verdict
+
+    def _others(self) -> str:
+        """What the ranks that are elsewhere were last at."""
+        if self._store is None:
+            return ""
+        keys = [_pulse_key(rank) for rank in range(self.world_size)]
+        pulses = _bounded(lambda store: store.multi_get(keys), self._store) or []
+        elsewhere = [
+            (rank, _doing(p)) for rank, p in enumerate(pulses) if rank != self.rank and _doing(p) != self._doing
+        ]
+        named = "".join(f"; rank {rank} was at {doing}" for rank, doing in elsewhere[:4])
+        return named + (f"; {len(elsewhere) - 4} more were elsewhere" if len(elsewhere) > 4 else "")
+
+    def _dump(self, cause: str) -> None:
+        with suppress(OSError):  # a full disk must not keep the job from ending
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with (self.folder / f"stacks_rank_{self.rank}.txt").open("a") as file:
+                file.write(f"{cause}\nrank {self.rank} is at {self._doing}; the stacks of its threads:\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+                file.write("\n")
+
+    def _pulse(self, count: int) -> str:
+        return f"{count}|{self._doing}"
+
+
+_current: Watchdog | None = None
+
+
+def waiting(what: str, seconds: float) -> AbstractContextManager[None]:
+    """As `Watchdog.waiting` of this process's watchdog; without one, the body alone."""
+    return _current.waiting(what, seconds) if _current else nullcontext()
+
+
+def doing(what: str, seconds: float) -> AbstractContextManager[None]:
+    """As `Watchdog.doing` of this process's watchdog; without one, the body alone."""
+    return _current.doing(what, seconds) if _current else nullcontext()
+
+
+def collective(name: str, seconds: float) -> AbstractContextManager[None]:
+    """As `Watchdog.collective` of this process's watchdog; without one, the body alone."""
+    return _current.collective(name, seconds) if _current else nullcontext()
+
+
+def _bounded(work: Callable[[Store], Any], store: Store, seconds: float = 2.0) -> Any:
+    """The result of `work(store)`, or None when the store does not answer in time."""
+    results: list[Any] = []
+
+    def attempt() -> None:
+        with suppress(Exception):
+            results.append(work(store))
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return results[0] if results else None
+
+
+def _pulse_key(rank: int) -> str:
+    return f"pulse/{rank}"
+
+
+def _doing(pulse: bytes) -> str:
+    return pulse.decode().partition("|")[2]
