@@ -1,0 +1,275 @@
+"""`kill -9` of any process of a run, at random moments and inside saves; resumed, nothing is lost or repeated."""
+
+from __future__ import annotations
+
+import contextlib
+import json as jsons
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import numpy as np
+import psutil
+import typer
+
+from megarl import commit, runlock
+from megarl.bench import _study, record
+from megarl.config import Settings
+from megarl.controller import STATE
+from megarl.data.ledger import Ledger
+from megarl.data.order import EpochOrder
+from megarl.errors import RunError
+from megarl.learner import spawn as ranks
+from megarl.rundir import read_metrics
+from megarl.train import train
+
+VICTIMS = {"rank": 0.3, "controller": 0.3, "grader": 0.15, "job": 0.25}  # and how often each is chosen
+MOMENTS = {"start": 0.15, "step": 0.4, "save": 0.45}
+DEADLINE = 900.0  # seconds for one attempt
+MEASURED = ("seconds_", "memory_")  # metrics that no two runs share
+PROMPTS = 10  # over more than one epoch
+SMALL = [
+    "steps=6",
+    "parallel={tp: 2}",
+    "batch={prompts_per_step: 4, completions_per_prompt: 4, tokens_per_row: 512}",
+    "rollout.max_response_tokens=32",
+    "rollout.local_batch=16",
+    "pruning={prompts: 0.5, completions: 0.5}",
+    "data.eval=[]",
+    "checkpoint={every: 1, keep: 2}",
+]
+
+
+@dataclass
+class Tally:
+    """What was done to one run until it came to its end."""
+
+    kills: Counter[str] = field(default_factory=Counter)  # by victim
+    inside_saves: int = 0  # of the kills
+    resumes: int = 0
+
+
+def main(
+    json: Annotated[Path | None, typer.Option(help="Write the rows to this file.")] = None,
+    kills: Annotated[int, typer.Option(min=1, help="Kills in all, over as many runs as it takes.")] = 50,
+    seed: Annotated[int, typer.Option(help="Of the moments and the victims.")] = 0,
+    config: Annotated[Path, typer.Option(help="Settings of the run, made small.")] = _study.QUICKSTART,
+    overrides: Annotated[str, typer.Option(help="Settings of every run, separated by spaces.")] = "",
+    runs: Annotated[Path, typer.Option(help="Where the runs go; finished ones are not repeated.")] = Path(
+        "runs/bench/kill_anywhere"
+    ),
+) -> None:
+    """A run that nobody touches, then runs of the same settings under fire, each resumed until it is done.
+
+    The job is killed as a node's death would: every rank and grader at once. `lost` and `repeated` are prompts of the
+    final ledger against the data's order; `differing` counts steps whose metrics (timings and memory aside) or ledger
+    differ in any bit from the untouched run's.
+    """
+    ranks.PRELOAD.append("megarl.train")  # the many starts take seconds
+    problems = _problems(config, runs)
+    chosen = [*SMALL, f"data.train=[{problems}]", *overrides.split()]
+    untouched = _study.settings(config, runs / "untouched", 0, chosen)
+    reference = _study.trained(untouched)
+    rows: list[dict[str, Any]] = []
+    while (left := kills - sum(row["kills"] for row in rows)) > 0:
+        number = len(rows)
+        under_fire = _study.settings(config, runs / f"run-{number}", 0, chosen)
+        file = under_fire.run / "kills.json"
+        if not file.is_file():
+            _study.forget(under_fire.run)
+            tally = _train_under_fire(under_fire, reference, left, np.random.default_rng([seed, number]))
+            file.write_text(jsons.dumps(_row(number, tally) | _account(under_fire, untouched)))
+        rows.append(jsons.loads(file.read_text()))
+        record.show_rows("so far", rows)
+    record.publish("kill_anywhere", [_total(rows)], json, runs=rows)
+
+
+def _problems(config: Path, runs: Path) -> Path:
+    """The first few of the training problems, as a file of their own."""
+    runs.mkdir(parents=True, exist_ok=True)
+    source = _study.settings(config, runs, 0, []).data.train[0]
+    lines = source.read_text().splitlines(keepends=True)[:PROMPTS]
+    file = runs / "problems.jsonl"
+    file.write_text("".join(lines))
+    return file
+
+
+def _train_under_fire(
+    settings: Settings, reference: list[dict[str, Any]], most: int, generator: np.random.Generator
+) -> Tally:
+    """Train to the end through at most `most` kills."""
+    tally = Tally()
+    while True:
+        gun = Gun(settings, reference, most, generator, tally)
+        gun.start()
+        failure = None
+        try:
+            ranks.spawn(train, settings.parallel.model_ranks, (settings, True), DEADLINE)
+        except RunError as e:
+            failure = e
+        finally:
+            gun.cease()
+        if failure is None:
+            return tally
+        if not gun.fatal:
+            raise failure
+        tally.resumes += 1
+
+
+class Gun(threading.Thread):
+    """Kills once in one attempt at a run, and graders, whose death the run survives, as often as they are chosen."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        reference: list[dict[str, Any]],
+        most: int,
+        generator: np.random.Generator,
+        tally: Tally,
+    ) -> None:
+        super().__init__(name="gun", daemon=True)
+        self.settings, self.most, self.generator, self.tally = settings, most, generator, tally
+        self.fatal = False  # whether it killed what the run cannot do without
+        self._over = threading.Event()
+        self._began = time.time()
+        self._step_seconds = median(line["seconds_total"] for line in reference)
+        self._save_seconds = median(line.get("seconds_checkpoint", 0.0) for line in reference[1:])
+
+    def run(self) -> None:
+        while not self._over.is_set() and not self.fatal and self.tally.kills.total() < self.most:
+            self._await_moment(self._choose(MOMENTS))
+            if not self._over.is_set():
+                self._kill(self._choose(VICTIMS))
+
+    def cease(self) -> None:
+        """The attempt is over."""
+        self._over.set()
+        self.join()
+
+    def _await_moment(self, moment: str) -> None:
+        """Until a random time in the start, in one of the next steps, or in one of the next saves."""
+        ahead = int(self.generator.integers(1, 4))
+        if moment == "start":
+            self._pause(4 * self._step_seconds)
+        elif moment == "step":
+            until = min(_steps_done(self.settings.run) + ahead, self.settings.steps - 1)
+            while _steps_done(self.settings.run) < until and not self._over.wait(0.02):
+                pass
+            self._pause(self._step_seconds)
+        else:
+            checkpoints = self.settings.run / "checkpoints"
+            until = min(max(commit.steps(checkpoints), default=0) + ahead, self.settings.steps)
+            half = commit.partial_of(checkpoints, until)
+            while not (half.exists() and self._saving()) and not self._over.wait(0.002):
+                pass
+            self._pause(self._save_seconds)
+
+    def _pause(self, longest: float) -> None:
+        self._over.wait(longest * self.generator.random())
+
+    def _kill(self, victim: str) -> None:
+        everyone, graders, controller = _processes(self.settings.run)
+        chosen = {
+            "rank": everyone - controller,
+            "controller": controller,
+            "grader": graders,
+            "job": everyone | graders,
+        }[victim]
+        if not chosen:
+            return  # not there yet, or no longer
+        if victim != "job":
+            chosen = {sorted(chosen)[int(self.generator.integers(len(chosen)))]}
+        saving = self._saving()
+        self.fatal = victim != "grader"
+        killed = [pid for pid in chosen if _killed(pid)]
+        if killed:
+            self.tally.kills[victim] += 1
+            self.tally.inside_saves += saving
+        else:
+            self.fatal = False
+
+    def _saving(self) -> bool:
+        """Whether a checkpoint is being written; what an earlier kill left half-written does not count."""
+        with contextlib.suppress(FileNotFoundError):  # committed as we look
+            halves = (self.settings.run / "checkpoints").glob(".step_*.partial")
+            return any(half.stat().st_mtime > self._began for half in halves)
+        return False
+
+    def _choose(self, shares: dict[str, float]) -> str:
+        return str(self.generator.choice(list(shares), p=list(shares.values())))
+
+
+def _processes(run: Path) -> tuple[set[int], set[int], set[int]]:
+    """Ids of the run's ranks, of its graders, and of the rank that is its controller ({} until it has the run)."""
+    found: set[int] = set()
+    graders: set[int] = set()
+    servers = {child.pid for child in psutil.Process().children()}
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "megarl.rewards.worker" in process.cmdline():
+                graders.add(process.pid)
+            elif process.ppid() in servers and process.status() != psutil.STATUS_ZOMBIE:
+                found.add(process.pid)
+    with contextlib.suppress(OSError, ValueError):
+        return found, graders, found & {jsons.loads((run / runlock.FILE).read_text())["pid"]}
+    return found, graders, set()
+
+
+def _killed(pid: int) -> bool:
+    try:
+        psutil.Process(pid).kill()
+    except psutil.NoSuchProcess:
+        return False
+    return True
+
+
+def _steps_done(run: Path) -> int:
+    file = run / "metrics.jsonl"
+    return len(read_metrics(run)) if file.is_file() else 0
+
+
+def _row(number: int, tally: Tally) -> dict[str, Any]:
+    by_victim = {victim: tally.kills[victim] for victim in VICTIMS}
+    return {
+        "run": number,
+        "kills": tally.kills.total(),
+        **by_victim,
+        "inside_saves": tally.inside_saves,
+        "resumes": tally.resumes,
+    }
+
+
+def _account(killed: Settings, untouched: Settings) -> dict[str, int]:
+    """The finished run's prompts and figures, against the data's order and the run that nobody touched."""
+    ledger, position = _records(killed)
+    audit = ledger.audit(EpochOrder(PROMPTS, killed.seed, killed.data.shuffle), position)
+    metrics = [
+        [{key: value for key, value in line.items() if not key.startswith(MEASURED)} for line in read_metrics(run)]
+        for run in (killed.run, untouched.run)
+    ]
+    return {
+        "prompts": audit.taken,
+        "lost": audit.lost,
+        "repeated": audit.repeated,
+        "missing_steps": audit.missing_steps,
+        "differing": _differing(*metrics) + _differing(list(ledger), list(_records(untouched)[0])),
+    }
+
+
+def _records(settings: Settings) -> tuple[Ledger, int]:
+    """The ledger of the finished run, and the prompts that it took."""
+    folder = commit.folder_of(settings.run / "checkpoints", settings.steps)
+    with np.load(folder / STATE, allow_pickle=False) as state:
+        return Ledger.load(folder), int(state["position"])
+
+
+def _differing(ours: list[Any], theirs: list[Any]) -> int:
+    return sum(a != b for a, b in zip(ours, theirs, strict=False)) + abs(len(ours) - len(theirs))
+
+
+def _total(rows: list[dict[str, Any]]) -> dict[str, int]:
+    return {"runs": len(rows), **{key: sum(row[key] for row in rows) for key in rows[0] if key != "run"}}

@@ -1,0 +1,35 @@
+"""`megarl bench kill_anywhere` with a few kills; fifty are in docs/results/kill_anywhere.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megarl.bench.kill_anywhere import VICTIMS, main
+
+pytestmark = [pytest.mark.e2e, pytest.mark.parallel]
+
+
+def test_nothing_is_lost_or_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real processes die by SIGKILL; the ledger's audit is clean, and metrics and ledger equal the untouched run's.
+
+    Moments are random in time, so no two runs of this test kill at the same point.
+    """
+    monkeypatch.chdir(Path(__file__).parents[2])
+    file = tmp_path / "kills.json"
+    main(
+        json=file,
+        kills=4,
+        seed=0,
+        overrides="steps=4",
+        runs=tmp_path / "runs",
+        config=Path("examples/quickstart/train.yaml"),
+    )
+    (row,) = json.loads(file.read_text())["rows"]
+    assert row["kills"] == sum(row[victim] for victim in VICTIMS) == 4
+    deadly = row["kills"] - row["grader"]
+    assert row["resumes"] in (deadly, deadly - 1)  # the last may fall on a run that has just come to its end
+    assert row["prompts"] >= 16
+    assert row["lost"] == row["repeated"] == row["missing_steps"] == row["differing"] == 0
