@@ -349,6 +349,8 @@ class Checkpoint(Section):
     """Newest checkpoints kept."""
     optimizer: bool = True
     """Save what is needed to resume, not the weights alone."""
+    asynchronous: bool = False
+    """Write a copy of the state while training goes on: takes that much more host memory, and hides the disk's time."""
 
 
 class Settings(Section):

@@ -61,7 +61,7 @@ def train(settings: Settings, resume: bool = False) -> bool:
         if world.is_controller:
             controller = stack.enter_context(Controller(settings, tokenizer, progress))
         learner = Learner(settings, world, total_updates=settings.steps * updates)
-        checkpoints = Checkpoints(settings, world, learner, controller, progress)
+        checkpoints = stack.enter_context(Checkpoints(settings, world, learner, controller, progress))
         done = checkpoints.restore() if resume else 0
         if controller:
             controller.open_run(done if resume else None, world.world_size)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import resource
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,11 +33,17 @@ def limited_files(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def checkpoints(run: Path) -> Checkpoints:
+def _weights(folder: Path) -> None:
+    (folder / "weights").write_bytes(bytes(SIZE))
+
+
+def checkpoints(run: Path, write: Callable[[Path], object] = _weights, asynchronous: bool = False) -> Checkpoints:
     """Of one rank, whose learner and controller write a file each."""
-    settings = config.parse({"run": run, "model": {"path": "m"}, "data": {"train": ["t"]}})
+    tree = {"run": run, "model": {"path": "m"}, "data": {"train": ["t"]}, "checkpoint": {"asynchronous": asynchronous}}
+    settings = config.parse(tree)
     world: Any = SimpleNamespace(is_controller=True, deadline_s=60.0, barrier=lambda name: None)
-    learner: Any = SimpleNamespace(save=lambda folder: (folder / "weights").write_bytes(bytes(SIZE)))
+    world.aside = lambda: world
+    learner: Any = SimpleNamespace(saving=lambda folder, aside: lambda: write(folder))
     controller: Any = SimpleNamespace(save=lambda folder: (folder / "data").write_bytes(b"position"))
     return Checkpoints(settings, world, learner, controller, RunProgress(1, quiet=True))
 
@@ -57,3 +66,33 @@ def test_a_disk_that_is_full_from_the_start_is_one_line(tmp_path: Path) -> None:
         checkpoints(tmp_path).save(1)
     assert "\n" not in str(failure.value)
     assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_an_asynchronous_save_is_written_beside_training(tmp_path: Path) -> None:
+    """`save` returns while the disk is at work; the next one, and the end of the run, wait for it."""
+    disk_is_done = threading.Event()
+
+    def slowly(folder: Path) -> None:
+        assert disk_is_done.wait(60)
+        _weights(folder)
+
+    with checkpoints(tmp_path, slowly, asynchronous=True) as mine:
+        mine.save(1)
+        assert commit.steps(mine.folder) == []
+        disk_is_done.set()
+        mine.save(2)
+        assert commit.steps(mine.folder)[0] == 1
+    assert commit.steps(mine.folder) == [1, 2]
+    assert commit.newest_good(mine.folder, pytest.fail) == 2
+
+
+def test_an_asynchronous_save_that_fails_is_told_by_the_next(tmp_path: Path) -> None:
+    def on_a_full_disk(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    mine = checkpoints(tmp_path, on_a_full_disk, asynchronous=True)
+    mine.save(1)
+    with pytest.raises(RunError, match="cannot save.*No space left"):
+        mine.save(2)
+    mine.finish()
+    assert list(mine.folder.iterdir()) == []

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import errno
 import json
+from collections.abc import Callable
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -29,6 +32,7 @@ from checkpoints_conv.shape import ModelShape
 from checkpoints_conv.torch_dist import load_metadata
 from megarl.errors import RunError, UserError
 from megarl.learner.model import unwrap, vocabulary_rows
+from megarl.learner.parallel import World
 
 if TYPE_CHECKING:
     from megarl.learner.learner import Learner
@@ -37,18 +41,26 @@ MANIFEST = "learner.json"
 EXTRA_STATE = "_extra_state"  # Transformer Engine's FP8 history: rebuilt in a few steps, and absent elsewhere
 
 
-def save(learner: Learner, folder: Path) -> None:
-    """Write the learner's state into `folder`, which exists and is empty. Collective.
+def saving(learner: Learner, folder: Path, aside: World | None) -> Callable[[], None]:
+    """Describe the learner's state in `folder`, which exists and is empty; what is returned writes the tensors there.
 
-    Without `settings.checkpoint.optimizer`, the weights alone. Raises UserError when the disk is full.
+    Both are collective. Without `settings.checkpoint.optimizer`, the weights alone. With `aside`, the tensors are
+    copied now and may be written by a thread, whose ranks talk over that group. UserError when the disk is full.
     """
     learner.finish_parameter_gather()
+    writer = DeferredWriter(aside)
     with _writing(folder):
         state = _sharded(learner, learner.settings.checkpoint.optimizer, loading=False)
-        dist_checkpointing.save(state, str(folder), OneProcessWriter())
+        dist_checkpointing.save(state, str(folder), writer)
         if learner.world.is_controller:
             (folder / MANIFEST).write_text(json.dumps(_manifest(learner), indent=1) + "\n")
-    learner.world.barrier("the checkpoint's files")
+
+    def write() -> None:
+        with _writing(folder):
+            writer.write()
+        (aside or learner.world).barrier("the checkpoint's files")
+
+    return write
 
 
 def load(learner: Learner, folder: Path) -> None:
@@ -81,21 +93,31 @@ def load(learner: Learner, folder: Path) -> None:
     learner.version = manifest["updates"] if manifest else 0
 
 
-class OneProcessWriter(TorchDistSaveShardedStrategy):
-    """Megatron's torch_dist format, written by the calling process.
+class DeferredWriter(TorchDistSaveShardedStrategy):
+    """Megatron's torch_dist format: `save` takes the tensors, and copies them if others may go on; `write` writes them.
 
-    Megatron's own writer starts a manager process and forks others; a rank that ends early leaves them behind.
+    By the calling process: Megatron's own writer starts a manager process and forks others; a rank that ends early
+    leaves them behind.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, aside: World | None) -> None:
         super().__init__("torch_dist", 1)
+        self._aside = aside
 
     def save(self, sharded_state_dict: Any, checkpoint_dir: Path) -> None:
         tensors, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
+        if self._aside is not None:
+            for part in (part for parts in tensors.values() for part in parts):
+                held = part.data
+                part.data = held.detach().to("cpu", copy=True) if isinstance(held, Tensor) else deepcopy(held)
+        self._state, self._folder = mcore_to_pyt_state_dict(tensors, False), checkpoint_dir
+
+    def write(self) -> None:
         dcp.save(
-            mcore_to_pyt_state_dict(tensors, False),
-            storage_writer=dcp.FileSystemWriter(checkpoint_dir, single_file_per_rank=True, thread_count=1),
+            self._state,
+            storage_writer=dcp.FileSystemWriter(self._folder, single_file_per_rank=True, thread_count=1),
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+            process_group=self._aside and self._aside.control,
         )
 
 

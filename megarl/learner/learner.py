@@ -169,7 +169,14 @@ class Learner:
 
     def save(self, folder: Path) -> None:
         """Write weights, optimizer and version into `folder` (empty), loadable under any layout; see checkpoint.py."""
-        checkpoint.save(self, folder)
+        self.saving(folder)()
+
+    def saving(self, folder: Path, aside: World | None = None) -> Callable[[], None]:
+        """`save` in two halves: what is returned writes the tensors, as they are now.
+
+        With `aside` it writes a copy, for a thread to call: the ranks talk over that group.
+        """
+        return checkpoint.saving(self, folder, aside)
 
     def load(self, folder: Path) -> None:
         """Continue from what `save` wrote, under this layout. Raises UserError if it is not a whole, fitting one."""

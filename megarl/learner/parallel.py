@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -109,6 +109,13 @@ class World:
             if "closed" in str(e) or "reset" in str(e):
                 raise RanksLost(f"{name}: another rank has left ({e})") from None
             raise DeadlineExceeded(f"{name} ({' '.join(str(e).split())})", self.deadline_s) from None
+
+    def aside(self) -> World:
+        """The same ranks over a group of their own, for what a thread does beside the main one's collectives."""
+        if self.world_size == 1:
+            return self
+        timeout = datetime.timedelta(seconds=self.deadline_s)
+        return replace(self, control=dist.new_group(backend="gloo", timeout=timeout))
 
     def watchdog(self, deadline: float, folder: Path) -> Watchdog:
         """This rank's, with a connection to the rendezvous store of its own: no wait can hold its pulse up."""

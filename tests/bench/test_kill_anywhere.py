@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.parallel]
 def test_nothing_is_lost_or_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Real processes die by SIGKILL; the ledger's audit is clean, and metrics and ledger equal the untouched run's.
 
-    Moments are random in time, so no two runs of this test kill at the same point.
+    Checkpoints are written asynchronously. Moments are random in time: no two runs of this test kill at the same point.
     """
     monkeypatch.chdir(Path(__file__).parents[2])
     file = tmp_path / "kills.json"
@@ -23,7 +23,7 @@ def test_nothing_is_lost_or_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyP
         json=file,
         kills=4,
         seed=0,
-        overrides="steps=4",
+        overrides="steps=4 checkpoint.asynchronous=true",
         runs=tmp_path / "runs",
         config=Path("examples/quickstart/train.yaml"),
     )
