@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs one job on the nodes that Slurm gave: `exec slurm/launch.sh train|eval CONFIG [key=value …]`, as the last line of
-# a script with #SBATCH lines. The settings are environment variables; slurm/README.md lists them.
+# Runs one job on the nodes that Slurm gave: `exec slurm/launch.sh train|eval CONFIG|RUN [key=value …]`, as the last line
+# of a script with #SBATCH lines. The settings are environment variables; slurm/README.md lists them.
 #
 #   the first nodes: learner ranks, one task a GPU; rank 0, on the first of them, is the controller
 #   the last nodes:  engine servers (`megarl serve`), which the controller reaches by HTTP
@@ -18,8 +18,12 @@ fail() { say "$*"; exit 1; }
 # ---- what runs where --------------------------------------------------------------------------------------------------
 
 MUST_HAVE=()
-if [[ "${SIZE:-full}" == tiny ]]; then # the same job with the quick start's reasoner, on CPUs
+if [[ -d "$CONFIG" ]]; then # a run directory: its newest checkpoint is meant
+    RUN=$CONFIG CONFIG=$CONFIG/config.yaml
+elif [[ "${SIZE:-full}" == tiny ]]; then
     CONFIG=slurm/configs/tiny.yaml
+fi
+if [[ "${SIZE:-full}" == tiny ]]; then # the same job with the quick start's reasoner, on CPUs
     : "${TASKS_PER_NODE:=1}"
     ENGINES_PER_NODE=1 ENGINE_NODES=${TINY_ENGINE_NODES:-1}
 elif [[ -n "${SLURM_GPUS_ON_NODE:-}" ]]; then
@@ -124,9 +128,12 @@ if [[ ${#ENGINES[@]} != 0 ]]; then
         --port $((PORT + 1))) & SERVERS=$!
     in_place "${CONTAINER:-}"
 fi
-[[ "$COMMAND" == eval ]] && WAY=() || WAY=(--resume)
+case "$COMMAND" in
+    eval) [[ "$CONFIG" == "$RUN/config.yaml" ]] && WHAT=("$RUN") || WHAT=("$CONFIG") ;;
+    *) WHAT=("$CONFIG" --resume) ;;
+esac
 (MASTER_ADDR=${LEARNERS[0]} MASTER_PORT=$PORT tasks LEARNERS "$TASKS_PER_NODE" "$LOGS/rank-%t.log" \
-    "$COMMAND" "$CONFIG" "${SETTINGS[@]}" "${WAY[@]}" ${FLAGS:-}) & LEARNER=$!
+    "$COMMAND" "${WHAT[@]}" "${SETTINGS[@]}" ${FLAGS:-}) & LEARNER=$!
 tail --follow=name --retry --quiet --lines=+1 --pid=$LEARNER "$LOGS/rank-0.log" 2>/dev/null &
 
 LIMIT=''
@@ -148,7 +155,7 @@ while true; do
     fi
 done
 
-if [[ "$CODE" == 0 ]]; then
+if [[ "$CODE" == 0 && "$ASKED" != TERM ]]; then # srun's code tells nothing where Slurm ended its tasks
     dismiss
     say "done: $RUN"
 elif [[ "$CODE" == 75 || -n "$ASKED" ]]; then
