@@ -22,6 +22,7 @@ from megarl.planner.job import Plan, plan
 from megarl.planner.search import nearest_fit, ranked, settings_of
 
 SHOWN = 10
+EDGE = 4  # of a long pipeline, the first and the last stages are shown
 
 
 def main(
@@ -71,13 +72,14 @@ def refusal(result: Plan, nearest: Plan | None) -> str:
 
 def tables(result: Plan) -> list[Table]:
     """Memory by stage, time by phase and by part."""
+    stages = result.stages if len(result.stages) <= 2 * EDGE else [*result.stages[:EDGE], *result.stages[-EDGE:]]
     memory = Table(title=f"Memory of one rank, GiB of {result.gpu.memory:g} ({result.gpu.name})")
-    names = list(dict.fromkeys(name for stage in result.stages for name in stage.parts))
-    for name in ("stage", *names, "with reserve"):
-        memory.add_column(name.replace("_", " "), justify="right")
-    for stage in result.stages:
-        cells = [f"{stage.parts.get(name, 0) / GIB:.2f}" for name in names]
-        memory.add_row(str(stage.stage), *cells, f"{stage.driver(result.layout):.1f}")
+    memory.add_column("stage")
+    for stage in stages:
+        memory.add_column(str(stage.stage), justify="right")
+    for name in dict.fromkeys(name for stage in stages for name in stage.parts):
+        memory.add_row(name.replace("_", " "), *(f"{stage.parts.get(name, 0) / GIB:.2f}" for stage in stages))
+    memory.add_row("with reserve", *(f"{stage.driver(result.layout):.1f}" for stage in stages))
     place = result.layout
     time = Table(title=f"One step on {place.gpus} {result.gpu.name}: tp {place.tp} pp {place.pp} dp {place.dp}")
     time.add_column("phase")

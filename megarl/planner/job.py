@@ -9,7 +9,7 @@ from megarl.config import Parallel, Settings
 from megarl.errors import UserError
 from megarl.planner.hardware import GIB, LAWS, Dtype, Gpu
 from megarl.planner.layout import Layout, Recompute, Software
-from megarl.planner.memory import Holding, StageMemory, plan_memory
+from megarl.planner.memory import Holding, StageMemory, plan_memory, stage_holdings
 from megarl.planner.shape import Shape
 from megarl.planner.steptime import StepTime, step_time
 
@@ -81,6 +81,7 @@ def sizes(model: ModelShape) -> Shape:
         ffn=model.ffn,
         vocab=model.vocab,
         tied=model.tied,
+        qk_norm=model.qk_norm,
         experts=moe.count if moe else 0,
         topk=moe.top_k if moe else 0,
         moe_ffn=moe.ffn if moe else 0,
@@ -104,6 +105,7 @@ def software(settings: Settings) -> Software:
         cp_all_to_all=parallel.cp_comm == "a2a",
         offload_optimizer=parallel.offload_optimizer,
         offload_layers=parallel.offload_layers,
+        chunked_loss=True,
     )
 
 
@@ -163,7 +165,14 @@ def plan(
     response = response_tokens or settings.rollout.max_response_tokens / 2
     shape, place, stack = sizes(model), layout(settings, gpus, response), software(settings)
     engine = _engine(settings, gpus)
-    stages = plan_memory(shape, place, stack, holdings)
+    held = holdings or stage_holdings(shape, place)
+    stages = plan_memory(shape, place, stack, held)
+    if settings.algorithm.kl.coef > 0:  # a frozen copy of the weights, in the model's own type
+        wide = 4.0 if stack.dtype == "fp32" else 2.0
+        stages = [
+            replace(s, parts={**s.parts, "reference": wide * (h.shared + h.experts)})
+            for s, h in zip(stages, held, strict=True)
+        ]
     if engine.colocated:
         stages = [replace(s, parts={**s.parts, **_resident(settings, shape, engine, gpu, response)}) for s in stages]
     train = step_time(shape, place, stack, gpu)
@@ -212,6 +221,28 @@ def _engine(settings: Settings, gpus: int) -> Engine:
     pool = _flag(servers.flags, ENGINE_MEMORY_FLAGS)
     nodes = max(1, gpus // 8)
     return Engine(servers.count * nodes, tp, servers.concurrency, True, float(pool) if pool else None)
+
+
+def check_engine_flags(settings: Settings, model: ModelShape) -> None:
+    """Raise UserError for a tensor-parallel size or a share of memory that a server could not start with."""
+    flags = settings.rollout.servers.flags
+    if settings.rollout.engine == "local":
+        return
+    tp = _flag(flags, ENGINE_TP_FLAGS) or "1"
+    if not tp.isdecimal() or int(tp) < 1 or model.heads % int(tp):
+        limit = int(tp) if tp.isdecimal() else 1
+        near = max((d for d in range(1, min(limit, model.heads) + 1) if model.heads % d == 0), default=1)
+        raise UserError(
+            f"rollout.servers.flags: tensor-parallel size {tp} does not divide the model's {model.heads} heads; "
+            f"nearest valid value: {near}"
+        )
+    pool = _flag(flags, ENGINE_MEMORY_FLAGS)
+    try:
+        share = 0.5 if pool is None else float(pool)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise UserError(f"rollout.servers.flags: share of memory {pool} is not between 0 and 1; try 0.85")
 
 
 def _flag(flags: list[str], names: tuple[str, ...]) -> str | None:

@@ -85,4 +85,6 @@ class Software:
     gradient_bytes: float = 4.0  # per parameter, of the main gradient
     trainable: float = 1.0  # fraction of the parameters with gradients (LoRA: about 0)
     parallel_loss: bool = True  # cross-entropy on vocabulary shards; else the logits are gathered
+    chunked_loss: bool = False  # our learner's: logits exist for a chunk of positions at a time
+    cpu: bool = False  # the learner's modules without CUDA: torch operators, each keeping what its backward pass reads
     dropout: bool = False  # hidden dropout: keeps a mask and an output per block

@@ -14,10 +14,12 @@ from megarl.planner.hardware import GIB, Gpu
 from megarl.planner.layout import Layout, Software
 from megarl.planner.shape import Shape
 
-PERSISTENT = ("weights", "gradients", "optimizer")
+PERSISTENT = ("weights", "gradients", "optimizer", "reference", "engine_weights", "kv_cache")
 CONTEXT = 1.5  # GiB: CUDA context, libraries
 COLLECTIVES = 0.35  # GiB of communicator buffers per kind of parallelism in use
 FRAGMENTATION = 0.10  # of the activations: blocks that the caching allocator cannot reuse
+LOSS_CHUNK = 2.0**26  # bytes of float32 logits at a time, and the most kept (megarl/learner/logprobs.py)
+LIBRARIES = 40.0 * 2**20  # bytes that torch's and Megatron's libraries take at first use on a CPU
 EAGER = 6.0  # bytes per entry that norms and rotary embedding keep when they run operator by operator in fp32
 
 
@@ -43,7 +45,7 @@ class StageMemory:
 
     def reserved(self) -> float:
         """GiB that the allocator holds: tensors and what fragmentation keeps."""
-        return self.allocated + FRAGMENTATION * (self.allocated - sum(self.parts[p] for p in PERSISTENT) / GIB)
+        return self.allocated + FRAGMENTATION * (self.allocated - sum(self.parts.get(p, 0.0) for p in PERSISTENT) / GIB)
 
     def driver(self, layout: Layout) -> float:
         """GiB that the driver reports: what is reserved, the context and the communicators."""
@@ -109,7 +111,7 @@ def _stage(
     kept_dense, kept_moe = (layer_bytes(shape, layout, software, kind) for kind in (False, True))
     if software.recompute == "full":
         shard = layout.tp if software.sequence_parallel else 1
-        saved = 2.0 * layout.tokens * shape.hidden / shard * layers[stage]
+        saved = _wide(software) * layout.tokens * shape.hidden / shard * layers[stage]
         parts["activations"] = flight * saved
         parts["recomputed"] = kept_moe if moe else kept_dense
     else:
@@ -119,14 +121,39 @@ def _stage(
         parts["activations"] = whole * (1 - away)
     shard = layout.tp if software.sequence_parallel else 1
     t, h = layout.tokens, shape.hidden
-    if stage == 0:
+    if stage == 0 and not software.cpu:  # there it is the first norm's input
         parts["embedding"] = min(flight, layout.pp) * 2.0 * t * h / shard
-    if stage == layout.pp - 1:
-        parts["logits"] = 2.0 * t * h + (1 + shape.mtp) * t * shape.vocab * _logit_bytes(layout, software)
     # The widest backward moment: gathered inputs and the gradients of the MLP's or the attention's tensors.
     width = max(shape.ffn if dense else 0, shape.moe_ffn * shape.topk if moe else 0) * shape.mlp_matrices
-    parts["workspace"] = 2.0 * t * (2 * h + max(width, shape.query_width + shape.kv_width) / layout.tp)
+    workspace = _wide(software) * t * (2 * h + max(width, shape.query_width + shape.kv_width) / layout.tp)
+    if stage == layout.pp - 1:
+        if software.chunked_loss:  # its moment is over before the layers' begins
+            parts["logits"] = _chunked_loss(shape, layout, software)
+            # Also kept: the last norm's three tensors, and the positions of its output that are scored.
+            parts["logits"] += _wide(software) * t * h * (3 / shard + 1) if software.cpu else 0.0
+            workspace = max(0.0, workspace - parts["logits"])
+        else:
+            parts["logits"] = 2.0 * t * h + (1 + shape.mtp) * t * shape.vocab * _logit_bytes(layout, software)
+    parts["workspace"] = workspace
+    if software.cpu:
+        parts["libraries"] = LIBRARIES
     return parts
+
+
+def _wide(software: Software) -> float:
+    """Bytes of an activation."""
+    return 4.0 if software.dtype == "fp32" else 2.0
+
+
+def _chunked_loss(shape: Shape, layout: Layout, software: Software) -> float:
+    """Bytes at the fuller of two moments: a chunk's forward pass (logits, their softmax, a product of both), and its
+    backward pass beside the gradients of the hidden states and, in float32 and as one product, of the output layer."""
+    rows, wide = shape.vocab / layout.tp, _wide(software)
+    whole = 4.0 * layout.tokens * rows
+    chunk, kept = min(whole, LOSS_CHUNK), whole if whole <= LOSS_CHUNK else 0.0
+    rounded = chunk * wide / 4 if wide < 4 else 0.0  # logits before, and gradients after, they are float32
+    backward = (kept or chunk) + chunk + wide * layout.tokens * shape.hidden + (4.0 + wide) * rows * shape.hidden
+    return rounded + max(3 * chunk, backward)
 
 
 def _logit_bytes(layout: Layout, software: Software) -> float:
@@ -177,7 +204,9 @@ def layer_bytes(shape: Shape, layout: Layout, software: Software, moe: bool) -> 
         return 0.0
     t, h, tp = layout.tokens, shape.hidden, layout.tp
     shard = t / tp if software.sequence_parallel else t
-    wide = {"fp32": 4.0}.get(software.dtype, 2.0)
+    wide = _wide(software)
+    if software.cpu:
+        return _cpu_layer(shape, layout, software, moe)
     # Inputs of matrix products are kept in the product's own type: FP8 keeps the two quantised copies instead.
     operand = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "fp4": 1.0}[software.dtype]
     recomputed = software.recompute in ("selective", "moe")
@@ -207,3 +236,25 @@ def layer_bytes(shape: Shape, layout: Layout, software: Software, moe: bool) -> 
     if software.recompute == "moe":
         expert = routed * wide * h
     return norms + attention + dropout + expert + mlp(t / tp, shape.shared_ffn)
+
+
+def _cpu_layer(shape: Shape, layout: Layout, software: Software, moe: bool) -> float:
+    """The same without fused kernels, in float32: what torch's operators keep, storage by storage."""
+    t, tp, wide = layout.tokens, layout.tp, _wide(software)
+    shard = t / tp if software.sequence_parallel else t
+    query, kv = shape.query_width, shape.kv_width
+    norms = 2 * 3 * wide * shard * shape.hidden  # input, normalised, output
+    # The fused projection; queries and keys turned to their positions; the output and its statistics.
+    attention = t / tp * (wide * ((query + kv) + (query + kv / 2) + shape.value_width) + 4.0 * shape.heads)
+    if shape.qk_norm:  # a contiguous copy of the queries, both normalised
+        attention += t / tp * wide * (2 * query + kv / 2)
+    copies = 5 if shape.gated else 2  # gate and up, activation, a shifted copy of up, their product
+
+    def mlp(rows: float, width: float) -> float:
+        return rows * wide * copies * width
+
+    if not moe:
+        return norms + attention + mlp(t / tp, shape.ffn)
+    routed = t / tp * shape.topk * layout.etp
+    experts = 2 * wide * routed * shape.hidden + mlp(routed / layout.etp, shape.moe_ffn)
+    return norms + attention + experts + mlp(t / tp, shape.shared_ffn)

@@ -18,6 +18,7 @@ class Shape:
     vocab: int
     gated: bool = True
     tied: bool = False
+    qk_norm: bool = False  # norms of queries and keys
     experts: int = 0
     topk: int = 0
     moe_ffn: int = 0

@@ -128,6 +128,17 @@ def test_a_colocated_engine_takes_memory_and_a_remote_one_does_not():
     assert away.seconds["rollout"] > here.seconds["rollout"]
 
 
+def test_a_kl_term_keeps_a_second_copy_of_the_weights():
+    shape, card = read_shape(QWEN_32B), gpu("h100")
+    kl = settings_of_32b()
+    kl.algorithm.kl.coef = 0.01
+    for without, stage in zip(
+        plan(settings_of_32b(), shape, card, 64).stages, plan(kl, shape, card, 64).stages, strict=True
+    ):
+        assert stage.parts["reference"] == stage.parts["weights"]
+        assert stage.allocated == pytest.approx(without.allocated + stage.parts["weights"] / 2**30)
+
+
 def test_sizes_that_cannot_be_laid_out_name_the_nearest():
     shape = read_shape(QWEN_32B)
     with pytest.raises(UserError, match="gpus: 40 .*nearest valid number: 32"):
