@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from checkpoints_conv.families import rules
+from checkpoints_conv.hf import HfWeights
 from checkpoints_conv.shape import ModelShape, read_shape
 from megarl import report
 from megarl.algorithms import presets, steps
@@ -17,6 +19,7 @@ from megarl.data.tokenizer import load_tokenizer
 from megarl.errors import Stopped, UserError, nearest
 from megarl.learner import parallel, precision
 from megarl.learner.spawn import spawn
+from megarl.planner.fitting import fitting
 from megarl.rollout import early_exit
 from megarl.summary import summary
 
@@ -27,7 +30,8 @@ def train(settings: Settings, nproc: int | None, resume: bool, dry_run: bool) ->
     shape = preflight(settings, world_size, resume)
     sizes = derived(settings, shape, world_size)
     if dry_run:
-        show(sizes | prompts(settings))
+        fits = fitting(settings, shape, world_size)
+        show(sizes | prompts(settings) | {"weights": weights(settings, shape), "memory, on GPUs": fits})
         return
     from megarl.train import train as run
 
@@ -130,6 +134,15 @@ def derived(settings: Settings, shape: ModelShape, world_size: int) -> dict[str,
         "steps": settings.steps,
         "run": settings.run,
     }
+
+
+def weights(settings: Settings, shape: ModelShape) -> str:
+    """Where the first weights come from. Raises UserError unless the files hold what the map of names says."""
+    if settings.model.weights == "random":
+        return "drawn from the seed"
+    with HfWeights(settings.model.path) as files:
+        files.check(rules(shape))
+        return f"{len(files.names)} tensors in {len(files.files())} files, each with its rule in the map"
 
 
 def prompts(settings: Settings) -> dict[str, str]:

@@ -33,6 +33,10 @@ MISTAKES = {
     "fp8 without Transformer Engine or emulation": (["precision.dtype=fp4"], ["precision.dtype", "fp4"]),
     "marker": (["rollout.early_exit.markers=[]"], ["markers", "Wait"]),
     "idle switch": (["algorithm.constant=5"], ["algorithm.constant"]),
+    "engine flags": (
+        ["rollout.engine=sglang", "rollout.servers.flags=[--tp-size=3]", "rollout.early_exit.enabled=false"],
+        ["rollout.servers.flags", "size 3", "valid value: 2"],
+    ),
     "prompt limit": (["data.max_prompt_tokens=2"], ["data.max_prompt_tokens", "2", "shortest"]),
     "negative rate": (["pruning.prompts=-1"], ["pruning.prompts", "-1"]),
     "config file": (["none.yaml"], ["none.yaml", "does not exist"]),
@@ -85,7 +89,7 @@ def test_dry_run_prints_the_derived_sizes_and_writes_nothing(
         cli.main()
     assert not left.value.code
     shown = capsys.readouterr().err
-    for word in ("tp 2", "16 prompts", "256 of 256 prompts"):
+    for word in ("tp 2", "16 prompts", "256 of 256 prompts", "rule in the map", "fits a100-40gb"):
         assert word in shown
     assert not (tmp_path / "run").exists()
 
