@@ -212,7 +212,7 @@ def rollout_seconds(
 
 def _engine(settings: Settings, gpus: int) -> Engine:
     rollout, servers = settings.rollout, settings.rollout.servers
-    if rollout.engine == "local":
+    if rollout.embedded:
         tp = settings.parallel.tp
         return Engine(max(1, gpus // settings.parallel.model_ranks), tp, rollout.local_batch, True, 0.0)
     tp = int(_flag(servers.flags, ENGINE_TP_FLAGS) or 1)
@@ -254,7 +254,7 @@ def _flag(flags: list[str], names: tuple[str, ...]) -> str | None:
 def _resident(settings: Settings, shape: Shape, engine: Engine, gpu: Gpu, response: float) -> dict[str, float]:
     """Bytes that a colocated engine keeps on each card."""
     position = 2.0 * shape.layers * shape.kv_width
-    if settings.rollout.engine == "local":  # generates with the learner's own weights
+    if settings.rollout.embedded:  # generates with the learner's own weights
         length = response + settings.data.max_prompt_tokens / 2
         return {"kv_cache": engine.concurrency * length * position / engine.tp / settings.parallel.pp}
     weights = 2.0 * shape.parameters() / engine.tp
