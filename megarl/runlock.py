@@ -27,8 +27,10 @@ def only_job(run: Path, say: Callable[[str], None], patience: float = PATIENCE) 
 
     Raises UserError, naming the holder, while another process of this machine has it, or when one of another machine
     still has it after `patience` seconds; and when the directory cannot be written. A file system without locks is
-    told through `say`, and the body runs.
+    told through `say`, and the body runs. A directory that was made here, and that the body left empty (a mistake in
+    the data, say), is removed.
     """
+    made = not run.exists()
     try:
         run.mkdir(parents=True, exist_ok=True)
         file = os.open(run / FILE, os.O_RDWR | os.O_CREAT, 0o644)
@@ -38,6 +40,9 @@ def only_job(run: Path, say: Callable[[str], None], patience: float = PATIENCE) 
         _take(file, run, say, time.monotonic() + patience)
         yield
     finally:
+        if made and run.is_dir() and [entry.name for entry in run.iterdir()] == [FILE]:
+            (run / FILE).unlink()
+            run.rmdir()
         os.close(file)  # and with it the lock
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megarl import cli
+from megarl.learner import device
 
 ROOT = Path(__file__).parents[1]
 CONFIG = "examples/quickstart/train.yaml"
@@ -30,7 +31,7 @@ MISTAKES = {
     "ranks": (["--nproc", "3"], ["3 ranks", "2"]),
     "model folder": (["model.path=nowhere"], ["model.path", "nowhere"]),
     "data file": (["data.train=[examples/quickstart/problems/trian.jsonl]"], ["data.train", "train.jsonl"]),
-    "fp8 without Transformer Engine or emulation": (["precision.dtype=fp4"], ["precision.dtype", "fp4"]),
+    "unknown precision": (["precision.dtype=fp4"], ["precision.dtype", "fp4"]),
     "marker": (["rollout.early_exit.markers=[]"], ["markers", "Wait"]),
     "idle switch": (["algorithm.constant=5"], ["algorithm.constant"]),
     "engine flags": (
@@ -75,9 +76,26 @@ def test_bad_rows_are_named_by_file_and_line(
     (tmp_path / "problems.jsonl").write_text(f"{good}\n{line}\n")
     arguments = [CONFIG, f"run={tmp_path / 'run'}", f"data.train=[{tmp_path / 'problems.jsonl'}]", "--dry-run"]
     assert invoke(monkeypatch, "train", *arguments) == 2
-    message = capsys.readouterr().err
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
     for word in words:
-        assert word in message
+        assert word in lines[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_fp8_without_transformer_engine_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a GPU, which is pretended here: Megatron would accept the setting and ignore it. A CPU emulates FP8."""
+    monkeypatch.setattr(device, "on_cuda", lambda: True)
+    monkeypatch.setattr(device, "transformer_engine", lambda: False)
+    run = tmp_path / "run"
+    assert invoke(monkeypatch, "train", CONFIG, f"run={run}", "precision.dtype=fp8") == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    for word in ("precision.dtype", "fp8", "Transformer Engine", "bf16"):
+        assert word in lines[0]
+    assert not run.exists()
 
 
 def test_dry_run_prints_the_derived_sizes_and_writes_nothing(
