@@ -1,0 +1,141 @@
+"""What early exit costs on the `local` engine: wall time against plain generation of the same tokens, interleaved.
+
+The quick start's reasoner solves held-out problems, all at once. `declined` sets the threshold to 1, which no
+confidence exceeds: every probe is asked for nothing, and the thought goes on with the tokens that plain generation
+draws. `trained` is the quick start's own threshold. Each run is followed by two plain ones that make, request for
+request, as many tokens: `overhead` is against those of the completions, so that it holds the probes' own tokens;
+`machinery` against all that were decoded (completions, trial answers, and what was thrown away), so that it holds what
+stopping, forking, asking and going on cost, and not how often this model's thoughts have markers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from collections.abc import Coroutine, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from safetensors.torch import load_file
+
+from megarl import config
+from megarl.bench import record
+from megarl.data.prompts import read_prompts
+from megarl.data.tokenizer import load_tokenizer
+from megarl.errors import UserError
+from megarl.rollout import early_exit
+from megarl.rollout.detokenize import vocabulary_of
+from megarl.rollout.local import LocalEngine
+from megarl.trajectory import Completion, Prompt, derive_seed
+
+CONFIG = Path("examples/quickstart/train.yaml")
+THRESHOLDS = {"declined": 1.0, "trained": None}
+
+
+def main(
+    json: Annotated[Path | None, typer.Option(help="Write the rows to this file.")] = None,
+    batch: Annotated[int, typer.Option(help="Completions at once.")] = 64,
+    repeats: Annotated[int, typer.Option(help="Runs of each kind.")] = 5,
+) -> None:
+    """Median overhead of each schedule, and what it was made of.
+
+    `cpu_` figures are of processor time, for machines that are busy with something else.
+    """
+    if not CONFIG.is_file():
+        raise UserError(f"early_exit: {CONFIG} does not exist; run this benchmark from the repository's root")
+    rows = []
+    for threshold in THRESHOLDS:
+        for schedule in ("blocking", "speculative"):
+            with asyncio.Runner() as runner:
+                rows.append(runner.run(_measure(schedule, threshold, batch, repeats)))
+            record.publish("early_exit", rows, json, threads=torch.get_num_threads(), batch=batch)
+
+
+async def _measure(schedule: str, threshold: str, batch: int, repeats: int) -> dict[str, Any]:
+    overrides = [f"rollout.early_exit.schedule={schedule}"]
+    if (value := THRESHOLDS[threshold]) is not None:
+        overrides.append(f"rollout.early_exit.threshold={value}")
+    settings = config.load(CONFIG, overrides)
+    tokenizer = load_tokenizer(settings.model.path)
+    vocabulary = vocabulary_of(tokenizer, settings.model.path)
+    table, _ = read_prompts(settings.data.eval, tokenizer, settings.data, setting="data.eval")
+    prompts = [table[i] for i in range(batch)]
+    plan = early_exit.Plan.of(settings.rollout, vocabulary)
+    exits = settings.rollout.early_exit
+    weights = load_file(settings.model.path / "model.safetensors")
+    # Room for every completion's probe beside it.
+    engine = LocalEngine(
+        settings.model.path,
+        vocabulary,
+        batch_slots=2 * batch,
+        max_length=early_exit.longest_sequence(settings) + exits.max_probes * exits.probe_tokens + exits.probe_tokens,
+    )
+    seconds: dict[str, list[float]] = {"early": [], "same": [], "decoded": []}
+    cpu: dict[str, list[float]] = {"early": [], "same": [], "decoded": []}
+    made: list[Completion] = []
+
+    async def timed(name: str, work: Sequence[Coroutine[Any, Any, Completion]]) -> list[Completion]:
+        await engine.update_weights(0, weights.items())  # nothing of the run before is in the cache
+        begun, cpu_begun = time.perf_counter(), time.process_time()
+        found = await asyncio.gather(*work)
+        seconds[name].append(time.perf_counter() - begun)
+        cpu[name].append(time.process_time() - cpu_begun)
+        return found
+
+    def plain(prompt: Prompt, index: int, seed: int, length: int) -> Coroutine[Any, Any, Completion]:
+        sampling = replace(plan.sampling, max_tokens=length, stop_token_ids=())
+        return early_exit.plain(engine, prompt, index, sampling, vocabulary, seed, f"plain/{index}")
+
+    for repeat in range(repeats + 1):
+        seeds = [derive_seed(settings.seed, repeat, prompt.uid) for prompt in prompts]
+        jobs = list(zip(prompts, range(batch), seeds, strict=True))
+        found = await timed("early", [early_exit.complete(engine, p, i, plan, s, f"early/{i}") for p, i, s in jobs])
+        for name, length in (("same", len), ("decoded", _decoded)):
+            lengths = [length(completion) for completion in found]
+            await timed(name, [plain(*job, n) for job, n in zip(jobs, lengths, strict=True)])
+        if repeat:
+            made += found
+        else:  # that warmed caches
+            for figures in (seconds, cpu):
+                for values in figures.values():
+                    values.clear()
+    await engine.close()
+    return {
+        "schedule": schedule,
+        "probes": threshold,
+        "overhead": _overhead(seconds["early"], seconds["same"]),
+        "cpu_overhead": _overhead(cpu["early"], cpu["same"]),
+        "machinery": _overhead(seconds["early"], seconds["decoded"]),
+        "cpu_machinery": _overhead(cpu["early"], cpu["decoded"]),
+        "seconds": statistics.median(seconds["early"]),
+        "slowest": max(seconds["early"]),
+        "fastest": min(seconds["early"]),
+        **_content(made),
+    }
+
+
+def _overhead(taken: list[float], plain: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(taken, plain, strict=True)) - 1
+
+
+def _decoded(completion: Completion) -> int:
+    """Sampled tokens, kept or not, and those that were inserted."""
+    return len(completion) + completion.discarded_tokens + sum(len(p.token_ids) for p in completion.probes)
+
+
+def _content(made: list[Completion]) -> dict[str, float]:
+    """Means over the completions of all runs."""
+    probes = sum(len(c.probes) for c in made)
+    tokens = sum(map(len, made))
+    return {
+        "tokens": tokens / len(made),
+        "probes_each": probes / len(made),
+        "tokens_between_probes": tokens / max(probes, 1),
+        "tokens_a_probe": sum(len(p.token_ids) for c in made for p in c.probes) / max(probes, 1),
+        "discarded": sum(c.discarded_tokens for c in made) / len(made),
+        "exits": sum(c.exit_reason == "confident" for c in made) / len(made),
+    }

@@ -1,0 +1,23 @@
+"""`megarl bench early_exit`: what it compares is what it says. Its figures are a benchmark's affair, not a test's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megarl.bench import early_exit
+
+
+def test_declined_probes_change_nothing_but_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four problems, both schedules: at threshold 1 probes are asked and none exits; at the trained one some may."""
+    monkeypatch.chdir(Path(__file__).parents[2])
+    early_exit.main(tmp_path / "early_exit.json", batch=4, repeats=1)
+    rows = json.loads((tmp_path / "early_exit.json").read_text())["rows"]
+    kinds = [(row["probes"], row["schedule"]) for row in rows]
+    assert kinds == [(p, s) for p in ("declined", "trained") for s in ("blocking", "speculative")]
+    blocking, speculative = rows[:2]
+    assert blocking["exits"] == speculative["exits"] == 0
+    assert blocking["probes_each"] == speculative["probes_each"] > 0
+    assert blocking["tokens"] == speculative["tokens"]
