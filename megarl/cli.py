@@ -133,6 +133,16 @@ def doctor(
     run(settings_file.load(config, overrides) if config else None, gpus, json)
 
 
+@app.command()
+def settings(
+    name: Annotated[str | None, typer.Argument(help="One section or setting, e.g. rollout.early_exit.")] = None,
+) -> None:
+    """Print every setting with its type, default and meaning, as Markdown."""
+    from megarl import reference
+
+    typer.echo(reference.PREFACE + reference.markdown() if name is None else reference.markdown(name), nl=False)
+
+
 @app.command(context_settings=_PASS_ON, add_help_option=False)
 def plan(context: typer.Context) -> None:
     """Predict memory and time of a run on given GPUs; refuse a layout that cannot fit."""

@@ -211,7 +211,9 @@ class Rollout(Section):
     max_response_tokens: Positive = 16384
     """Response budget, thought and answer together."""
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    """Of training rollouts; log-probs are taken at it."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Nucleus of training rollouts; 1 = all, which keeps sampling and training the same distribution."""
     top_k: Natural = 0
     """0 = all."""
     local_batch: Positive = 64
@@ -235,7 +237,9 @@ class Evaluation(Section):
     every: Natural = 20
     """Steps between evaluations; 0 = only before the first and after the last step."""
     temperature: Annotated[float, Field(ge=0.0)] = 0.6
+    """0 = greedy."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
+    """Nucleus of evaluation; 1 = all."""
     samples: Positive = 1
     """Completions per held-out problem."""
     max_response_tokens: Positive | None = None
@@ -269,13 +273,16 @@ class KL(Section):
     coef: Annotated[float, Field(ge=0.0)] = 0.0
     """0 = no reference model is kept."""
     estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Of the KL divergence from a token's log-probs: log ratio, half its square, or the unbiased one >= 0."""
     place: Literal["loss", "reward"] = "loss"
+    """A term of the loss, or taken off the reward of a completion."""
 
 
 class Algorithm(Section):
     """Switches of the one loss function. A preset fills what is not set; see algorithms/presets.py."""
 
     preset: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp"] = "grpo"
+    """The algorithm: a row of algorithms/presets.py."""
     advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp"] | None = None
     """Group-normalised; group-centred; leave-one-out; centred in the group and normalised over the batch."""
     ratio: Literal["token", "sequence", "cispo"] | None = None
@@ -293,6 +300,7 @@ class Algorithm(Section):
     tis_cap: Annotated[float, Field(gt=0.0)] | None = None
     """Truncated importance sampling between rollout and training log-probs (off when unset)."""
     entropy_coef: Annotated[float, Field(ge=0.0)] = 0.0
+    """Strength of the entropy bonus; 0 = off."""
     kl: KL = KL()
     dynamic_sampling: bool | None = None
     """DAPO: leave out groups whose rewards are all equal and draw further prompts in their place."""
@@ -330,14 +338,19 @@ class Packing(Section):
 
 class Optimizer(Section):
     lr: Annotated[float, Field(gt=0.0)] = 1e-6
+    """Learning rate of AdamW, after the warm-up."""
     min_lr: Annotated[float, Field(ge=0.0)] = 0.0
+    """Where `decay` ends; at most `lr`."""
     warmup_steps: Natural = 0
     """Updates of linear warm-up from 0."""
     decay: Literal["constant", "linear", "cosine"] = "constant"
     """From `lr` to `min_lr` over the run, after the warm-up."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates of the first and second moment."""
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    """AdamW's, added to the root of the second moment."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    """AdamW's, of matrices; norms and biases have none."""
     clip_grad: Annotated[float, Field(ge=0.0)] = 1.0
     """Largest global gradient norm; 0 = no clipping."""
 
@@ -359,6 +372,7 @@ class Settings(Section):
     run: Path
     """The run directory: config, metrics, rollouts, checkpoints, report."""
     seed: int = 0
+    """Of every draw: order, sampling, pruning, random weights. The same seed repeats a run."""
     steps: Positive = 100
     """Training steps; one rollout each."""
     model: Model

@@ -8,11 +8,11 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 
-from megarl import commit, config, environment
+from megarl import commit, environment, reference
 from megarl.data import ledger
 from megarl.errors import RunError
 from megarl.rundir import read_metrics
@@ -105,14 +105,19 @@ def tiles(run: Run) -> list[dict[str, Any]]:
 
 def settings_rows(tree: dict[str, Any]) -> list[dict[str, Any]]:
     """Every setting `{key, value, default, changed, doc}`; a required one has no default, and is not `changed`."""
-    known = dict(_defaults(config.Settings))
+    known = {setting.key: setting for group in reference.groups() for setting in group.settings}
     rows = []
     for key, value in _flat(tree):
-        default, doc = known.get(key, (_UNKNOWN, ""))
-        required = default is _REQUIRED
-        text = "required" if required else "unknown setting" if default is _UNKNOWN else _text(default)
-        changed = not required and (default is _UNKNOWN or _text(value) != text)
-        rows.append({"key": key, "value": _text(value), "default": text, "changed": changed, "doc": doc})
+        setting = known.get(key)
+        if setting is None:
+            default, changed = "unknown setting", True
+        elif setting.default is reference.REQUIRED:
+            default, changed = "required", False
+        else:
+            default = reference.text(setting.default)
+            changed = reference.text(value) != default
+        doc = setting.doc if setting else ""
+        rows.append({"key": key, "value": reference.text(value), "default": default, "changed": changed, "doc": doc})
     return rows
 
 
@@ -143,32 +148,12 @@ def _tile(label: str, first: dict[str, Any], last: dict[str, Any], key: str, uni
     return {"label": label, "before": before, "value": last[key], "unit": unit, "note": note}
 
 
-_REQUIRED, _UNKNOWN = object(), object()
-
-
-def _defaults(section: type[config.Section], prefix: str = "") -> Any:
-    """(dotted key, (default, documentation)) of every setting below a section."""
-    for name, field in section.model_fields.items():
-        nested = next((a for a in (field.annotation, *get_args(field.annotation)) if hasattr(a, "model_fields")), None)
-        default = _REQUIRED if field.is_required() else field.get_default(call_default_factory=True)
-        if nested is not None and (default is _REQUIRED or default is not None):
-            yield from _defaults(nested, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", (default, field.description or "")
-
-
 def _flat(tree: dict[str, Any], prefix: str = "") -> Any:
     for key, value in tree.items():
         if isinstance(value, dict) and value:
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, tuple | list):
-        return "[" + ", ".join(_text(v) for v in value) + "]"
-    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _json(value: Any) -> Any:

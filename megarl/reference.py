@@ -1,0 +1,132 @@
+"""Every setting with its type, default and documentation, read from config.py: `megarl settings`."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic.fields import FieldInfo
+
+from megarl.config import Section, Settings
+from megarl.errors import UserError, nearest
+
+REQUIRED = object()
+PREFACE = """\
+# Settings
+
+One YAML file and `key=value` overrides. An unknown key is refused, and the nearest known one named. This page is what
+`megarl settings` prints, read from [config.py](../megarl/config.py); `megarl settings NAME` prints a part of it.
+
+"""
+_BOUNDS: dict[type, Sequence[tuple[str, str]]] = {
+    Ge: [("≥", "ge")],
+    Gt: [(">", "gt")],
+    Le: [("≤", "le")],
+    Lt: [("<", "lt")],
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One setting. `default` is `REQUIRED` where there is none."""
+
+    key: str  # dotted, as in an override
+    kind: str  # its type in words, bounds included
+    default: Any
+    doc: str
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The settings of one section, without those of the sections inside it."""
+
+    key: str  # dotted; "" for the top
+    doc: str
+    settings: tuple[Setting, ...]
+
+
+def groups(section: type[Section] = Settings, key: str = "") -> Iterator[Group]:
+    """Every section, depth first, in the order of their declaration."""
+    prefix = f"{key}." if key else ""
+    nested = {name: _section(field.annotation) for name, field in section.model_fields.items()}
+    plain = [_setting(f"{prefix}{n}", f) for n, f in section.model_fields.items() if nested[n] is None]
+    yield Group(key, " ".join((section.__doc__ or "").split()), tuple(plain))
+    for name, inner in nested.items():
+        if inner is not None:
+            yield from groups(inner, f"{prefix}{name}")
+
+
+def text(value: Any) -> str:
+    """A value as one writes it in YAML."""
+    if isinstance(value, tuple | list):
+        return "[" + ", ".join(text(v) for v in value) + "]"
+    if value is None or isinstance(value, bool):
+        return {None: "", True: "true", False: "false"}[value]
+    if isinstance(value, str):
+        return repr(value) if value != value.strip() or "\n" in value else value
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def markdown(below: str | None = None) -> str:
+    """The reference; with `below`, of that section or setting alone. Raises UserError for an unknown name."""
+    found = [g for g in groups() if below is None or f"{g.key}.".startswith(f"{below}.")]
+    if not found:
+        found = [
+            Group(g.key, g.doc, tuple(s for s in g.settings if s.key == below))
+            for g in groups()
+            if any(s.key == below for s in g.settings)
+        ]
+    if not found:
+        names = [name for g in groups() for name in (g.key, *(s.key for s in g.settings))]
+        raise UserError(f"settings: there is none called '{below}'{nearest(str(below), names)}")
+    return "\n".join(_chapter(g) for g in found)
+
+
+def _chapter(group: Group) -> str:
+    lines = [f"## {group.key or 'The run'}", ""]
+    if group.doc:
+        lines += [_cell(group.doc), ""]
+    lines += ["| setting | type | default | meaning |", "|---|---|---|---|"]
+    for s in group.settings:
+        default = "required" if s.default is REQUIRED else f"`{text(s.default)}`" if text(s.default) else ""
+        lines.append(f"| `{s.key}` | {_cell(s.kind)} | {_cell(default)} | {_cell(s.doc)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(words: str) -> str:
+    return " ".join(words.split()).replace("|", "\\|")
+
+
+def _section(annotation: Any) -> type[Section] | None:
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+
+
+def _setting(key: str, field: FieldInfo) -> Setting:
+    default = REQUIRED if field.is_required() else field.get_default(call_default_factory=True)
+    return Setting(key, _kind(field.annotation, field.metadata), default, " ".join((field.description or "").split()))
+
+
+def _kind(annotation: Any, metadata: Any = ()) -> str:
+    """Types as a reader of YAML knows them."""
+    bounds = ", ".join(f"{sign} {getattr(m, name):g}" for m in metadata for sign, name in _BOUNDS.get(type(m), ()))
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if hasattr(annotation, "__metadata__"):  # Annotated inside an Optional
+        return _kind(
+            arguments[0], [m for extra in annotation.__metadata__ for m in getattr(extra, "metadata", [extra])]
+        )
+    if origin is Literal:
+        name = " | ".join(map(str, arguments))
+    elif origin in (Union, types.UnionType):
+        name = " or ".join(_kind(a) for a in arguments if a is not type(None))
+    elif origin in (list, tuple):
+        inner = [a for a in arguments if a is not Ellipsis]
+        name = f"list of {_kind(inner[0])}s" if origin is list else f"{len(inner)} {_kind(inner[0])}s"
+    else:
+        name = {Path: "path", str: "text", bool: "bool", int: "integer", float: "number"}.get(
+            annotation, getattr(annotation, "__name__", str(annotation))
+        )
+    return f"{name}, {bounds}" if bounds else name

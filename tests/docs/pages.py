@@ -1,0 +1,96 @@
+"""Documentation as a program reads it: links, commands, files and edits of a Markdown page."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PLACEHOLDERS = {"…", "key=value", ""}
+
+
+def pages() -> list[Path]:
+    """Every Markdown page of the repository, apart from what is installed or built."""
+    found = [ROOT / "README.md"]
+    for folder in ("docs", "examples", "tools", "checkpoints_conv", "slurm", "tests"):
+        found += sorted((ROOT / folder).rglob("*.md"))
+    return [page for page in found if page.is_file()]
+
+
+def links(page: Path) -> list[str]:
+    """Targets of the page's links; code is not looked at."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    return re.findall(r"(?<!!)\[[^\]]+\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`", "", text))
+
+
+def anchors(page: Path) -> set[str]:
+    """The headings of a page as GitHub links to them."""
+    heads = re.findall(r"^#+ (.+)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+def commands(page: Path, program: str = "megarl") -> Iterator[list[str]]:
+    """Arguments of every `program …` line of a code block (continued lines joined) and of every code span."""
+    text = page.read_text().replace("\\\n", " ")
+    lines = re.findall(rf"^(?: {{4,}}|\t)?{program} (.+)$", text, flags=re.MULTILINE)
+    spans = re.findall(rf"`{program} ([^`]+)`", page.read_text())
+    for line in (*lines, *(" ".join(span.split()) for span in spans)):
+        if line.startswith(("#", "is ", "starts ")):
+            continue
+        words = [_bare(word) for word in shlex.split(line, comments=True)]
+        yield [word for word in words[: words.index("|") if "|" in words else None] if word not in PLACEHOLDERS]
+
+
+def _bare(word: str) -> str:
+    """Without the brackets of a synopsis: `[key=value …]`."""
+    word = word.removeprefix("[")
+    return word if "[" in word else word.removesuffix("]")
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Replace `old`, found exactly once in `file`, by `new`."""
+
+    file: str
+    old: str
+    new: str
+
+    def apply(self, tree: Path) -> None:
+        text = (tree / self.file).read_text()
+        assert text.count(self.old) == 1, f"{self.file} holds {text.count(self.old)} of:\n{self.old}"
+        (tree / self.file).write_text(text.replace(self.old, self.new))
+
+
+def python(page: Path) -> list[tuple[str | None, str]]:
+    """(file, code) of the page's Python blocks; a block for a file names it in its first line's comment."""
+    blocks = []
+    for block in _blocks(page, "python"):
+        name = re.match(r"# (\S+\.py)\n", block)
+        blocks.append((name[1] if name else None, block[name.end() :] if name else block))
+    return blocks
+
+
+def edits(page: Path) -> list[Edit]:
+    """The page's diffs: `--- file`, then hunks set apart by `@@`, without line numbers."""
+    found = []
+    for block in _blocks(page, "diff"):
+        for part in re.split(r"^--- ", block, flags=re.MULTILINE)[1:]:
+            file, _, body = part.partition("\n")
+            for hunk in re.split(r"^@@\n", body, flags=re.MULTILINE):
+                lines = hunk.splitlines()
+                old = "\n".join(line[1:] for line in lines if line[0] in " -")
+                found.append(Edit(file, old, "\n".join(line[1:] for line in lines if line[0] in " +")))
+    return found
+
+
+def _blocks(page: Path, language: str) -> list[str]:
+    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    return [textwrap.dedent(body) if language != "diff" else _unindent(body, len(indent)) for indent, body in found]
+
+
+def _unindent(body: str, by: int) -> str:
+    return "".join(line[by:] for line in body.splitlines(keepends=True))

@@ -1,0 +1,117 @@
+"""What the pages say exists: link targets, commands with their options and settings, make targets; the reference of
+settings is what the code prints. Not proven: that what a page explains is so (test_adding.py proves it of four)."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+from typing import Any
+
+import pages
+import pytest
+import typer
+from typer.main import get_command
+
+from checkpoints_conv.cli import app as conversions
+from megarl import cli, config, launch, reference
+from megarl.planner.command import main as planner
+
+PAGES = [pytest.param(page, id=str(page.relative_to(pages.ROOT))) for page in pages.pages()]
+KEYS = {s.key for g in reference.groups() for s in g.settings} | {g.key for g in reference.groups()}
+
+
+def test_the_settings_reference_is_current() -> None:
+    """Else: megarl settings > docs/configuration.md"""
+    page = (pages.ROOT / "docs" / "configuration.md").read_text()
+    assert page == reference.PREFACE + reference.markdown()
+    assert [s.key for g in reference.groups() for s in g.settings if not s.doc] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in pages.links(page):
+        if re.match(r"https?://|mailto:", link):
+            continue
+        place, _, anchor = link.partition("#")
+        target = page.parent / place if place else page
+        assert target.exists(), f"{page.name}: {link}"
+        if anchor:
+            assert anchor in pages.anchors(target), f"{page.name}: {link}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_parse(page: Path) -> None:
+    """Every `megarl …` is a command, its options are options of it, its overrides are settings, its files are there."""
+    for words in pages.commands(page):
+        try:
+            _parse(words)
+        except Exception as e:  # click's own, or typer's copy of it
+            pytest.fail(f"{page.name}: megarl {' '.join(words)}: {getattr(e, 'message', e)}")
+    targets = set(re.findall(r"^(\S+?):", (pages.ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    for words in pages.commands(page, "make"):
+        assert {word for word in words if "=" not in word} <= targets, f"{page.name}: make {' '.join(words)}"
+
+
+def _training() -> list[list[str]]:
+    """Those on the embedded engine: the others need `make engines`."""
+    lines = [words for page in pages.pages() for words in pages.commands(page) if words[0] == "train"]
+    return [w for w in lines if w[1:] and w[1].endswith(".yaml") and not any("rollout.engine=" in word for word in w)]
+
+
+@pytest.mark.parametrize("words", _training(), ids=" ".join)
+def test_training_commands_are_ready_to_run(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each passes every check that precedes loading weights, data included (`--dry-run`), in a folder of its own."""
+    monkeypatch.chdir(pages.ROOT)
+    overrides = [word for word in words[2:] if "=" in word and not word.startswith("--")]
+    settings = config.load(Path(words[1]), [*overrides, f"run={tmp_path / 'run'}"])
+    launch.train(settings, None, "--resume" in words, dry_run=True)
+    assert not (tmp_path / "run").exists()
+
+
+def _parse(words: list[str]) -> None:
+    """Resolve and parse as the command line would; nothing runs."""
+    command: Any = get_command(cli.app)
+    name, *rest = words
+    if "|" in name:  # `megarl train|eval`
+        for each in name.split("|"):
+            _parse([each])
+        return
+    if name == "…" or name.isupper():  # `megarl COMMAND`
+        return
+    if name == "bench":
+        if not rest or rest[0].isupper():
+            return
+        module = importlib.import_module(f"megarl.bench.{rest[0]}")
+        sub, rest = _single(module.main), rest[1:]
+    elif name == "plan":
+        sub = _single(planner)
+    elif name == "convert":
+        group: Any = get_command(conversions)
+        if not rest:
+            return
+        assert rest[0] in group.commands, f"no command {rest[0]}"
+        sub, rest = group.commands[rest[0]], rest[1:]
+    else:
+        assert name in command.commands, f"no command {name}"
+        sub = command.commands[name]
+    if not rest:  # a command's name in running text
+        return
+    if rest[0].startswith("-"):  # an option's name in running text
+        rest = ["CONFIG", *rest]
+    rest = ["8" if word in ("N", "M") else word for word in rest]
+    sub.make_context(name, rest, resilient_parsing=False)
+    for word in rest:
+        key, equals, _ = word.partition("=")
+        if equals and not word.startswith("-") and name in ("train", "sft", "eval", "plan"):
+            assert key in KEYS or key == "key", f"no setting {key}"
+        if word.startswith("examples/"):
+            assert (pages.ROOT / word).exists(), f"no file {word}"
+
+
+def _single(function: Any) -> Any:
+    app = typer.Typer(add_completion=False)
+    app.command()(function)
+    return get_command(app)
