@@ -20,8 +20,8 @@ from checkpoints_conv.checkpoint import RELEASE, TRACKER, megatron_arguments, me
 from checkpoints_conv.families import rules
 from checkpoints_conv.layout import Layout, chunks, local_rules, padded_vocab
 from checkpoints_conv.rules import Rule, Spec
-from checkpoints_conv.safetensors_file import pwrite, tensor_bytes
 from checkpoints_conv.shape import ModelShape, read_shape
+from checkpoints_conv.tensor_io import pwrite, tensor_bytes
 from checkpoints_conv.unit import Unit
 from megarl.errors import UserError
 
@@ -173,12 +173,19 @@ class ClassicWriter:
                     self._starts[Place(rank, chunk, name)] = start
 
     def write(self, unit: Unit, tensors: Iterable[tuple[Rule, Mapping[str, Tensor]]]) -> list:
+        touched: set[Rank] = set()
         for rule, parts in tensors:
-            full, shards = rule.fuse(parts), self._places[rule.megatron]
+            shards = self._places[rule.megatron]
             for number, held in enumerate(shards):
-                data = tensor_bytes(rule.shard(full, number, len(shards)))
-                for place in held:
-                    pwrite(self._fds[place.rank], data, self._starts[place])
+                pieces = {name: parts[name][index] for name, index in rule.slices(number, len(shards)).items()}
+                offset = 0  # of the shard's rows; padding stays a hole in the file, which reads as zeros
+                for block in map(tensor_bytes, rule.blocks(pieces, len(shards))):
+                    for place in held:
+                        pwrite(self._fds[place.rank], block, self._starts[place] + offset)
+                    offset += len(block)
+                touched.update(place.rank for place in held)
+        for rank in touched:
+            os.fdatasync(self._fds[rank])  # now, while other threads read
         return []
 
     def finish(self, units: list[Unit], records: Mapping[int, list]) -> None:

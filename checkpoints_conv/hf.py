@@ -165,6 +165,7 @@ class HfWriter:
         for _, parts in tensors:
             for name, tensor in parts.items():
                 self._files[unit.index].write(name, tensor)
+        self._files[unit.index].sync()  # now, while other threads read
         return []
 
     def finish(self, units: list[Unit], records: Mapping[int, list]) -> None:

@@ -89,17 +89,18 @@ class Rule:
 
         Vocabulary padding is zeros. A rule of one part that needs no padding returns that tensor itself.
         """
+        blocks, rows = self.blocks(parts, size), self.shape(size)[0]
+        if self.rows is not None and len(blocks[0]) < rows:
+            blocks.append(blocks[0].new_zeros(rows - len(blocks[0]), *blocks[0].shape[1:]))
+        return torch.cat(blocks) if len(blocks) > 1 else blocks[0]
+
+    def blocks(self, parts: Mapping[str, Tensor], size: int = 1) -> list[Tensor]:
+        """The rows of `fuse(parts, size)` one after another, as views of the parts; without padding."""
         pieces = [parts[part.name] for part in self.parts]
+        if len(pieces) == 1:
+            return pieces
         groups = self._groups(size)
-        if len(pieces) > 1:
-            pieces = [_grouped(piece, groups) for piece in pieces]
-            return torch.cat(pieces, 1).flatten(0, 1)
-        rows = self.shape(size)[0]
-        if self.rows is None or len(pieces[0]) == rows:
-            return pieces[0]
-        fused = pieces[0].new_zeros(rows, *pieces[0].shape[1:])
-        fused[: len(pieces[0])] = pieces[0]
-        return fused
+        return [rows for group in zip(*(piece.chunk(groups) for piece in pieces), strict=True) for rows in group]
 
     def split(self, full: Tensor) -> dict[str, Tensor]:
         """The Hugging Face tensors inside a full Megatron tensor, padding cut off. Views where possible."""
@@ -150,11 +151,6 @@ class Rule:
                 )
         if self.groups > 1 and self.groups % size:
             raise UserError(f"{self.megatron}: {self.groups} key/value groups cannot be split over {size} ranks")
-
-
-def _grouped(tensor: Tensor, groups: int) -> Tensor:
-    """[groups * n, ...] → [groups, n, ...]"""
-    return tensor.unflatten(0, (groups, len(tensor) // groups))
 
 
 # ── What a family's table is made of. Each maker takes the two names, `{…}` alternatives listing several parts. ──

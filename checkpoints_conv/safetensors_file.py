@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from checkpoints_conv.tensor_io import mapped, pwrite, tensor_bytes
 from megarl.errors import UserError
 
 DTYPES = {
@@ -66,27 +67,21 @@ class SafetensorsFile:
             raise
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> Tensor:
-        """The tensor, or the part that `index` (one slice a dim, step 1) selects. Rows outside it are not read."""
+        """The tensor, or the part that `index` (one slice a dim, step 1) selects. Rows outside it are not read.
+
+        Mapped: it stays valid after `close`, and its memory is given back with it.
+        """
         entry = self.entries[name]
         if index is None or not entry.shape:
-            return self._pread(entry.dtype, entry.shape, entry.start)
+            return mapped(self._fd, self.path, entry.dtype, entry.shape, entry.start)
         rows, *columns = (range(*i.indices(n)) for i, n in zip(index, entry.shape, strict=True))
         row_bytes = prod(entry.shape[1:]) * entry.dtype.itemsize
-        block = self._pread(entry.dtype, (len(rows), *entry.shape[1:]), entry.start + rows.start * row_bytes)
+        shape, start = (len(rows), *entry.shape[1:]), entry.start + rows.start * row_bytes
+        block = mapped(self._fd, self.path, entry.dtype, shape, start)
         return block[(slice(None), *(slice(c.start, c.stop) for c in columns))]
 
     def close(self) -> None:
         os.close(self._fd)
-
-    def _pread(self, dtype: torch.dtype, shape: tuple[int, ...], start: int) -> Tensor:
-        tensor = torch.empty(shape, dtype=dtype)
-        view, done = tensor_bytes(tensor), 0
-        while done < len(view):
-            n = os.preadv(self._fd, [view[done:]], start + done)
-            if n == 0:
-                raise UserError(f"{self.path}: truncated (ends inside a tensor)")
-            done += n
-        return tensor
 
     def _read_header(self) -> dict[str, Entry]:
         size = os.fstat(self._fd).st_size
@@ -130,19 +125,9 @@ class SafetensorsWriter:
     def write(self, name: str, tensor: Tensor) -> None:
         pwrite(self._fd, tensor_bytes(tensor), self._starts[name])
 
+    def sync(self) -> None:
+        """Wait until what is written is on the disk."""
+        os.fdatasync(self._fd)
+
     def close(self) -> None:
         os.close(self._fd)
-
-
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a CPU tensor in row-major order; shares its memory when it is contiguous."""
-    if tensor.numel() == 0:
-        return memoryview(b"")
-    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data
-
-
-def pwrite(fd: int, data: memoryview, offset: int) -> None:
-    """Write all of `data` at `offset`."""
-    done = 0
-    while done < len(data):
-        done += os.pwrite(fd, data[done:], offset + done)

@@ -7,12 +7,11 @@ torch.distributed.checkpoint's, with the keys that Megatron-Core's `sharded_stat
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import pickle
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path, PurePosixPath
@@ -32,6 +31,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from checkpoints_conv.archive import ALIGNMENT, OVERHEAD, ArchiveWriter, read_archive
 from checkpoints_conv.checkpoint import RELEASE, TRACKER, megatron_arguments, megatron_folders
 from checkpoints_conv.families import rules
 from checkpoints_conv.layout import Layout
@@ -137,13 +137,15 @@ class TorchDist:
     def _read(self, key: Key) -> Tensor:
         """The tensor at `key.at`, put together from its chunks."""
         n, facts = len(key.at), self._facts[key.key]
-        chunks = self._chunks[key.key, key.at]
-        if len(chunks) == 1:
-            return _load(self.weights, chunks[0]).reshape(facts.size[n:])
-        full = torch.empty(facts.size[n:], dtype=facts.properties.dtype)
-        for chunk in chunks:
-            place = tuple(slice(o, o + s) for o, s in zip(chunk.offsets[n:], chunk.sizes[n:], strict=True))
-            full[place] = _load(self.weights, chunk).reshape(chunk.sizes[n:])
+        full = None
+        for chunk in self._chunks[key.key, key.at]:
+            stored = read_archive(self.weights / chunk.file, chunk.start, chunk.length).reshape(chunk.sizes[n:])
+            if stored.shape == facts.size[n:]:
+                return stored
+            if full is None:
+                full = torch.empty(facts.size[n:], dtype=facts.properties.dtype)
+            full[tuple(slice(o, o + s) for o, s in zip(chunk.offsets[n:], chunk.sizes[n:], strict=True))] = stored
+        assert full is not None, "check_whole counts the values of every key"
         return full
 
     def _ends(self) -> dict[str, int]:
@@ -190,13 +192,12 @@ class TorchDistWriter:
         return [rule for rule in rules(self.model) if not rule.copy]
 
     def nbytes(self, units: Iterable[Unit]) -> int:
-        return sum(unit.nbytes + 1024 * len(unit.rules) for unit in units)  # a small archive goes around each tensor
+        return sum(unit.nbytes + OVERHEAD * len(unit.rules) for unit in units)
 
     def lay_out(self, folder: Path, units: list[Unit]) -> None:
-        # Nothing reads the archives' checksums, and they would cost as much as the writing.
-        torch.serialization.set_crc32_options(False)
         self.folder = folder / RELEASE
         self.folder.mkdir(exist_ok=True)
+        self._archives = ArchiveWriter(self.folder)
         known: dict[str, tuple[torch.dtype, str]] = {}
         for rule, dtype in (item for unit in units for item in unit.items()):
             key = stored_keys(rule, self.model)[0].key
@@ -209,15 +210,13 @@ class TorchDistWriter:
 
     def write(self, unit: Unit, tensors: Iterable[tuple[Rule, Mapping[str, Tensor]]]) -> list:
         record: list = []
-        name = f"__{unit.index}_0.distcp"
+        name, end = f"__{unit.index}_0.distcp", 0
         with open(self.folder / name, "wb", buffering=0) as file:
-            for rule, parts in tensors:
-                for row, tensor in _pieces(rule, parts):
-                    start = file.tell()
-                    _save(tensor, len(stored_keys(rule, self.model)[0].at), file)
-                    record.append(
-                        [rule.megatron, row, len(tensor), NAMES[tensor.dtype], name, start, file.tell() - start]
-                    )
+            for (rule, parts), dtype in zip(tensors, unit.dtypes, strict=True):
+                start = -(-end // ALIGNMENT) * ALIGNMENT
+                leading = len(stored_keys(rule, self.model)[0].at)
+                end = self._archives.write(file.fileno(), start, (*(1,) * leading, *rule.shape()), rule.blocks(parts))
+                record.append([rule.megatron, NAMES[dtype], name, start, end - start])
             os.fdatasync(file.fileno())  # now, while other threads read
         return record
 
@@ -240,18 +239,16 @@ class TorchDistWriter:
     def close(self) -> None:
         """Files are closed as they are written."""
 
-    def _describe(
-        self, metadata: Metadata, rule: Rule, row: int, rows: int, dtype: str, file: str, start: int, length: int
-    ) -> None:
-        """Add one chunk: rows [row, row + rows) of `rule`'s tensor."""
+    def _describe(self, metadata: Metadata, rule: Rule, dtype: str, file: str, start: int, length: int) -> None:
+        """Add `rule`'s tensor as one chunk."""
         shape = rule.shape()
         for key, at, of in stored_keys(rule, self.model):
             if len(of) < (rule.layer is not None) + (rule.expert is not None):
                 continue  # stacked keys only
             whole = TensorStorageMetadata(TensorProperties(DTYPES[dtype]), torch.Size((*of, *shape)), [])
             chunks = metadata.state_dict_metadata.setdefault(key, whole).chunks  # type: ignore[union-attr]
-            offsets = torch.Size((*at, row, *(0 for _ in shape[1:])))
-            chunks.append(ChunkStorageMetadata(offsets, torch.Size((*(1 for _ in at), rows, *shape[1:]))))
+            offsets = torch.Size((*at, *(0 for _ in shape)))
+            chunks.append(ChunkStorageMetadata(offsets, torch.Size((*(1 for _ in at), *shape))))
             metadata.storage_data[MetadataIndex(key, offsets, len(chunks) - 1)] = _StorageInfo(file, start, length)
 
     def _write_extra_states(self, metadata: Metadata, rules: Iterable[Rule]) -> None:
@@ -316,56 +313,3 @@ class _MetadataUnpickler(pickle.Unpickler):
         if module.startswith(self.INERT):
             return _Inert
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
-
-
-class _Window(io.RawIOBase):
-    """`length` bytes of a file from `start`, as a file of their own."""
-
-    def __init__(self, file: io.FileIO, start: int, length: int) -> None:
-        self._file, self._start, self._length = file, start, length
-        self.seek(0)
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = self.tell() if whence == io.SEEK_CUR else self._length if whence == io.SEEK_END else 0
-        return self._file.seek(self._start + base + offset) - self._start
-
-    def tell(self) -> int:
-        return self._file.tell() - self._start
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        return self._file.readinto(view[: max(0, self._length - self.tell())]) or 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-
-def _load(folder: Path, chunk: Chunk) -> Tensor:
-    try:
-        with open(folder / chunk.file, "rb", buffering=0) as file:
-            window = io.BufferedReader(_Window(file, chunk.start, chunk.length))
-            return torch.load(window, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as e:
-        reason = str(e).splitlines()[0]
-        raise UserError(f"{folder / chunk.file}: damaged at byte {chunk.start} ({reason})") from None
-
-
-def _save(tensor: Tensor, leading: int, file: Any) -> None:
-    tensor = tensor.contiguous()
-    if tensor.untyped_storage().nbytes() != tensor.nbytes:
-        tensor = tensor.clone()  # torch.save writes the whole storage that a view looks into
-    torch.save(tensor[(None,) * leading], file)
-
-
-def _pieces(rule: Rule, parts: Mapping[str, Tensor]) -> Iterator[tuple[int, Tensor]]:
-    """(first row, rows) of the full tensor, in pieces that need no copying where that is possible."""
-    if rule.groups > 1 or len(rule.parts) == 1:
-        yield 0, rule.fuse(parts)
-        return
-    row = 0
-    for name in rule.hf:
-        yield row, parts[name]
-        row += len(parts[name])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from checkpoints_conv.checkpoint import Checkpoint
 from checkpoints_conv.families import rules
-from checkpoints_conv.safetensors_file import tensor_bytes
+from checkpoints_conv.tensor_io import tensor_bytes
 from megarl.errors import UserError
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from conversions import assert_same_bytes, convert_folder, write_model
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from test_rules import LAYOUTS, assert_round_trip
+from random_models import LAYOUTS
+from test_rules import assert_round_trip
 from tiny_models import ARCHITECTURES, tiny
 
 from checkpoints_conv.classic import ClassicWriter

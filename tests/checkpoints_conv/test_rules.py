@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
+from random_models import LAYOUTS, Case, cases
 from tiny_models import ARCHITECTURES, config, tiny, weights
 from torch import Tensor
 
@@ -14,15 +14,6 @@ from checkpoints_conv.layout import Layout, chunks, local_rules, padded_vocab
 from checkpoints_conv.rules import Rule, Spec
 from checkpoints_conv.shape import ModelShape, read_shape
 from megarl.errors import UserError
-
-LAYOUTS = [
-    Layout(tp, pp, vpp, ep)
-    for tp in (1, 2, 4)
-    for pp in (1, 2, 4)
-    for vpp in (1, 2)
-    for ep in (1, 2)
-    if pp > 1 or vpp == 1
-]
 
 
 def scatter(hf: dict[str, Tensor], shape: ModelShape, layout: Layout, spec: Spec) -> dict[tuple, dict[str, Tensor]]:
@@ -74,7 +65,7 @@ def assert_round_trip(shape: ModelShape, layout: Layout, spec: Spec, dtype: torc
 @pytest.mark.parametrize("tied", [False, True])
 def test_every_layout_round_trips(family: str, tied: bool) -> None:
     """Every (tp, pp, vpp, ep) in {1,2,4}x{1,2,4}x{1,2}x{1,2} that the model allows, an odd vocabulary, TE and local
-    names. Does not prove that Megatron means the same by its names: test_megatron_names.py and the logits tests do."""
+    names. Does not prove that Megatron means the same by its names: test_megatron.py does."""
     for layout in LAYOUTS:
         shape = tiny(family, tie_word_embeddings=tied, num_hidden_layers=layout.pp * layout.vpp)
         if layout.ep > 1 and shape.moe is None:
@@ -84,31 +75,10 @@ def test_every_layout_round_trips(family: str, tied: bool) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(data=st.data())
-def test_random_configs_round_trip(data: st.DataObject) -> None:
-    """Random sizes, layouts and dtypes; down to one key/value head a rank and vocabularies far from a multiple."""
-    draw = data.draw
-    layout = draw(st.sampled_from(LAYOUTS))
-    family = draw(st.sampled_from(sorted(FAMILIES) if layout.ep == 1 else ["qwen3_moe"]))
-    groups = layout.tp * draw(st.integers(1, 2))
-    sizes = {
-        "num_hidden_layers": layout.pp * layout.vpp * draw(st.integers(1, 2)),
-        "hidden_size": 8 * groups * draw(st.integers(1, 3)),
-        "num_key_value_heads": groups,
-        "num_attention_heads": groups * draw(st.sampled_from([1, 2, 4])),
-        "intermediate_size": layout.tp * draw(st.integers(1, 9)),
-        "vocab_size": draw(st.integers(layout.tp, 67)),
-        "tie_word_embeddings": draw(st.booleans()),
-    }
-    if family == "qwen2":
-        sizes["hidden_size"] = sizes["num_attention_heads"] * draw(st.sampled_from([2, 4]))
-    else:
-        sizes["head_dim"] = draw(st.sampled_from([2, 6, 8]))
-    if family == "qwen3_moe":
-        experts = {"num_experts": 2 * draw(st.integers(1, 3)), "num_experts_per_tok": 1}
-        sizes |= experts | {"moe_intermediate_size": layout.tp * draw(st.integers(1, 5))}
-    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
-    assert_round_trip(tiny(family, **sizes), layout, draw(st.sampled_from(["local", "te"])), dtype)
+@given(case=cases())
+def test_random_configs_round_trip(case: Case) -> None:
+    """Random sizes, layouts and types in memory; test_conversion.py takes fewer through files."""
+    assert_round_trip(tiny(case.family, **case.sizes), case.layout, case.spec, case.dtype)
 
 
 def test_query_key_value_order() -> None:
