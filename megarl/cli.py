@@ -143,6 +143,21 @@ def settings(
     typer.echo(reference.PREFACE + reference.markdown() if name is None else reference.markdown(name), nl=False)
 
 
+@app.command()
+def replay(
+    run: Annotated[Path, typer.Argument(help="A run directory.", show_default=False)],
+    step: Annotated[int, typer.Option(min=1, help="The recorded step to re-run.", show_default=False)],
+    overrides: Overrides = None,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="Ranks to start here; default: as many as the run has.")
+    ] = None,
+) -> None:
+    """Re-run one step of a run from its checkpoint and rollouts: equal bit by bit, if the layout is the run's."""
+    from megarl import launch
+
+    launch.replay(run, step, overrides, nproc)
+
+
 @app.command(context_settings=_PASS_ON, add_help_option=False)
 def plan(context: typer.Context) -> None:
     """Predict memory and time of a run on given GPUs; refuse a layout that cannot fit."""

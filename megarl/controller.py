@@ -84,10 +84,7 @@ class Controller:
             self.loader.history.update(drawn.index, float(np.mean([abs(c.advantage) for c in group.completions])))
         for drawn in collected.replaced:
             self.loader.history.update(drawn.index, 0.0)  # equal rewards have no advantage
-        self.expected_length.update(
-            np.array([len(c) for c in collected.completions]),
-            np.array([1 / group.keep for group in collected.groups for _ in group.completions]),
-        )
+        self.expected_length.update(*collected.lengths())
         self.ledger.record_step(step, metrics["weight_version"], self._entries(collected))
         self.report(step, metrics)
 

@@ -38,6 +38,11 @@ class Collected:
     def completions(self) -> list[Completion]:
         return [c for group in self.groups for c in group.completions]
 
+    def lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """Every completion's response tokens, and the weight 1 / (1 - P_q) of its prompt."""
+        weights = [1 / group.keep for group in self.groups for _ in group.completions]
+        return np.array([len(c) for c in self.completions]), np.array(weights)
+
 
 class Experience:
     """Makes the batches of a step; holds the settings that it needs and nothing of a step."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -11,12 +13,12 @@ from rich.table import Table
 from checkpoints_conv.families import rules
 from checkpoints_conv.hf import HfWeights
 from checkpoints_conv.shape import ModelShape, read_shape
-from megarl import report
+from megarl import config, environment, report
 from megarl.algorithms import presets, steps
 from megarl.config import Settings
 from megarl.data.prompts import read_prompts
 from megarl.data.tokenizer import load_tokenizer
-from megarl.errors import Stopped, UserError, nearest
+from megarl.errors import RunError, Stopped, UserError, nearest
 from megarl.learner import parallel, precision
 from megarl.learner.spawn import spawn
 from megarl.planner.fitting import fitting
@@ -72,6 +74,28 @@ def evaluate(settings: Settings, trained: bool, temperatures: list[float], nproc
     rows = _start(run, (settings, trained, temperatures), world_size, {})
     if rows:
         show_rows("held-out problems", rows)
+
+
+def replay(run: Path, step: int, overrides: list[str] | None, nproc: int | None) -> None:
+    """As `train`, for one recorded step; prints a table. RunError when the layout is the run's and a bit differs."""
+    from megarl import replay as recorded
+    from megarl.bench.record import show_rows
+
+    settings = config.load(run / "config.yaml", [*(overrides or []), f"run={run}"])
+    start = recorded.find(run, step)
+    ranks = environment.read(run).get("ranks", settings.parallel.model_ranks)
+    world_size = parallel.launch_info().world_size if parallel.under_launcher() else nproc or ranks
+    parallel.check(settings.parallel, read_shape(settings.model.path))
+    parallel.check_ranks(settings.parallel, world_size)
+    if start < step - 1:
+        print(f"the checkpoint of step {step - 1} is gone: replaying the steps {start + 1} to {step}", file=sys.stderr)
+    rows = _start(recorded.replay, (settings, step, start), world_size, {})
+    if not rows:
+        return
+    show_rows(f"step {step}, replayed from {f'the checkpoint of step {start}' if start else 'the start'}", rows)
+    differing = [row["figure"] for row in rows if not row["equal"]]
+    if differing and not overrides and world_size == ranks:
+        raise RunError(f"replay: step {step} differs from its record in {', '.join(differing)}")
 
 
 def _world_size(settings: Settings, nproc: int | None) -> int:

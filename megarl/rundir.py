@@ -13,7 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megarl import config
 from megarl.errors import UserError
-from megarl.trajectory import Completion, Group
+from megarl.trajectory import Completion, Group, Probe, Prompt, Span
 
 
 class RunDirectory:
@@ -47,7 +47,7 @@ class RunDirectory:
 
     def rollouts(self, step: int, groups: Iterable[Group]) -> None:
         """Write every completion of a step, one JSON object a line, complete or not at all."""
-        file = self.folder / "rollouts" / f"step_{step:06d}.jsonl"
+        file = rollouts_file(self.folder, step)
         partial = file.with_suffix(".partial")
         with partial.open("w") as out:
             for group in groups:
@@ -94,6 +94,48 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
+def rollouts_file(folder: Path, step: int) -> Path:
+    """Where a step's completions are."""
+    return folder / "rollouts" / f"step_{step:06d}.jsonl"
+
+
+def read_rollouts(folder: Path, step: int) -> list[Group]:
+    """The groups of a step as `RunDirectory.rollouts` was given them: tokens, log-probs and rewards bit by bit.
+
+    What training does not read (`score`, `discarded_tokens`) is not recorded.
+    """
+    groups: dict[str, Group] = {}
+    with rollouts_file(folder, step).open() as file:
+        for record in map(json.loads, file):
+            uid = record["uid"]
+            if uid not in groups:
+                prompt = Prompt(uid, tuple(record["prompt_ids"]), record["prompt"], record["answer"], record["source"])
+                groups[uid] = Group(prompt, [], record["keep"])
+            groups[uid].completions.append(_completion(record))
+    return list(groups.values())
+
+
+def _completion(record: dict[str, Any]) -> Completion:
+    return Completion(
+        record["uid"],
+        record["index"],
+        np.array(record["response_ids"], np.int32),
+        np.array(record["origin"], np.uint8),
+        np.array([math.nan if x is None else x for x in record["logprobs"]], np.float32),
+        record["finish"],
+        spans=[Span(*span) for span in record["spans"]],
+        exit_reason=record["exit_reason"],
+        probes=[Probe(at, tuple(ids), confidence, accepted) for at, confidence, accepted, ids in record["probes"]],
+        text=record["response"],
+        verdict=record["verdict"],
+        formatted=record["formatted"],
+        steps=record["steps"],
+        reward=record["reward"],
+        advantage=record["advantage"],
+        weight=record["weight"],
+    )
+
+
 def _record(group: Group, c: Completion) -> dict[str, Any]:
     return {
         "uid": c.prompt_uid,
@@ -105,7 +147,7 @@ def _record(group: Group, c: Completion) -> dict[str, Any]:
         "response": c.text,
         "response_ids": c.token_ids.tolist(),
         "origin": c.origin.tolist(),
-        "logprobs": [None if math.isnan(x) else round(x, 6) for x in c.logprobs.tolist()],
+        "logprobs": [None if math.isnan(x) else float(f"{x:.9g}") for x in c.logprobs.tolist()],
         "finish": c.finish,
         "exit_reason": str(c.exit_reason),
         "probes": [[p.position, round(p.confidence, 6), p.accepted, list(p.token_ids)] for p in c.probes],

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megarl import config
 from megarl.errors import UserError
-from megarl.rundir import RunDirectory, read_metrics
+from megarl.rundir import RunDirectory, read_metrics, read_rollouts
+from megarl.trajectory import Completion, Group, Probe, Prompt, Span
 
 
 def settings(folder: Path) -> config.Settings:
@@ -51,6 +54,34 @@ def test_resuming_where_nothing_is_starts_anew(tmp_path: Path) -> None:
     """`make quickstart` always passes --resume."""
     write(tmp_path / "new", range(1, 2), 0)
     assert len(read_metrics(tmp_path / "new")) == 1
+
+
+def test_rollouts_come_back_bit_by_bit(tmp_path: Path) -> None:
+    """Tokens, log-probs (inserted tokens have none), rewards and probabilities: what a replay trains on."""
+    generator = np.random.default_rng(0)
+    logprobs = -np.exp(generator.normal(size=50) * 4).astype(np.float32)
+    logprobs[7] = math.nan
+    prompt = Prompt("uid", (1, 2), "text", "answer", "file:1")
+    completions = [
+        Completion(
+            "uid", i, generator.integers(0, 9, 50).astype(np.int32), (np.arange(50) == 7).astype(np.uint8), logprobs,
+            "stop", [Span(3, 0, 50)], probes=[Probe(5, (1,), 0.25, True)], reward=generator.random(),
+            advantage=generator.random(), weight=1 / 3,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    run = RunDirectory(tmp_path, settings(tmp_path), None)
+    run.rollouts(1, [Group(prompt, completions, keep=1 / 3)])
+    run.close()
+    (group,) = read_rollouts(tmp_path, 1)
+    assert (group.prompt, group.keep) == (prompt, 1 / 3)
+    for ours, theirs in zip(group.completions, completions, strict=True):
+        for name in Completion.__dataclass_fields__:
+            if name == "discarded_tokens":
+                continue
+            np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name), name)
+            assert type(getattr(ours, name)) is type(getattr(theirs, name))
+        assert ours.logprobs.dtype == np.float32
 
 
 def test_metrics_reach_tensorboard(tmp_path: Path) -> None:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import runs
+
+from megarl import replay as recorded
+from megarl.learner.spawn import spawn
+from megarl.rundir import read_metrics
+from megarl.train import train
 
 pytestmark = [pytest.mark.e2e, pytest.mark.parallel]
 
@@ -32,24 +39,64 @@ def reference_settings(folder: Path, *more: str) -> Any:
     )
 
 
+def train_under_a_jumping_clock(settings: Any) -> None:
+    """It is set a day ahead, or back, at every look."""
+    now, jumps = time.time, itertools.cycle((86400.0, -86400.0))
+    time.time = lambda: now() + next(jumps)
+    train(settings)
+
+
 def test_same_seed_and_layout_repeat_bit_by_bit(reference: tuple[Path, list], tmp_path: Path) -> None:
-    """Two runs give equal metrics, timings aside, and equal rollouts. Says nothing about other machines."""
+    """Two runs give equal metrics, timings aside, and equal rollouts, whatever the second one's wall clock does.
+
+    Says nothing about other machines.
+    """
     folder, metrics = reference
-    again = runs.run(reference_settings(tmp_path / "run"))
-    assert again == metrics
+    again = reference_settings(tmp_path / "run")
+    spawn(train_under_a_jumping_clock, 2, (again,), runs.DEADLINE)
+    assert runs.untimed(read_metrics(again.run)) == metrics
     assert [line["step"] for line in metrics] == [1, 2, 3, 4]
     for step in (1, 4):
         assert rollouts(tmp_path / "run", step) == rollouts(folder, step)
 
 
 def test_resumed_run_goes_on_as_if_never_stopped(reference: tuple[Path, list], tmp_path: Path) -> None:
-    """Cut back to the checkpoint of step 2 and resumed, steps 3 and 4 are bit-equal: weights, optimizer, data order,
-    pruning history and expected length all came back."""
+    """The newest checkpoint has a wrong bit: from the one before, of step 2, steps 3 and 4 are bit-equal: weights,
+    optimizer, data order, pruning history and expected length all came back."""
+    folder, metrics = reference
+    shutil.copytree(folder, tmp_path / "run")
+    damaged = max((tmp_path / "run" / "checkpoints" / "step_000004").rglob("*.distcp"))
+    damaged.write_bytes(damaged.read_bytes()[:-1] + bytes([damaged.read_bytes()[-1] ^ 1]))
+    assert runs.run(reference_settings(tmp_path / "run"), resume=True) == metrics
+    assert rollouts(tmp_path / "run", 4) == rollouts(folder, 4)
+
+
+def test_resumed_under_another_layout_goes_on(reference: tuple[Path, list], tmp_path: Path) -> None:
+    """The run of two tensor-parallel ranks goes on as one rank: the same tokens, losses equal to rounding."""
     folder, metrics = reference
     shutil.copytree(folder, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_000004")
-    assert runs.run(reference_settings(tmp_path / "run"), resume=True) == metrics
-    assert rollouts(tmp_path / "run", 4) == rollouts(folder, 4)
+    resumed = runs.run(reference_settings(tmp_path / "run", "parallel.tp=1"), resume=True)
+    assert [line["step"] for line in resumed] == [1, 2, 3, 4]
+    for step in (3, 4):
+        assert resumed[step - 1]["loss"] == pytest.approx(metrics[step - 1]["loss"], abs=1e-5)
+        ours, theirs = rollouts(tmp_path / "run", step), rollouts(folder, step)
+        assert [r["response_ids"] for r in ours] == [r["response_ids"] for r in theirs]
+
+
+def test_a_recorded_step_is_replayed_bit_by_bit(reference: tuple[Path, list]) -> None:
+    """Steps 3 and 4 from the checkpoint of step 2, without data, graders or engine: every figure of the learner.
+
+    The figures of the two steps differ, so they can tell.
+    """
+    folder, metrics = reference
+    wanted = reference_settings(folder)
+    assert (recorded.find(folder, 4), recorded.find(folder, 2)) == (2, 0)
+    rows = spawn(recorded.replay, 2, (wanted, 4, 2), runs.DEADLINE)[0]
+    assert {row["figure"]: row["recorded"] for row in rows}.items() <= metrics[3].items()
+    assert {"loss", "grad_norm", "entropy", "mismatch_mean", "tokens_trained"} <= {row["figure"] for row in rows}
+    assert [row["figure"] for row in rows if not row["equal"]] == []
+    assert any(row["replayed"] != metrics[2].get(row["figure"]) for row in rows)
 
 
 def test_layouts_draw_the_same_and_lose_the_same(tmp_path: Path) -> None:

@@ -1,0 +1,108 @@
+"""Re-run a recorded step: the same rollouts through the same weights give the same figures, bit by bit.
+
+A run's checkpoints hold the state before the step, `rollouts/` what was sampled in it and how it was rewarded. Neither
+data, graders nor engines are needed. Advantages, pruning, packing, log-probs and the update are computed anew.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megarl import commit, figures, logprobs
+from megarl.algorithms import presets, pruning
+from megarl.algorithms.loss import policy_loss
+from megarl.config import Settings
+from megarl.controller import STATE
+from megarl.errors import UserError
+from megarl.experience import Collected, Experience
+from megarl.learner import parallel
+from megarl.learner.learner import Learner
+from megarl.rundir import read_metrics, read_rollouts, rollouts_file
+from megarl.trajectory import Batch
+from megarl.watchdog import doing
+
+
+def replay(settings: Settings, step: int, start: int) -> list[dict[str, Any]]:
+    """Re-run `step` of `settings.run` on this rank, from the checkpoint after `start` (0: the initial weights).
+
+    Steps in between are re-run on the way. Figures of the step on rank 0 ([] elsewhere): name, recorded, replayed.
+    """
+    updates = settings.batch.updates_per_step
+    switches = presets.resolve(settings.algorithm, settings.rollout.max_response_tokens, updates)
+    objective = partial(policy_loss, switches=switches)
+    with ExitStack() as stack:
+        world = parallel.start(settings.parallel, settings.precision, settings.seed, settings.collective_deadline)
+        stack.callback(world.close)
+        learner = Learner(settings, world, total_updates=settings.steps * updates)
+        if start:
+            learner.load(commit.folder_of(settings.run / "checkpoints", start) / "learner")
+        record = Record(settings, start, Experience(settings, switches, world.dp_size)) if world.is_controller else None
+        rows: list[dict[str, Any]] = []
+        for each in range(start + 1, step + 1):
+            batches = record.batches(each) if record else [None] * updates
+            with doing(f"replay of step {each}", settings.collective_deadline):
+                logprobs.fill(batches, learner, switches)
+                trained = [learner.train_step(batch, objective) for batch in batches]
+            if record:
+                rows = record.compare(each, batches, trained)
+        return rows
+
+
+class Record:
+    """What the run recorded of its steps, as batches, and its figures to compare with. On rank 0."""
+
+    def __init__(self, settings: Settings, start: int, experience: Experience) -> None:
+        self.settings, self.experience = settings, experience
+        self.metrics = {line["step"]: line for line in read_metrics(settings.run)}
+        self.expected_length = pruning.ExpectedLength()
+        if start:
+            file = commit.folder_of(settings.run / "checkpoints", start) / STATE
+            with np.load(file, allow_pickle=False) as state:
+                self.expected_length.restore({k[7:]: v for k, v in state.items() if k.startswith("length_")})
+
+    def batches(self, step: int) -> list[Batch]:
+        """The step's batches, made anew from its rollouts and their rewards."""
+        line, groups = self.metrics[step], read_rollouts(self.settings.run, step)
+        survived = line["prompts_drawn"] - line["prompts_pruned"]
+        collected = Collected(groups, taken=line["prompts_drawn"], survived=survived)
+        expected = self.expected_length.mean() if self.settings.pruning.prompts else None
+        batches = self.experience.make(collected, step, expected)
+        self.expected_length.update(*collected.lengths())
+        return batches
+
+    def compare(self, step: int, batches: list[Batch], trained: list[dict[str, float]]) -> list[dict[str, Any]]:
+        """The figures that training makes, as recorded and as replayed."""
+        replayed = {
+            **figures.learner_figures(trained),
+            "packing_density": figures.density(batches, self.settings.batch.tokens_per_row),
+        }
+        recorded = self.metrics[step]
+        return [
+            {"figure": name, "recorded": recorded[name], "replayed": value, "equal": recorded[name] == value}
+            for name, value in replayed.items()
+            if name in recorded
+        ]
+
+
+def find(run: Path, step: int) -> int:
+    """The checkpoint to start from: the newest whole one before `step`, 0 for the initial weights.
+
+    Raises UserError, saying what is gone, when the step cannot be replayed.
+    """
+    recorded = {line["step"] for line in read_metrics(run)} - {0}
+    if step not in recorded:
+        done = f"it has the steps 1 to {max(recorded)}" if recorded else "it has none yet"
+        raise UserError(f"step: {step} is not recorded in {run}; {done}")
+    checkpoints = run / "checkpoints"
+    start = max((each for each in commit.steps(checkpoints) if each < step), default=0)
+    missing = [each for each in range(start + 1, step + 1) if not rollouts_file(run, each).is_file()]
+    if missing:
+        raise UserError(f"step: {step} cannot be replayed: {rollouts_file(run, missing[0])} is gone")
+    if start and (damage := commit.verify(commit.folder_of(checkpoints, start))):
+        raise UserError(f"step: {step} cannot be replayed: the checkpoint of step {start} is damaged ({damage})")
+    return start
