@@ -1,4 +1,4 @@
-"""Reading published runs, scoring and calibrating, on made-up rows: no published figure is in the repository."""
+"""Reading published runs, scoring and calibrating, on made-up rows: the published table is not in the repository."""
 
 import csv
 import json
