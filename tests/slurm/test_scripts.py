@@ -50,7 +50,14 @@ def settings_of(script: Path, files: Path) -> config.Settings:
     (files / "config.json").write_text(json.dumps(PUBLISHED[model]))
     problems = f"[{files / 'problems.jsonl'}]"
     servers = f"rollout.servers.addresses=[{', '.join(['http://node:1'] * engine_servers(script))}]"
-    place = [servers, f"model.path={files}", f"data.train={problems}", f"data.eval={problems}", f"run={files / 'run'}"]
+    place = [
+        servers,
+        f"model.path={files}",
+        "model.weights=random",
+        f"data.train={problems}",
+        f"data.eval={problems}",
+        f"run={files / 'run'}",
+    ]
     return config.load(path, place)
 
 
