@@ -42,8 +42,8 @@ def run(given: Settings, nproc: int) -> list[float]:
 def test_the_command_learns_alike_at_tp_1_and_2(tmp_path: Path) -> None:
     """From random weights (loss ln 36 = 3.58) ten updates bring the loss well down, the same at both sizes."""
     quick = {"optimizer.warmup_steps": 2, "optimizer.decay": "constant"}
-    two = run(settings(tmp_path, run=tmp_path / "two", **quick), 2)
-    one = run(settings(tmp_path, run=tmp_path / "one", steps=3, **{"parallel.tp": 1}, **quick), 1)
+    two = run(settings(tmp_path, run=tmp_path / "two", **{"parallel.tp": 2}, **quick), 2)
+    one = run(settings(tmp_path, run=tmp_path / "one", steps=3, **quick), 1)
     assert len(two) == 10
     assert 3.3 < two[0] < 4.2
     assert two[-1] < 0.75 * two[0]

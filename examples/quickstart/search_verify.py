@@ -30,7 +30,7 @@ Kind = Literal["easy", "long", "hopeless"]
 LARGEST = 10
 """Numbers of a problem are drawn from 1 … LARGEST."""
 
-LENGTHS: Mapping[Kind, tuple[int, ...]] = MappingProxyType({"easy": (4,), "long": (5, 6, 7), "hopeless": (5,)})
+LENGTHS: Mapping[Kind, tuple[int, ...]] = MappingProxyType({"easy": (4,), "long": (5, 6), "hopeless": (5,)})
 """Numbers in the list of a problem of each kind."""
 
 MIX: Mapping[Kind, float] = MappingProxyType({"easy": 0.2, "long": 0.7, "hopeless": 0.1})
@@ -194,11 +194,8 @@ def _step(pair: Pair, accepted: bool) -> str:
 
 
 def lesson_rows(count: int, seed: int) -> Iterator[dict[str, str]]:
-    """`count` rows `{"prompt", "response"}` for supervised fine-tuning, from easy to hard.
-
-    The first 30 % are short lists, searched without detours; then come all lists; the last 40 % show the full habits.
-    """
+    """`count` rows `{"prompt", "response"}` for supervised fine-tuning; the second half shows all habits."""
     rng = random.Random(f"lesson {seed}")
     for i in range(count):
-        problem = draw_problem(rng, "train", {"easy": 1.0} if i < 0.3 * count else MIX)
-        yield {"prompt": problem.prompt, "response": trace(rng, problem, SURE if i < 0.6 * count else Habits())}
+        problem = draw_problem(rng, "train")
+        yield {"prompt": problem.prompt, "response": trace(rng, problem, SURE if i < 0.5 * count else Habits())}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json as json_lib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -61,8 +63,7 @@ def measure(method: str, seed: int, base: Path, runs: Path, overrides: Sequence[
         cost = {
             "rollout_tokens": sum(line["tokens_generated"] for line in steps),
             "probe_tokens": sum(line["probe_tokens"] for line in steps),
-            "exits": sum(line.get("exits", 0) for line in steps),
-            "exits_right": sum(line.get("exits_right", 0) for line in steps),
+            **confident_exits(settings.run),
             "seconds": sum(line["seconds_total"] for line in steps),
         }
     cool, warm = _study.evaluated(settings, TEMPERATURES, after_training=switches is not None)
@@ -78,12 +79,38 @@ def measure(method: str, seed: int, base: Path, runs: Path, overrides: Sequence[
     }
 
 
+_LAST_CHECK = re.compile(r"= (\d+) (yes|no)\s*$")
+
+
+def confident_exits(run: Path) -> dict[str, int]:
+    """Exits by confidence over a run's saved rollouts, split by whether the last check before them found the answer.
+
+    Found: its sum is the problem's target and its verdict "yes". Right: the graded answer of the whole response.
+    """
+    counts = {"exits_found": 0, "exits_found_right": 0, "exits_not_found": 0, "exits_not_found_right": 0}
+    for file in sorted((run / "rollouts").glob("step_*.jsonl")):
+        for line in file.read_text().splitlines():
+            row = json_lib.loads(line)
+            if row["exit_reason"] != "confident":
+                continue
+            check = _LAST_CHECK.search(row["response"].partition("</think>")[0])
+            target = row["answer"].rpartition(" ")[2]
+            kind = "exits_found" if check and check.groups() == (target, "yes") else "exits_not_found"
+            counts[kind] += 1
+            counts[f"{kind}_right"] += row["verdict"] == "right"
+    return counts
+
+
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and standard deviation over seeds; `token_share` is of vanilla's tokens, when that was measured."""
+    """Mean and standard deviation over seeds; shares are of vanilla's response tokens and GRPO's rollout tokens."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(row["method"], []).append(row)
-    vanilla = mean(row["tokens"] for row in groups["vanilla"]) if "vanilla" in groups else None
+    bases = {
+        name: {key: mean(row[key] for row in groups[name]) for key in ("tokens", "tokens_t1", "rollout_tokens")}
+        for name in ("vanilla", "grpo")
+        if name in groups
+    }
     result = []
     for method, group in groups.items():
         line: dict[str, Any] = {"method": method, "seeds": len(group)}
@@ -91,7 +118,10 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             values = [row[key] for row in group]
             line[key] = mean(values)
             line[f"{key}_sd"] = stdev(values) if len(values) > 1 else 0.0
-        if vanilla:
-            line["token_share"] = line["tokens"] / vanilla
+        if "vanilla" in bases:
+            line["token_share"] = line["tokens"] / bases["vanilla"]["tokens"]
+            line["token_share_t1"] = line["tokens_t1"] / bases["vanilla"]["tokens_t1"]
+        if "grpo" in bases:
+            line["rollout_share"] = line["rollout_tokens"] / bases["grpo"]["rollout_tokens"]
         result.append(line)
     return result
