@@ -15,23 +15,29 @@ from typing import Annotated
 
 import typer
 
-from examples.quickstart.search_verify import draw_problems, lesson_rows
+from examples.quickstart.search_verify import MIX, draw_problems, lesson_rows
+from megarl.errors import UserError
 
 
 def main(
     folder: Annotated[Path, typer.Argument(help="Where the files go.")],
-    train: Annotated[int, typer.Option(help="Problems in train.jsonl.")] = 256,
+    train: Annotated[int, typer.Option(help="Problems in train.jsonl.")] = 1024,
     validation: Annotated[int, typer.Option(help="Problems in validation.jsonl.")] = 500,
     heldout: Annotated[int, typer.Option(help="Problems in heldout.jsonl.")] = 500,
     lesson: Annotated[int, typer.Option(help="Write this many taught responses to lesson.jsonl instead.")] = 0,
     seed: Annotated[int, typer.Option(help="Other seeds draw other problems of the same splits.")] = 0,
+    easy: Annotated[float, typer.Option(min=0, max=1, help="Share of easy problems in train.jsonl.")] = MIX["easy"],
+    hopeless: Annotated[float, typer.Option(min=0, max=1, help="Share of hopeless ones.")] = MIX["hopeless"],
 ) -> None:
     """Write {train,validation,heldout}.jsonl, or lesson.jsonl, to FOLDER."""
     if lesson:
         write_jsonl(folder / "lesson.jsonl", lesson_rows(lesson, seed))
         return
+    if easy + hopeless > 1:
+        raise UserError(f"easy: {easy:g} and hopeless: {hopeless:g} are more than all; at most {1 - hopeless:g}")
+    mix = {"easy": easy, "long": 1 - easy - hopeless, "hopeless": hopeless}
     for split, count in (("train", train), ("validation", validation), ("heldout", heldout)):
-        problems = draw_problems(split, count, seed)
+        problems = draw_problems(split, count, seed, mix if split == "train" else MIX)
         rows = ({"prompt": p.prompt, "answer": p.question, "kind": p.kind} for p in problems)
         write_jsonl(folder / f"{split}.jsonl", rows)
 

@@ -1,4 +1,4 @@
-"""Seconds to GRPO's accuracy with dynamic pruning and packing, part by part (arXiv 2603.04135), on the quick start."""
+"""Seconds to GRPO's accuracy with dynamic pruning and packing, part by part (arXiv 2603.04135): examples/dppo."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ METHODS = {
     "completions": [*PACKED, "pruning.drop_zero_variance=true", "pruning.completions={rate}"],
     "dppo": [*PACKED, "pruning.drop_zero_variance=true", "pruning.prompts={rate}", "pruning.completions={rate}"],
 }
-PLAIN = ["rollout.early_exit.enabled=false", "reward.shaping=none"]
+UNPRUNED = ["pruning.prompts=0", "pruning.completions=0"]
+EXAMPLE = Path("examples/dppo/train.yaml")
 
 
 def main(
@@ -33,7 +34,7 @@ def main(
     rates: Annotated[str, typer.Option(help="Pruning rates to try, comma-separated.")] = "0.5",
     every: Annotated[int, typer.Option(min=1, help="Steps between evaluations: how finely the time is resolved.")] = 5,
     overrides: Annotated[str, typer.Option(help="Settings of every run, separated by spaces.")] = "",
-    config: Annotated[Path, typer.Option(help="Settings that the methods vary.")] = _study.QUICKSTART,
+    config: Annotated[Path, typer.Option(help="Settings that the methods vary.")] = EXAMPLE,
     runs: Annotated[Path, typer.Option(help="Where the runs go; finished ones are not repeated.")] = Path(
         "runs/bench/dppo"
     ),
@@ -51,7 +52,7 @@ def main(
             switches = [text.format(rate=rate) for text in METHODS[method]]
             name = f"{method}-{rate:g}-{seed}" if rate else f"{method}-{seed}"
             settings = _study.settings(
-                config, runs / name, seed, [f"evaluation.every={every}", *PLAIN, *overrides.split(), *switches]
+                config, runs / name, seed, [f"evaluation.every={every}", *overrides.split(), *UNPRUNED, *switches]
             )
             curve = learning_curve(_study.trained(settings))
             if target is None:

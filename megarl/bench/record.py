@@ -29,14 +29,17 @@ def publish(name: str, rows: list[dict[str, Any]], file: Path | None = None, **e
 
 
 def show_rows(title: str, rows: list[dict[str, Any]]) -> None:
-    """Print rows as a table, one column a key."""
+    """Print rows as a table, one column a key; in full where it goes to a file or a pipe."""
     table = Table(title=title)
     columns = list(dict.fromkeys(key for row in rows for key in row))
     for column in columns:
         table.add_column(column)
     for row in rows:
         table.add_row(*(_cell(row.get(column, "")) for column in columns))
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 400
+    console.print(table)
 
 
 def machine() -> dict[str, Any]:
