@@ -18,7 +18,7 @@ import random
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, cycle
 from types import MappingProxyType
 from typing import Literal
 
@@ -127,10 +127,8 @@ def grade(response: str, answer: str) -> bool:
 class Habits:
     """How the taught reasoner behaves. All but the limits are probabilities."""
 
-    start_anywhere: float = 0.1  # begin at a random pair instead of the first
     repeat: float = 0.2  # check a failed pair again
-    jump: float = 0.04  # go on at a random pair instead of the next
-    give_up: float = 0.03  # after a failed pair: stop searching and guess
+    give_up: float = 0.05  # after a failed pair: stop searching and guess
     loop: float = 0.01  # after a failed pair: check it 5 to 10 times more, then guess
     overlook: float = 0.05  # judge the right pair "no"
     imagine: float = 0.01  # judge a wrong pair "yes"
@@ -141,7 +139,7 @@ class Habits:
     longest_recheck: int = 9  # checks after the first "yes"
 
 
-SURE = Habits(recheck=0.2, loop=0.0, give_up=0.01, overlook=0.02, imagine=0.004, jump=0.03)
+SURE = Habits(recheck=0.2, loop=0.0, give_up=0.01, overlook=0.02, imagine=0.004)
 """Few detours and re-checks: easier to learn from."""
 
 
@@ -157,10 +155,7 @@ def trace(rng: random.Random, problem: Problem, habits: Habits = Habits()) -> st
 
 def _search(rng: random.Random, problem: Problem, habits: Habits, steps: list[str]) -> Pair | None:
     """Try pairs until one is found and verified, or none is and the search is given up; appends its steps."""
-    pairs = problem.pairs
-    at = rng.randrange(len(pairs)) if rng.random() < habits.start_anywhere else 0
-    while True:
-        pair = pairs[at]
+    for pair in cycle(problem.pairs):
         solves = sum(pair) == problem.target
         accepted = rng.random() >= habits.overlook if solves else rng.random() < habits.imagine
         steps.append(_step(pair, accepted))
@@ -173,7 +168,7 @@ def _search(rng: random.Random, problem: Problem, habits: Habits, steps: list[st
         if rng.random() < habits.loop:
             steps.extend([_step(pair, False)] * rng.randint(5, 10))
             return None
-        at = rng.randrange(len(pairs)) if rng.random() < habits.jump else (at + 1) % len(pairs)
+    return None
 
 
 def _verify(rng: random.Random, pair: Pair, accept: float, habits: Habits, steps: list[str]) -> bool:

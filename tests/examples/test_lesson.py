@@ -20,7 +20,7 @@ from megarl.learner.spawn import spawn
 from megarl.sft import sft
 
 FOLDER = Path("examples/quickstart")
-ROWS = 88_000  # as the command in sft.yaml says
+ROWS = 96_000  # as the command in sft.yaml says
 FIRST = 12  # updates
 
 
