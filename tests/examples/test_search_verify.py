@@ -115,9 +115,7 @@ def test_traces_round_trip_through_the_tokenizer(seed: int, sure: bool) -> None:
 @settings(max_examples=50, deadline=None)
 def test_a_perfect_reasoner_is_always_right_and_habits_cost_tokens(seed: int) -> None:
     """With every slip switched off the trace ends in the solution; nothing is said about how often habits mislead."""
-    perfect = Habits(
-        overlook=0.0, imagine=0.0, recheck=0.0, repeat=0.0, give_up=0.0, loop=0.0
-    )
+    perfect = Habits(overlook=0.0, imagine=0.0, recheck=0.0, repeat=0.0, give_up=0.0, loop=0.0)
     (problem,) = draw_problems("heldout", 1, seed)
     text = trace(random.Random(seed), problem, perfect)
     assert grade(text, problem.question) == (problem.kind != "hopeless")
