@@ -17,7 +17,7 @@ from megarl.errors import DeadlineExceeded, RunError
 from megarl.rollout.engine import Generation, Sampling, lineage
 from megarl.rollout.http import Refused
 from megarl.rollout.remote import RemoteEngine
-from megarl.rollout.transport import Transport, check_tied
+from megarl.rollout.transport import Checks, Transport
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class Pool:
         self._members = [Member(engine, servers.concurrency) for engine in engines]
         self._transport = transport
         self._servers = servers
-        self._tied = tied
+        self._checks = Checks(tied)
         self._home: dict[str, Member] = {}
         self._running: dict[str, tuple[Member, str]] = {}  # request id → where it runs, and under which id there
         self._serving = asyncio.Event()  # an engine is up, or none will ever be
@@ -137,7 +137,7 @@ class Pool:
         async with self._updating:
             takers = [member for member in self._members if member.state in ("up", "stale")]
             outcome = await self._transport.send(
-                version, check_tied(tensors, self._tied), [member.engine for member in takers]
+                version, self._checks.of(version, tensors), [member.engine for member in takers]
             )
             self._version = version
             self._home.clear()  # the caches are empty now

@@ -59,7 +59,9 @@ class SGLangEngine(RemoteEngine):
             CONTROL_DEADLINE,
         )
         rows = field(answer, "meta_info", "input_token_logprobs")
-        if [row[1] for row in rows] != list(token_ids):
+        # The server takes the last token of the vocabulary for a placeholder: it reports 0, with the right log-prob.
+        reported = [0 if token == self._vocab_size - 1 else token for token in token_ids]
+        if [row[1] for row in rows] not in (list(token_ids), reported):
             raise ServerError(f"{self.name}: scored other tokens than those sent")
         return [float(row[0]) for row in rows[1:]]
 
@@ -199,6 +201,7 @@ def command(
         common += ["--grammar-backend", "none", "--disable-overlap-schedule", "--disable-cuda-graph"]
         common += ["--disable-custom-all-reduce", "--mem-fraction-static", "0.2"]
         common += ["--max-total-tokens", "65536", "--max-running-requests", "256"]
+        common += ["--sleep-on-idle"]  # an idle scheduler would keep a core busy, which the learner needs
     arguments = [str(part) for part in common]
 
     def build(port: int) -> list[str]:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import torch
+
+from megarl.errors import RunError
+from megarl.rollout import in_engine
 from megarl.rollout.engine import Sampling
 from megarl.rollout.http import ServerError
+from megarl.rollout.in_engine.megarl_weights import checksum
 from megarl.rollout.remote import CONTROL_DEADLINE, RemoteEngine, Segment, field
 from megarl.trajectory import derive_seed
 
 MODEL = "policy"  # the name under which the server offers its one model
+EXTENSION = "megarl_weights.WeightReader"  # runs in the server's workers; see in_engine/
 
 
 class VLLMEngine(RemoteEngine):
@@ -25,6 +31,7 @@ class VLLMEngine(RemoteEngine):
     """
 
     kind = "vllm"
+    _read: Sequence[Mapping[str, str]] = ()  # by each of the server's ranks, at the last load
 
     async def score(self, token_ids: Sequence[int]) -> list[float]:
         self._check_tokens(token_ids)
@@ -45,17 +52,26 @@ class VLLMEngine(RemoteEngine):
             raise ServerError(f"{self.name}: scored other tokens than those sent") from None
 
     async def load_folder(self, version: int, folder: Path) -> None:
-        await self._post(
+        answer = await self._post(
             "/collective_rpc",
-            {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}},
+            {"method": "megarl_load", "kwargs": {"folder": str(folder)}},
             f"load weights {version} from {folder}",
             CONTROL_DEADLINE,
         )
+        self._read = field(answer, "results")
         await self._post(
             "/update_weight_version", {"new_version": str(version)}, f"take weight version {version}", CONTROL_DEADLINE
         )
         await self._tell("/reset_prefix_cache", None, "drop cached prefixes")
         self.version = version
+
+    def digests(self) -> ReadSums:
+        return ReadSums()
+
+    async def verify(self, sent: ReadSums) -> None:
+        for read in self._read:
+            if wrong := sent.differing(read):
+                raise RunError(f"weights {self.version}: {self.name} did not read what was sent: {', '.join(wrong)}")
 
     async def _segment(self, server_id: str, token_ids: list[int], sampling: Sampling) -> Segment:
         texts, ids = self._hints(sampling)
@@ -101,13 +117,30 @@ class VLLMEngine(RemoteEngine):
         await self._tell("/abort_requests", {}, "abort its requests")
 
 
+class ReadSums:
+    """Checksums of what is sent, against those of what the server's ranks read; both by Hugging Face's names.
+
+    vLLM on a CPU repacks what it loads, so that what it holds cannot be compared: the canary sees that.
+    """
+
+    def __init__(self) -> None:
+        self._sent: dict[str, str] = {}
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        self._sent[name] = f"{checksum(tensor):016x}"
+
+    def differing(self, read: Mapping[str, str]) -> list[str]:
+        """The tensors that were not read as they were sent, or not at all."""
+        return [name for name, digest in self._sent.items() if read.get(name) != digest]
+
+
 def command(
     python: Path, model: Path, *, dtype: str, cuda: bool, weights: str, flags: Sequence[str]
 ) -> Callable[[int], Sequence[str]]:
     """The server's command line, given its port. `flags` come last and override."""
     common = ["--model", model, "--host", "127.0.0.1", "--dtype", dtype, "--served-model-name", MODEL]
     common += ["--logprobs-mode", "processed_logprobs", "--enable-scale-out", "--generation-config", "vllm"]
-    common += ["--disable-uvicorn-access-log"]
+    common += ["--disable-uvicorn-access-log", "--worker-extension-cls", EXTENSION]
     if weights == "random":
         common += ["--load-format", "dummy"]
     if not cuda:
@@ -121,6 +154,9 @@ def command(
 
 
 def environment(*, cuda: bool) -> dict[str, str]:
-    """Variables that the server needs beside ours: the control endpoints, and the size of a CPU's cache in GiB."""
+    """Variables that the server needs beside ours: the control endpoints, where EXTENSION is found, and the size of a
+    CPU's cache in GiB."""
+    dev = {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": str(Path(in_engine.__file__).resolve().parent)}
     cpu = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    return {"VLLM_SERVER_DEV_MODE": "1", **({} if cuda else cpu)}
+    cpu["VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"] = "1800"  # a busy CPU takes minutes for a first token; we have deadlines
+    return {**dev, **({} if cuda else cpu)}

@@ -12,8 +12,9 @@ import torch
 
 from megarl.errors import RunError
 from megarl.rollout.engine import Engine
+from megarl.rollout.in_engine.megarl_weights import checksum
 
-_CHUNK = 1 << 20  # elements a checksum looks at together
+__all__ = ["Canary", "checksum", "sync"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,24 +23,6 @@ class Canary:
 
     token_ids: Sequence[int]
     logprobs: Sequence[float]
-
-
-@torch.no_grad()
-def checksum(tensor: torch.Tensor) -> int:
-    """64 bits of a tensor's bytes in row-major order: differs when a value changes or two values change places.
-
-    Computed on the tensor's own device, so engines and learners need not move weights to compare them.
-    """
-    values = tensor.detach().contiguous().flatten().view(torch.uint8)
-    if len(values) % 4 == 0:
-        values = values.view(torch.int32)
-    total = torch.zeros((), dtype=torch.int64, device=values.device)
-    for start in range(0, len(values), _CHUNK):
-        chunk = values[start : start + _CHUNK].to(torch.int64)
-        places = torch.arange(start, start + len(chunk), device=values.device)
-        # Odd multipliers that depend on the place; arithmetic is modulo 2^64.
-        total += ((chunk + 1) * ((places * 0x5851F42D4C957F2D + 0x14057B7EF767814F) | 1)).sum()
-    return int(total.item()) & (2**64 - 1)
 
 
 async def sync(

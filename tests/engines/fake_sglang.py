@@ -128,7 +128,10 @@ class FakeSGLang:
         version = "7" if mode == "stale" else self.version
         meta = {"finish_reason": {"type": finish}, "output_token_logprobs": rows, "weight_version": version}
         if body.get("logprob_start_len") == 0:
-            meta["input_token_logprobs"] = [[-1.0 - 0.001 * token, token, None] for token in given]
+            last = len(self.tokenizer) - 1  # the real server reports 0 in its place
+            meta["input_token_logprobs"] = [
+                [-1.0 - 0.001 * token, 0 if token == last else token, None] for token in given
+            ]
         return web.json_response({"text": "", "output_ids": made, "meta_info": meta})
 
     def _continue(self, given: list[int], parameters: dict[str, Any]) -> tuple[list[int], str]:

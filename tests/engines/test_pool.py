@@ -18,7 +18,7 @@ from megarl.rollout.http import Refused
 from megarl.rollout.pool import Pool, group_of
 from megarl.rollout.remote import RemoteEngine
 from megarl.rollout.sglang import SGLangEngine
-from megarl.rollout.transport import Outcome
+from megarl.rollout.transport import Checks, Outcome
 
 TOKENIZER = make_tokenizer()
 VOCABULARY = Vocabulary(TOKENIZER)
@@ -280,10 +280,22 @@ def test_engines_that_disagree_about_the_same_tokens_are_an_error() -> None:
 
 def test_a_wrong_tied_embedding_is_named() -> None:
     async def body(pool: Pool, fakes: list[FakeSGLang], labels: Labels) -> None:
-        pool._tied = True
+        pool._checks = Checks(tied=True)
         table = torch.arange(8.0).view(4, 2)
         await pool.update_weights(1, [("model.embed_tokens.weight", table), ("lm_head.weight", table.clone())])
         with pytest.raises(RunError, match="lm_head.weight differs from model.embed_tokens.weight"):
             await pool.update_weights(2, [("model.embed_tokens.weight", table), ("lm_head.weight", table + 1)])
+
+    with_pool(1, body)
+
+
+def test_a_tensor_that_the_learner_leaves_out_is_named() -> None:
+    """From the second send on; the first is held against the server's own digests, or the canary."""
+
+    async def body(pool: Pool, fakes: list[FakeSGLang], labels: Labels) -> None:
+        table = torch.arange(8.0).view(4, 2)
+        await pool.update_weights(1, [("model.embed_tokens.weight", table), ("model.norm.weight", table)])
+        with pytest.raises(RunError, match=r"weights 2: the learner did not send model\.norm\.weight"):
+            await pool.update_weights(2, [("model.embed_tokens.weight", table)])
 
     with_pool(1, body)

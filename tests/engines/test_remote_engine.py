@@ -200,7 +200,10 @@ def test_a_token_that_the_model_lacks_never_reaches_the_server() -> None:
 
 
 def test_scores() -> None:
+    """Also of the vocabulary's last token, which the server reports as 0."""
+
     async def body(fake: FakeSGLang, engine: SGLangEngine, prompt: list[int]) -> None:
+        prompt = [*prompt, len(TOKENIZER) - 1, *prompt]
         assert await engine.score(prompt) == [-1.0 - 0.001 * token for token in prompt[1:]]
 
     with_fake("hello", body)

@@ -16,6 +16,8 @@ from megarl.rollout.weight_sync import checksum
 
 BUCKET = 256 << 20  # bytes that travel together; at most so much is held beside the learner's shards
 
+TIED = ("model.embed_tokens.weight", "lm_head.weight")
+
 E = TypeVar("E", bound=RemoteEngine)
 Named = tuple[str, torch.Tensor]
 
@@ -108,15 +110,25 @@ class Changes:
         self._version = version
 
 
-def check_tied(tensors: Iterable[Named], tied: bool) -> Iterator[Named]:
-    """Pass `tensors` on; raise RunError when the output layer differs from the embedding that the model ties it to."""
-    embedding: int | None = None
-    head: int | None = None
-    for name, tensor in tensors:
-        if tied and name == "model.embed_tokens.weight":
-            embedding = checksum(tensor)
-        if tied and name == "lm_head.weight":
-            head = checksum(tensor)
-        if embedding is not None and head is not None and embedding != head:
-            raise RunError("lm_head.weight differs from model.embed_tokens.weight, though the model ties them")
-        yield name, tensor
+class Checks:
+    """Looks at what the learner sends, before any transport: nothing left out, tied tensors equal."""
+
+    def __init__(self, tied: bool) -> None:
+        """`tied`: the model's output layer is its embedding."""
+        self._tied = tied
+        self._names: set[str] = set()  # of the first send
+
+    def of(self, version: int, tensors: Iterable[Named]) -> Iterator[Named]:
+        """Pass `tensors` on; raise RunError naming one that earlier sends had and this one lacks, or that is untied."""
+        sums: dict[str, int] = {}
+        seen: set[str] = set()
+        for name, tensor in tensors:
+            seen.add(name)
+            if self._tied and name in TIED:
+                sums[name] = checksum(tensor)
+            if len(set(sums.values())) > 1:
+                raise RunError(f"weights {version}: {TIED[1]} differs from {TIED[0]}, though the model ties them")
+            yield name, tensor
+        if absent := sorted(self._names - seen):
+            raise RunError(f"weights {version}: the learner did not send {', '.join(absent)}")
+        self._names = seen
