@@ -25,10 +25,13 @@ from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteri
 
 from megarl.bench import record
 from megarl.bench.models import write_model
+from megarl.config import parse
 from megarl.errors import UserError, nearest
+from megarl.rollout import fleet
 from megarl.rollout.detokenize import Vocabulary
 from megarl.rollout.engine import Engine, Sampling
 from megarl.rollout.local import LocalEngine
+from megarl.rollout.pool import Pool
 
 WIDER = {  # a random model in which the matrix products dominate
     "hidden_size": 384,
@@ -39,6 +42,7 @@ WIDER = {  # a random model in which the matrix products dominate
     "head_dim": 64,
     "vocab_size": 2048,
 }
+SERVERS = ("sglang", "vllm")  # each in a process of its own
 REASONER = Path("examples/quickstart/reasoner")
 
 
@@ -68,7 +72,9 @@ Run = Callable[[Work], None]  # does the work once, or raises
 
 def main(
     json: Annotated[Path | None, typer.Option(help="Write the rows to this file.")] = None,
-    engines: Annotated[str, typer.Option(help="Comma-separated: local, transformers.")] = "local,transformers",
+    engines: Annotated[
+        str, typer.Option(help="Comma-separated: local, transformers, sglang, vllm (servers: `make engines`).")
+    ] = "local,transformers",
     models: Annotated[str, typer.Option(help="reasoner, wider (random, 4 layers of 384).")] = "reasoner,wider",
     batches: Annotated[str, typer.Option(help="Comma-separated.")] = "1,16,64,256",
     repeats: Annotated[int, typer.Option(help="Timed runs of each engine and batch.")] = 5,
@@ -76,14 +82,20 @@ def main(
     """Median tokens a second of each engine, its spread, and the ratio to transformers' `generate`.
 
     `ratio` is the median, over the repeats, of the two times that were taken one after the other; `cpu_ratio` that of
-    the processor time that this process used for them, for machines that are busy with something else.
+    the processor time that this process used for them, for machines that are busy with something else (servers are
+    processes of their own, so they have none).
     """
-    names = _chosen(engines, ENGINES, "engines")
+    names = _chosen(engines, [*ENGINES, *SERVERS], "engines")
     rows: list[dict[str, Any]] = []
     for model in _chosen(models, MODELS, "models"):
-        with tempfile.TemporaryDirectory() as scratch, MODELS[model](Path(scratch)) as folder:
+        with (
+            tempfile.TemporaryDirectory() as scratch,
+            MODELS[model](Path(scratch)) as folder,
+            asyncio.Runner() as runner,
+            _Servers(runner, folder) as servers,
+        ):
             for size in _sizes(batches):
-                rows += _measure(model, folder, names, size, repeats)
+                rows += _measure(model, folder, names, size, repeats, runner, servers)
                 record.publish("rollout", rows, json, threads=torch.get_num_threads())  # what is there outlives a stop
 
 
@@ -113,23 +125,29 @@ def draw(vocabulary: int, size: int, seed: int = 0) -> Work:
     return Work(prompts, lengths.tolist(), vocabulary)
 
 
-def _measure(model: str, folder: Path, names: list[str], size: int, repeats: int) -> list[dict[str, Any]]:
+def _measure(
+    model: str, folder: Path, names: list[str], size: int, repeats: int, runner: asyncio.Runner, servers: _Servers
+) -> list[dict[str, Any]]:
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     work = draw(reference.config.vocab_size, size)
     passes = max(1, 16 // size)  # small batches several times, for a time that can be measured
     seconds: dict[str, list[float]] = {name: [] for name in names}
     cpu: dict[str, list[float]] = {name: [] for name in names}
-    with asyncio.Runner() as runner:
-        runs = {name: ENGINES[name](runner, folder, reference, work) for name in names}
-        for run in runs.values():
-            run(work)  # warms caches
-        for repeat in range(repeats):
-            for name in names if repeat % 2 else reversed(names):
-                begun, cpu_begun = time.perf_counter(), time.process_time()
-                for _ in range(passes):
-                    runs[name](work)
-                seconds[name].append((time.perf_counter() - begun) / passes)
-                cpu[name].append((time.process_time() - cpu_begun) / passes)
+    runs = {
+        name: by_contract(runner, servers.pool(name))
+        if name in SERVERS
+        else ENGINES[name](runner, folder, reference, work)
+        for name in names
+    }
+    for run in runs.values():
+        run(work)  # warms caches
+    for repeat in range(repeats):
+        for name in names if repeat % 2 else reversed(names):
+            begun, cpu_begun = time.perf_counter(), time.process_time()
+            for _ in range(passes):
+                runs[name](work)
+            seconds[name].append((time.perf_counter() - begun) / passes)
+            cpu[name].append((time.process_time() - cpu_begun) / passes)
     return [
         {
             "model": model,
@@ -141,7 +159,7 @@ def _measure(model: str, folder: Path, names: list[str], size: int, repeats: int
             "slowest": work.tokens / max(taken),
             "fastest": work.tokens / min(taken),
             "ratio": _ratio(seconds.get("transformers"), taken),
-            "cpu_ratio": _ratio(cpu.get("transformers"), cpu[name]),
+            "cpu_ratio": None if name in SERVERS else _ratio(cpu.get("transformers"), cpu[name]),
         }
         for name, taken in seconds.items()
     ]
@@ -207,6 +225,40 @@ def _transformers(runner: asyncio.Runner, folder: Path, model: Any, work: Work) 
         assert made.shape[1] == longest + max(work.lengths)
 
     return run
+
+
+class _Servers:
+    """Real servers of one model, one of each kind, started when first asked for. A context manager."""
+
+    def __init__(self, runner: asyncio.Runner, folder: Path) -> None:
+        self._runner, self._folder = runner, folder
+        self._pools: dict[str, Pool] = {}
+        self._scratch = tempfile.TemporaryDirectory()
+
+    def pool(self, kind: str) -> Pool:
+        if kind not in self._pools:
+            flags = [] if (self._folder / "tokenizer.json").exists() else ["--skip-tokenizer-init"]
+            settings = parse(
+                {
+                    "run": self._scratch.name,
+                    "model": {"path": str(self._folder)},
+                    "data": {"train": []},
+                    "precision": {"dtype": "fp32"},
+                    "rollout": {"engine": kind, "servers": {"flags": flags}},
+                }
+            )
+            pool = fleet.build(settings, Vocabulary(_NoTokenizer()))  # type: ignore[arg-type]
+            self._runner.run(pool.start())
+            self._pools[kind] = pool
+        return self._pools[kind]
+
+    def __enter__(self) -> _Servers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pool in self._pools.values():
+            self._runner.run(pool.close())
+        self._scratch.cleanup()
 
 
 class _NoTokenizer:
