@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from megatron.core import dist_checkpointing, parallel_state
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
     from megarl.learner.learner import Learner
 
 MANIFEST = "learner.json"
+READING_FAILED = (
+    CheckpointingException, CheckpointException, OSError, RuntimeError, EOFError, KeyError, ValueError, UnpicklingError
+)  # fmt: skip
 EXTRA_STATE = "_extra_state"  # Transformer Engine's FP8 history: rebuilt in a few steps, and absent elsewhere
 
 
@@ -234,7 +238,7 @@ def _writing(folder: Path):
 def _reading(folder: Path):
     try:
         yield
-    except (CheckpointingException, CheckpointException, OSError, RuntimeError, EOFError, KeyError, ValueError) as e:
+    except READING_FAILED as e:
         raise UserError(f"checkpoint: {folder} is truncated or does not fit: {_line(_first_cause(e))}") from e
 
 
