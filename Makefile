@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test engines test-engines test-gpu test-report lint clean
+.PHONY: help setup quickstart test engines test-engines test-gpu test-report test-slurm lint clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -3
@@ -44,6 +44,11 @@ test-report: setup
 	{ command -v chromium && command -v chromedriver; } >/dev/null || { apt-get update && apt-get install -y --no-install-recommends chromium chromium-driver; }
 	$(BIN)/pip install --quiet --no-deps axe-playwright-python==0.1.8
 	$(BIN)/python -m pytest -m browser tests/report
+
+# A real Slurm of four nodes on this machine, as root on Debian: installed when absent, started, submitted to, taken down.
+test-slurm: setup
+	$(BIN)/python tests/slurm/cluster.py install
+	$(BIN)/python -m pytest -m slurm tests/slurm
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -26,7 +26,8 @@ PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge", "iproute2")
 BRIDGE, NETWORK = "megarl-slurm", "10.223.0"
 CONTROLLER = f"{NETWORK}.254"
 GPUS, CPUS, MEMORY = 8, 64, 20000  # of each node, as Slurm believes
-START_DEADLINE = 30.0
+START_DEADLINE = 120.0
+POLL = 0.25
 
 CONFIG = """\
 ClusterName=megarl
@@ -57,7 +58,8 @@ EnforcePartLimits=ALL
 ReturnToService=2
 JobRequeue=1
 KillWait=5
-SlurmdTimeout=10
+SlurmdTimeout=20
+MessageTimeout=60
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0,sched_min_interval=0
@@ -89,10 +91,12 @@ class Cluster:
     ) -> None:
         self.stop()
 
-    def slurm(self, *command: str, deadline: float = 30.0, check: bool = True, **more: str) -> str:
+    def slurm(
+        self, *command: str, deadline: float = 60.0, check: bool = True, cwd: Path | None = None, **more: str
+    ) -> str:
         """The output of a Slurm command; `more` is added to its environment."""
         done = subprocess.run(
-            command, env=self.environment | more, capture_output=True, text=True, timeout=deadline, check=False
+            command, env=self.environment | more, cwd=cwd, capture_output=True, text=True, timeout=deadline, check=False
         )
         if check and done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stdout}{done.stderr}")
@@ -159,9 +163,10 @@ class Cluster:
         for node in self.names:
             inside = ["nsenter", f"--net=/run/netns/{_space(node)}"]
             self._daemon([*inside, *self._own_name(node)], ["slurmd", "-D", "-N", node])
-        wait_for(self._idle, f"{len(self.names)} nodes to be idle", START_DEADLINE)
+        wait_for(self.idle, f"{len(self.names)} nodes to be idle", START_DEADLINE)
 
-    def _idle(self) -> bool:
+    def idle(self) -> bool:
+        """Whether every node is up and free. Raises RuntimeError when a daemon has ended."""
         for daemon in self._daemons:
             if daemon.poll() is not None:
                 raise RuntimeError(f"{daemon.args} ended; see {self.folder}/log")
@@ -175,10 +180,8 @@ class Cluster:
 
     def _own_name(self, name: str) -> list[str]:
         """Host and mount namespaces in which this host is called `name` and knows the others."""
-        setup = (
-            f'mount --make-rprivate / && mount --bind {self.folder}/hosts /etc/hosts && hostname {name} && exec "$@"'
-        )
-        return ["unshare", "--mount", "--uts", "sh", "-c", setup, "sh"]
+        own = f"mount --make-rprivate / && mount --bind {self.folder}/hosts /etc/hosts && hostname {name}"
+        return ["unshare", "--mount", "--uts", "sh", "-c", f'{own} && exec "$@"', "sh"]
 
     def _write_config(self) -> None:
         devices = self.folder / "dev"
@@ -214,24 +217,30 @@ class Cluster:
                 _ip("-n", space, "link", "set", device, "up")
 
 
-def wait_for(condition: Callable[[], object], what: str, seconds: float) -> None:
-    """Poll until `condition()` holds; raises TimeoutError naming `what`."""
+def wait_for(condition: Callable[[], object], what: str, seconds: float, poll: float = POLL) -> None:
+    """Look every `poll` seconds until `condition()` holds; raises TimeoutError naming `what`."""
     limit = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > limit:
             raise TimeoutError(f"gave up after {seconds:g} s waiting for {what}")
-        time.sleep(0.1)
+        time.sleep(poll)
 
 
 def install() -> None:
-    """Install Debian's packages when a program is absent."""
+    """Install Debian's packages when a program is absent. SystemExit says why a Slurm cannot run on this machine."""
     if missing := [program for program in PROGRAMS if shutil.which(program) is None]:
         if os.geteuid() or shutil.which("apt-get") is None:
-            raise SystemExit(f"{', '.join(missing)} missing: install Slurm's server, or run as root on Debian")
+            raise SystemExit(f"test-slurm: no {', '.join(missing)} here: install Slurm's server, or be root on Debian")
         environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
         install = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *PACKAGES]
         for command in (["apt-get", "update", "-qq"], install):
-            subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
+            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            if done.returncode:
+                why = " ".join(done.stdout.split())[-500:]
+                raise SystemExit(f"test-slurm: no {', '.join(missing)} here, and '{' '.join(command)}' failed: {why}")
+    done = subprocess.run(["unshare", "--mount", "--uts", "--net", "true"], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"test-slurm: needs root with its own namespaces for the nodes: {done.stderr.strip()}")
 
 
 def _remove_network() -> None:
