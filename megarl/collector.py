@@ -6,17 +6,19 @@ Each of the first `drivers` ranks drives an engine and rolls out its share; the 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from megarl.algorithms import pruning
 from megarl.config import Settings
 from megarl.controller import Controller
-from megarl.data.loader import told_apart
+from megarl.data.loader import Draw, told_apart
 from megarl.engines import Engines
 from megarl.errors import DeadlineExceeded, RunError
+from megarl.event_loop import EventLoop
 from megarl.exchange import broadcast, gather
 from megarl.experience import Collected, Experience
 from megarl.learner.parallel import World
@@ -28,6 +30,15 @@ ROUNDS = 10  # of dynamic sampling, before the step goes on with the informative
 T = TypeVar("T")
 
 
+@dataclass(slots=True)
+class _Round:
+    """Prompts whose rollout was begun."""
+
+    draw: Draw | None  # on the controller
+    prompts: list[Prompt]
+    groups: Future[list[Group]] | None  # of this rank's share; None where it has none
+
+
 class Collector:
     """Wires data, engines and graders; the engine is None on ranks that drive none."""
 
@@ -35,28 +46,46 @@ class Collector:
         self,
         settings: Settings,
         world: World,
-        runner: asyncio.Runner,
+        loop: EventLoop,
         engines: Engines,
         tokenizer: PreTrainedTokenizerBase,
         controller: Controller | None,
         experience: Experience,
     ) -> None:
-        self.settings, self.world, self.runner = settings, world, runner
+        self.settings, self.world, self.loop = settings, world, loop
         self.engine, self.drivers, self.tokenizer = engines.engine, engines.drivers, tokenizer
         self.controller, self.experience = controller, experience
+        self._begun: dict[int, _Round] = {}  # by step
+
+    def begin(self, step: int) -> None:
+        """Draw a step's prompts and begin their rollout, which goes on beside what this rank does next. Collective.
+
+        What was begun before, or comes after the last step, is left alone.
+        """
+        if step not in self._begun and step <= self.settings.steps:
+            draw = self.controller.draw_ahead(step) if self.controller else None
+            self._begun[step] = self._begin_round(step, draw, Collected())
+
+    def settle(self) -> None:
+        """Return when what this rank began is rolled out, so that no completion outlives the weights it began with;
+        with `rollout.partial` at once."""
+        if not self.settings.rollout.partial:
+            for begun in self._begun.values():
+                if begun.groups:
+                    self._wait("the rollout", begun.groups)
 
     def collect(self, step: int, dynamic_sampling: bool) -> Collected:
-        """Roll out and score a step's prompts. With dynamic sampling (DAPO), groups of equal rewards are replaced."""
+        """Roll out, or wait for, a step's prompts and score them. With dynamic sampling (DAPO), groups of equal rewards
+        are replaced."""
         wanted = self.settings.batch.prompts_per_step
-        prune = pruning.active(self.settings.pruning, step, self.settings.steps)
-        loader = self.controller.loader if self.controller else None
         result = Collected()
-        for _ in range(ROUNDS if dynamic_sampling else 1):
-            draw = loader.draw(wanted - len(result.groups), prune) if loader else None
-            prompts = told_apart(draw.prompts, before=[*result.drawn, *result.replaced]) if draw else []
-            prompts = broadcast(prompts, self.world)
-            groups = self.generate(prompts, step)
-            if draw:
+        self.begin(step)
+        begun = self._begun.pop(step)
+        if self.controller:
+            self.controller.ahead.pop(step)
+        for rounds in range(1, ROUNDS + 1):
+            groups = self._finish(begun.prompts, begun.groups)
+            if draw := begun.draw:
                 result.taken += draw.taken
                 result.survived += len(groups)
                 result.pruned += draw.pruned
@@ -68,24 +97,21 @@ class Collector:
                     else:
                         result.groups.append(group)
                         result.drawn.append(drawn)
-            if broadcast(len(result.groups) >= wanted, self.world):
+            missing = broadcast(wanted - len(result.groups), self.world)
+            if not dynamic_sampling or missing <= 0 or rounds == ROUNDS:
                 break
+            begun = self._begin_round(step, self.controller.draw(step, missing) if self.controller else None, result)
         return result
-
-    def generate(self, prompts: Sequence[Prompt], step: int) -> list[Group]:
-        """A group for every prompt, with early exit if it is on; all of them on the controller, [] elsewhere."""
-        return self._shared(
-            prompts, lambda share: early_exit.rollout(self.engine, share, self.settings, self.tokenizer, step)
-        )
 
     def evaluate(self) -> dict[str, float]:
         """Accuracy and lengths of plain generation on the held-out prompts; on the controller ({} elsewhere)."""
         prompts = broadcast(self.controller.held_out if self.controller else [], self.world)
         if not prompts:
             return {}
-        groups = self._shared(
+        begun = self._begin(
             prompts, lambda share: early_exit.evaluation(self.engine, share, self.settings, self.tokenizer)
         )
+        groups = self._finish(prompts, begun)
         if not self.world.is_controller:
             return {}
         self.grade(groups)
@@ -103,9 +129,8 @@ class Collector:
     def grade(self, groups: Sequence[Group]) -> None:
         """Fill verdict, format and reward of every completion, in place (controller only)."""
         pairs = [(group.prompt, c) for group in groups for c in group.completions]
-        grades = self._run(
-            "the grades", self.controller.graders.grade_many([(c.text, prompt.answer) for prompt, c in pairs])
-        )
+        work = self.controller.graders.grade_many([(c.text, prompt.answer) for prompt, c in pairs])
+        grades = self._wait("the grades", self._start("the grades", work))
         for (_, c), grade in zip(pairs, grades, strict=True):
             c.verdict, c.score, c.formatted = grade.verdict, grade.score, grade.formatted
         failed = [grade for grade in grades if grade.verdict == "error"]
@@ -115,17 +140,32 @@ class Collector:
             )
         self.experience.score(groups)
 
-    def _shared(self, prompts: Sequence[Prompt], work: Any) -> list[Group]:
-        """Run `work` on each driving rank's share and interleave the results back into the prompts' order."""
-        mine: list[Group] = []
+    def _begin_round(self, step: int, draw: Draw | None, before: Collected) -> _Round:
+        """Begin the rollout of what the controller drew, with early exit if it is on. Collective."""
+        prompts = told_apart(draw.prompts, before=[*before.drawn, *before.replaced]) if draw else []
+        prompts = broadcast(prompts, self.world)
+        begun = self._begin(
+            prompts, lambda share: early_exit.rollout(self.engine, share, self.settings, self.tokenizer, step)
+        )
+        return _Round(draw, prompts, begun)
+
+    def _begin(
+        self, prompts: Sequence[Prompt], work: Callable[[Sequence[Prompt]], Coroutine[Any, Any, list[Group]]]
+    ) -> Future[list[Group]] | None:
+        """Begin `work` on this rank's share of the prompts; None where it has none."""
         if self.world.rank < self.drivers and (share := prompts[self.world.rank :: self.drivers]):
-            mine = self._run("the rollout", work(share))
-        shares = gather(mine, self.world)
+            return self._start("the rollout", work(share))
+        return None
+
+    def _finish(self, prompts: Sequence[Prompt], begun: Future[list[Group]] | None) -> list[Group]:
+        """A group for every prompt, in their order, from all ranks; on the controller ([] elsewhere). Collective."""
+        shares = gather(self._wait("the rollout", begun) if begun else [], self.world)
         if not shares:
             return []
         return [shares[i % self.drivers][i // self.drivers] for i in range(len(prompts))]
 
-    def _run(self, what: str, work: Coroutine[Any, Any, T]) -> T:
+    def _start(self, what: str, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Begin `work`, which has `rollout.deadline` seconds."""
         seconds = self.settings.rollout.deadline
 
         async def bounded() -> T:
@@ -134,5 +174,8 @@ class Collector:
             except TimeoutError:
                 raise DeadlineExceeded(f"{what} on rank {self.world.rank}", seconds) from None
 
-        with waiting(f"{what} on rank {self.world.rank}", seconds):  # the engine may block the event loop
-            return self.runner.run(bounded())
+        return self.loop.begin(bounded())
+
+    def _wait(self, what: str, begun: Future[T]) -> T:
+        with waiting(f"{what} on rank {self.world.rank}", self.settings.rollout.deadline):  # it may block its loop
+            return self.loop.wait(begun)

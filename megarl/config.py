@@ -220,8 +220,12 @@ class Rollout(Section):
     """Sequences that one `local` engine decodes at a time."""
     deadline: Annotated[float, Field(gt=0)] = 3600.0
     """Seconds for the rollout of one step."""
+    partial: bool = False
+    """With async_steps: completions under way at a weight update go on under the new weights, each span of tokens with
+    its own version; else the update waits for them."""
     mismatch_limit: Annotated[float, Field(gt=0)] = 0.5
-    """Mean |train - rollout| log-prob over a step above which the run stops."""
+    """Mean |train - rollout| log-prob over a step above which the run stops; with async_steps it holds the drift of the
+    policy since the rollout too."""
     canary_limit: Annotated[float, Field(gt=0)] = 0.1
     """Largest |engine - learner| log-prob of the canary after a weight sync; beyond it the run stops."""
     early_exit: EarlyExit = EarlyExit()
@@ -375,6 +379,9 @@ class Settings(Section):
     """Of every draw: order, sampling, pruning, random weights. The same seed repeats a run."""
     steps: Positive = 100
     """Training steps; one rollout each."""
+    async_steps: Natural = 0
+    """So many steps' rollouts go on while one trains; 0 = strictly on-policy. No trained token is staler than so many
+    updates; `algorithm.tis_cap` weighs the difference. More than 1 needs `rollout.partial`."""
     model: Model
     data: Data
     parallel: Parallel = Parallel()
@@ -404,6 +411,18 @@ class Settings(Section):
             )
         if self.optimizer.min_lr > self.optimizer.lr:
             raise ValueError(f"optimizer.min_lr: {self.optimizer.min_lr:g} is above lr; at most {self.optimizer.lr:g}")
+        a = self.async_steps
+        if a and self.algorithm.tis_cap is None and self.algorithm.old_logprobs != "rollout":
+            raise ValueError(
+                f"algorithm.tis_cap: unset, but with async_steps {a} older weights sample what is trained; set e.g. 2"
+            )
+        if a > 1 and not self.rollout.partial:
+            raise ValueError(
+                f"async_steps: {a} needs rollout.partial: true, for a weight update that waits for whole completions "
+                "leaves nothing to roll out further ahead; else at most 1"
+            )
+        if self.rollout.partial and not a:
+            raise ValueError("rollout.partial: true does nothing with async_steps 0; set that to 1 or more")
         e = self.rollout.early_exit
         if e.enabled and not e.markers:
             raise ValueError("rollout.early_exit.markers: [] names no marker; the paper's is ['Wait']")

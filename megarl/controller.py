@@ -16,7 +16,7 @@ from megarl.algorithms import pruning
 from megarl.commit import clear_errors
 from megarl.config import Settings
 from megarl.data.ledger import Entry, Fate, Ledger
-from megarl.data.loader import Loader
+from megarl.data.loader import Draw, Loader
 from megarl.data.prompts import read_prompts
 from megarl.errors import RunError
 from megarl.experience import Collected, Experience
@@ -42,6 +42,7 @@ class Controller:
             progress.say(f"held-out prompts: {report}")
             self.held_out = [table[i] for i in range(min(len(table), settings.data.eval_limit or len(table)))]
         self.loader = Loader(prompts, settings.pruning, settings.seed, settings.data.shuffle)
+        self.ahead: dict[int, Draw] = {}  # of steps whose rollout has begun, or had when the run was saved
         self.ledger = Ledger()
         self.expected_length = pruning.ExpectedLength()
         self.graders = Graders(settings.reward.function, settings.reward.workers, settings.reward.timeout)
@@ -55,6 +56,16 @@ class Controller:
             self.run = RunDirectory(self.settings.run, self.settings, resume_step)
             environment.write(self.settings.run, ranks)
             precisions.write_manifest(self.settings.run, self.settings.precision, read_shape(self.settings.model.path))
+
+    def draw(self, step: int, n: int) -> Draw:
+        """The next n prompts, for a step."""
+        return self.loader.draw(n, pruning.active(self.settings.pruning, step, self.settings.steps))
+
+    def draw_ahead(self, step: int) -> Draw:
+        """A step's prompts; those that were drawn for it before the run was resumed, if any were."""
+        if step not in self.ahead:
+            self.ahead[step] = self.draw(step, self.settings.batch.prompts_per_step)
+        return self.ahead[step]
 
     def report(self, step: int, metrics: dict[str, Any]) -> None:
         """Record figures and show them."""
@@ -89,10 +100,11 @@ class Controller:
         self.report(step, metrics)
 
     def save(self, folder: Path) -> None:
-        """Write data position, pruning history, expected length and ledger into a checkpoint's folder."""
-        np.savez(
-            folder / STATE, **self.loader.state(), **{f"length_{k}": v for k, v in self.expected_length.state().items()}
-        )
+        """Write data position, prompts drawn ahead, pruning history, expected length and ledger into a checkpoint's
+        folder."""
+        lengths = {f"length_{k}": v for k, v in self.expected_length.state().items()}
+        ahead = {f"ahead_{step}_{k}": v for step, draw in self.ahead.items() for k, v in draw.state().items()}
+        np.savez(folder / STATE, **self.loader.state(), **lengths, **ahead)
         self.ledger.commit(folder)
 
     def load(self, folder: Path) -> None:
@@ -100,6 +112,9 @@ class Controller:
         with np.load(folder / STATE, allow_pickle=False) as state:
             self.loader.restore(state)
             self.expected_length.restore({k[7:]: v for k, v in state.items() if k.startswith("length_")})
+            for step in sorted({int(k.split("_")[1]) for k in state if k.startswith("ahead_")}):
+                arrays = {k.split("_")[2]: v for k, v in state.items() if k.startswith(f"ahead_{step}_")}
+                self.ahead[step] = self.loader.drawn_before(arrays)
         self.ledger = Ledger.load(folder)
 
     def _entries(self, collected: Collected) -> Iterator[Entry]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from megarl.config import Settings
+from megarl.event_loop import EventLoop
 from megarl.exchange import broadcast
 from megarl.learner.learner import Learner
 from megarl.learner.parallel import World
@@ -32,11 +31,11 @@ class Engines:
         self,
         settings: Settings,
         world: World,
-        runner: asyncio.Runner,
+        loop: EventLoop,
         tokenizer: PreTrainedTokenizerBase,
         learner: Learner,
     ) -> None:
-        self.settings, self.world, self.runner, self.learner = settings, world, runner, learner
+        self.settings, self.world, self.loop, self.learner = settings, world, loop, learner
         self.canary_difference = 0.0
         generator = np.random.default_rng(derive_seed(settings.seed, "canary"))
         self._canary = generator.integers(0, learner.shape.vocab, CANARY_TOKENS).astype(np.int32)
@@ -56,7 +55,7 @@ class Engines:
             pool = fleet.build(settings, Vocabulary(tokenizer))
             self.engine = pool
             try:
-                runner.run(pool.start())
+                loop.run(pool.start())
             except BaseException:
                 self.close()
                 raise
@@ -72,12 +71,12 @@ class Engines:
         canary = weight_sync.Canary(self._canary.tolist(), expected.tolist())
         bound = self.settings.rollout.canary_limit
         with waiting(f"the engines to take the weights of version {version}", self.world.deadline_s):
-            self.canary_difference = self.runner.run(weight_sync.sync(self.engine, version, tensors, canary, bound))
+            self.canary_difference = self.loop.run(weight_sync.sync(self.engine, version, tensors, canary, bound))
 
     def close(self) -> None:
         """Free the engines; servers that were started for this run end."""
         if self.engine is not None:
-            self.runner.run(self.engine.close())
+            self.loop.run(self.engine.close())
 
     def _canary_logprobs(self) -> np.ndarray:
         """The learner's log-probs of the canary at temperature 1, on every rank."""

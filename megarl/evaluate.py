@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from megarl.controller import Controller
 from megarl.data.tokenizer import load_tokenizer
 from megarl.engines import Engines
 from megarl.errors import UserError
+from megarl.event_loop import EventLoop
 from megarl.experience import Experience
 from megarl.learner import parallel
 from megarl.learner.learner import Learner
@@ -40,8 +40,8 @@ def evaluate(settings: Settings, trained: bool, temperatures: list[float]) -> li
         controller = stack.enter_context(Controller(settings, tokenizer, progress)) if world.is_controller else None
         learner = Learner(settings, world, total_updates=1)
         step = Checkpoints(settings, world, learner, controller, progress).restore() if trained else 0
-        runner = stack.enter_context(asyncio.Runner())
-        engines = Engines(settings, world, runner, tokenizer, learner)
+        loop = stack.enter_context(EventLoop(world.device))
+        engines = Engines(settings, world, loop, tokenizer, learner)
         stack.callback(engines.close)
         engines.push(version=step)
         switches = presets.resolve(settings.algorithm, settings.rollout.max_response_tokens, 1)
@@ -49,7 +49,7 @@ def evaluate(settings: Settings, trained: bool, temperatures: list[float]) -> li
         rows = []
         for temperature in temperatures:
             settings.evaluation.temperature = temperature
-            figures = Collector(settings, world, runner, engines, tokenizer, controller, experience).evaluate()
+            figures = Collector(settings, world, loop, engines, tokenizer, controller, experience).evaluate()
             progress.phase(f"temperature {temperature:g}")
             rows.append({"step": step, "temperature": temperature, **figures})
         return rows if world.is_controller else []

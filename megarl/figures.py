@@ -15,17 +15,19 @@ from megarl.errors import RunError
 from megarl.experience import Collected
 from megarl.learner import device
 from megarl.rollout import early_exit
-from megarl.trajectory import Batch
+from megarl.trajectory import Batch, Completion
 
 
 def of_step(
+    step: int,
     collected: Collected,
     batches: Sequence[Batch],
     updates: Sequence[dict[str, float]],
     engines: Engines,
     settings: Settings,
 ) -> dict[str, Any]:
-    """Every figure of a step but its timings. Raises RunError when train and rollout log-probs drifted apart."""
+    """Every figure of a step but its timings. Raises RunError when train and rollout log-probs drifted apart, or tokens
+    are staler than the settings allow."""
     completions = collected.completions
     n = len(completions)
     verdicts = Counter(c.verdict for c in completions)
@@ -34,6 +36,12 @@ def of_step(
         raise RunError(
             f"rollout.mismatch_limit: train and rollout log-probs differ by {trained['mismatch_mean']:.3g} on average, "
             f"more than {settings.rollout.mismatch_limit:g}: the engine does not sample from the policy that is trained"
+        )
+    stale = staleness(step, completions)
+    if stale["staleness_max"] > settings.async_steps:
+        raise RunError(
+            f"async_steps: {settings.async_steps}, but step {step} has tokens of weights {stale['staleness_max']:.0f} "
+            "updates old"
         )
     weights = np.array([c.weight for c in completions])
     return {
@@ -52,10 +60,20 @@ def of_step(
         "added_variance": pruning.added_variance(np.abs([c.advantage for c in completions]), weights),
         "packing_density": density(batches, settings.batch.tokens_per_row),
         **trained,
+        **stale,
         "canary_difference": engines.canary_difference,
         "memory_gib": device.peak_memory() / 2**30,
         "weight_version": completions[0].spans[0].version if n and completions[0].spans else -1,
     }
+
+
+def staleness(step: int, completions: Sequence[Completion]) -> dict[str, float]:
+    """Updates between the weights that sampled the tokens of a step and those that it trains; mean over tokens."""
+    updates = np.array([step - 1 - span.version for c in completions for span in c.spans])
+    tokens = np.array([span.end - span.start for c in completions for span in c.spans])
+    if not tokens.sum():
+        return {"staleness_max": 0.0, "staleness_mean": 0.0}
+    return {"staleness_max": float(updates.max()), "staleness_mean": float((updates * tokens).sum() / tokens.sum())}
 
 
 def learner_figures(updates: Sequence[dict[str, float]]) -> dict[str, float]:

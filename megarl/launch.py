@@ -155,7 +155,9 @@ def derived(settings: Settings, shape: ModelShape, world_size: int) -> dict[str,
         "dppo": f"prompts {settings.pruning.prompts:g}, completions {settings.pruning.completions:g}"
         if settings.pruning.prompts or settings.pruning.completions
         else "off",
-        "steps": settings.steps,
+        "steps": f"{settings.steps}, rolled out {settings.async_steps} ahead"
+        if settings.async_steps
+        else settings.steps,
         "run": settings.run,
     }
 

@@ -4,6 +4,7 @@ One step, as the papers tell it:
 
     draw prompts; DPPO leaves out those whose history says little        data/loader.py
     roll out G completions each; Step-GRPO ends finished thoughts early  rollout/early_exit.py, through collector.py
+    (with async_steps, the next steps' rollouts go on from here on)      event_loop.py
     grade, shape the reward, take advantages over whole groups           rewards/, algorithms/steps.py, advantage.py
     drop completions of low |advantage|, weight what is kept, pack       algorithms/pruning.py, data/packing.py
     old and reference log-probs; forward and backward; optimizer         learner/, algorithms/loss.py
@@ -13,7 +14,6 @@ One step, as the papers tell it:
 
 from __future__ import annotations
 
-import asyncio
 from contextlib import ExitStack
 from functools import partial
 
@@ -26,6 +26,7 @@ from megarl.config import Settings
 from megarl.controller import Controller
 from megarl.data.tokenizer import load_tokenizer
 from megarl.engines import Engines
+from megarl.event_loop import EventLoop
 from megarl.exchange import broadcast
 from megarl.experience import Experience
 from megarl.interrupt import Interrupt
@@ -66,11 +67,11 @@ def train(settings: Settings, resume: bool = False) -> bool:
         if controller:
             controller.open_run(done if resume else None, world.world_size)
 
-        runner = stack.enter_context(asyncio.Runner())
-        engines = Engines(settings, world, runner, tokenizer, learner)
+        loop = stack.enter_context(EventLoop(world.device))
+        engines = Engines(settings, world, loop, tokenizer, learner)
         stack.callback(engines.close)
         experience = Experience(settings, switches, world.dp_size)
-        collector = Collector(settings, world, runner, engines, tokenizer, controller, experience)
+        collector = Collector(settings, world, loop, engines, tokenizer, controller, experience)
 
         def evaluate(step: int) -> dict[str, float]:
             with watch("evaluation"):
@@ -86,6 +87,8 @@ def train(settings: Settings, resume: bool = False) -> bool:
             watch.step = step
             with watch("rollout"):
                 collected = collector.collect(step, switches.dynamic_sampling)
+                for later in range(step + 1, step + settings.async_steps + 1):
+                    collector.begin(later)
             with watch("reward"):
                 if switches.kl_reward_coef:
                     logprobs.penalise(collected.groups, learner, switches, experience)
@@ -94,12 +97,14 @@ def train(settings: Settings, resume: bool = False) -> bool:
                 logprobs.fill(batches, learner, switches)
             with watch("train"):
                 trained = [learner.train_step(batch, objective) for batch in batches]
+            with watch("rollout"):
+                collector.settle()
             with watch("sync"):
                 engines.push(version=step)
             measured = evaluate(step)
 
             if controller:
-                measured |= figures.of_step(collected, batches, trained, engines, settings)
+                measured |= figures.of_step(step, collected, batches, trained, engines, settings)
                 controller.finish_step(step, collected, measured | watch.lap())
             leaving = broadcast(interrupt.asked, world)
             if leaving or figures.checkpoint_due(step, settings):

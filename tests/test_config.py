@@ -50,6 +50,8 @@ def test_dump_is_what_was_loaded(tmp_path: Path) -> None:
         ("rollout={max_response_tokens: 2, early_exit: {enabled: true}}", ["thinking_share", "room for an answer"]),
         ("batch={prompts_per_step: 10, prompts_per_update: 4}", ["prompts_per_update", "4", "10", "5"]),
         ("optimizer.min_lr=1", ["optimizer.min_lr", "at most"]),
+        ("async_steps=1", ["algorithm.tis_cap", "async_steps 1"]),
+        ("rollout={partial: true}", ["rollout.partial", "async_steps"]),
         ("seed", ["seed", "key=value"]),
     ],
 )

@@ -41,6 +41,14 @@ class Draw:
         """Prompts taken from the epoch's order, pruned ones included: what the denominators are made from."""
         return len(self.prompts) + len(self.pruned)
 
+    def state(self) -> dict[str, np.ndarray]:
+        """Everything, as arrays; `Loader.drawn_before` gives it back."""
+        return {
+            "prompts": np.array([(each.index, each.epoch) for each in self.prompts], np.int64).reshape(-1, 2),
+            "keep": np.array([each.keep for each in self.prompts]),
+            "pruned": np.array(self.pruned, np.int64).reshape(-1, 2),
+        }
+
 
 def told_apart(drawn: Sequence[Drawn], before: Sequence[Drawn] = ()) -> list[Prompt]:
     """The prompts of `drawn`; one that the step already has, in `before` or here, goes by the uid `uid@epoch`.
@@ -95,6 +103,14 @@ class Loader:
                     f"pruning.prompts: {rate:g} left only {len(draw.prompts)} of {draw.taken} prompts taken, {n} wanted"
                 )
         return draw
+
+    def drawn_before(self, state: Mapping[str, np.ndarray]) -> Draw:
+        """The draw that `Draw.state` was made of, when this position of the data was already taken."""
+        prompts = [
+            Drawn(self.prompts[int(index)], int(index), int(epoch), float(keep))
+            for (index, epoch), keep in zip(state["prompts"], state["keep"], strict=True)
+        ]
+        return Draw(prompts, [(int(index), int(epoch)) for index, epoch in state["pruned"]])
 
     @property
     def epoch(self) -> float:

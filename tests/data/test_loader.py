@@ -206,3 +206,11 @@ def test_prompts_of_one_step_are_told_apart(n, sizes):
         uids += [p.uid for p in prompts]
     assert len(set(uids)) == len(uids)
     assert {uid for uid in uids if "@" not in uid} == {d.prompt.uid for d in before}
+
+
+def test_a_draw_comes_back_from_a_file():
+    """Two epochs, pruned prompts among them; also a draw of nothing."""
+    loader = Loader(tables.table(12), PRUNING, seed=5)
+    visit(loader, loader.draw(12))
+    for draw in (loader.draw(10), Draw()):
+        assert loader.drawn_before(through_a_file(draw.state())) == draw
