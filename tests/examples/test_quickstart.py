@@ -19,7 +19,7 @@ from megarl.rollout.local import LocalEngine
 from megarl.trajectory import Group
 
 REASONER = Path("examples/quickstart/reasoner")
-ACCURACY = 0.46  # of the taught reasoner at temperature 0.6, in the README
+ACCURACY = 0.85  # of the taught reasoner at temperature 0.6, in the README
 
 
 @pytest.mark.parametrize("name", ["train", "sft"])
