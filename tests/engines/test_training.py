@@ -115,7 +115,7 @@ def train_while_servers_die(wanted: config.Settings) -> dict[str, Any]:
 
     def collect_and_wait(self: Collector, *arguments: Any) -> Any:
         collected = collect(self, *arguments)
-        self.runner.run(recovered())
+        self.loop.run(recovered())
         return collected
 
     fleet.build, SGLangEngine._segment, SGLangEngine.load_serialized = remember, counted, cut
