@@ -99,7 +99,7 @@ def _parse(words: list[str]) -> None:
         sub = command.commands[name]
     if not rest:  # a command's name in running text
         return
-    if rest[0].startswith("-"):  # an option's name in running text
+    if rest[0].startswith("-") and name != "bench":  # an option's name in running text
         rest = ["CONFIG", *rest]
     rest = ["8" if word in ("N", "M") else word for word in rest]
     sub.make_context(name, rest, resilient_parsing=False)
