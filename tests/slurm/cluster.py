@@ -60,6 +60,8 @@ JobRequeue=1
 KillWait=5
 SlurmdTimeout=20
 MessageTimeout=60
+# Ended jobs stay known, so that a test may ask about them.
+MinJobAge=7200
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0,sched_min_interval=0

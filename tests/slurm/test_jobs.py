@@ -81,6 +81,7 @@ def test_disturbed_run_ends_as_the_untouched_one(cluster: Cluster, untouched: Jo
         job.wait_until_completed()
     finally:
         cluster.link(engine, up=True)
+    wait_for(lambda: not cluster.processes(job.id), "the lost node to end what it was left with", 120)
 
     untouched.wait_until_completed()
     assert [line["step"] for line in job.steps()] == list(range(1, STEPS + 1))
