@@ -107,7 +107,7 @@ def test_dry_run_prints_the_derived_sizes_and_writes_nothing(
         cli.main()
     assert not left.value.code
     shown = capsys.readouterr().err
-    for word in ("tp 2", "16 prompts", "256 of 256 prompts", "rule in the map", "fits a100-40gb"):
+    for word in ("tp 2", "16 prompts", "1024 of 1024 prompts", "rule in the map", "fits a100-40gb"):
         assert word in shown
     assert not (tmp_path / "run").exists()
 

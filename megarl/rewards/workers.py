@@ -114,8 +114,11 @@ class _Worker:
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
 
-    def start(self) -> None:
-        """Start the process and wait until it can grade; UserError when the function cannot be imported."""
+    def start(self, again: bool = True) -> None:
+        """Start the process and wait until it can grade; UserError when the function cannot be imported.
+
+        `again`: once more if a signal ends it meanwhile: a kill from outside says nothing about the function.
+        """
         ours, theirs = socket.socketpair()
         with theirs, self._lock:
             if self._closed:
@@ -135,6 +138,9 @@ class _Worker:
             code = self.end()
             if isinstance(e, TimeoutError):
                 raise DeadlineExceeded(f"a grader process to import {self._function}", START_DEADLINE) from None
+            if again and code < 0:
+                self.start(again=False)
+                return
             raise RunError(f"a grader process {_death(code)} while it imported {self._function}") from None
         if "refused" in hello:
             self.end()
