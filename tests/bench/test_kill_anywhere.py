@@ -1,4 +1,4 @@
-"""`megarl bench kill_anywhere` with a few kills; fifty are in docs/results/kill_anywhere.json."""
+"""`megarl bench kill_anywhere` with a few kills."""
 
 from __future__ import annotations
 
