@@ -1,4 +1,4 @@
-"""Single tensors as torch.save writes them, at any place of a file: mapped, and written without copies in between.
+"""Tensors as torch.save writes them, at any place of a file: mapped one by one, written without copies in between.
 
 torch.save's archive is a zip file: records that describe the tensor, one record that is its bytes, a directory. All but
 the bytes depends on type and shape only, so torch.save makes it once for each type and shape.
@@ -55,7 +55,7 @@ class ArchiveWriter:
                 with torch.serialization.skip_data():
                     torch.save(tensor, self._template)
                 with open(self._template, "rb") as file:
-                    start = _described(file)[1]
+                    start = data_start(described(file))
                     head = os.pread(file.fileno(), start, 0)
                     tail = os.pread(file.fileno(), OVERHEAD, start + tensor.nbytes)
                 self._template.unlink()
@@ -67,19 +67,34 @@ def read_archive(path: Path, start: int, length: int) -> Tensor:
     """The tensor of the archive in bytes [start, start + length) of a file; UserError when it is damaged."""
     try:
         with open(path, "rb", buffering=0) as file:
-            tensor, offset = _described(io.BufferedReader(_Window(file, start, length)))
-            count = tensor.untyped_storage().nbytes() // tensor.dtype.itemsize
-            flat = mapped(file.fileno(), path, tensor.dtype, (count,), start + offset)
+            tensor = described(io.BufferedReader(_Window(file, start, length)))
     except (RuntimeError, pickle.UnpicklingError, EOFError) as e:
         reason = str(e).splitlines()[0]
         raise UserError(f"{path}: damaged at byte {start} ({reason})") from None
-    return flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+    return filled(tensor, path, start)
 
 
-def _described(archive: Any) -> tuple[Tensor, int]:
-    """The archive's tensor without its data, and the byte where its storage begins."""
-    tensor = torch.load(archive, map_location="meta", weights_only=True)
-    return tensor, tensor.untyped_storage()._checkpoint_offset
+def described(archive: Any, **options: Any) -> Any:
+    """What torch.save wrote, its tensors on the meta device: no byte of theirs is read. Raises torch.load's errors."""
+    return torch.load(archive, map_location="meta", weights_only=True, **options)
+
+
+def data_start(tensor: Tensor) -> int:
+    """The byte of the archive where the storage of a `described` tensor begins."""
+    return tensor.untyped_storage()._checkpoint_offset
+
+
+def filled(tensor: Tensor, path: Path, start: int = 0) -> Tensor:
+    """A `described` tensor with its data: mapped from the archive at byte `start` of a file.
+
+    Only what lies between its first value and its last: the storage may be that of many tensors.
+    """
+    sides = list(zip(tensor.shape, tensor.stride(), strict=True))
+    count = 1 + sum((size - 1) * stride for size, stride in sides) if tensor.numel() else 0
+    first = start + data_start(tensor) + tensor.storage_offset() * tensor.dtype.itemsize
+    with open(path, "rb", buffering=0) as file:
+        flat = mapped(file.fileno(), path, tensor.dtype, (count,), first)
+    return flat.as_strided(tensor.shape, tensor.stride())
 
 
 class _Window(io.RawIOBase):

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from checkpoints_conv.archive import data_start, described, filled
 from checkpoints_conv.checkpoint import RELEASE, TRACKER, megatron_arguments, megatron_folders
 from checkpoints_conv.families import rules
 from checkpoints_conv.layout import Layout, chunks, local_rules, padded_vocab
@@ -62,7 +62,8 @@ def places(every: Iterable[Rule], model: ModelShape, layout: Layout) -> dict[str
 class Classic:
     """The model weights of a classic checkpoint, put together from the files of all ranks (a `Checkpoint`).
 
-    Layout and layer spec are read off the files. Files are mapped into memory, and only tensors are unpickled.
+    Layout and layer spec are read off the files. Opening reads what describes the tensors (nothing but tensors and
+    arguments is unpickled); each tensor is mapped when it is asked for.
     """
 
     format = "Megatron classic"
@@ -73,7 +74,7 @@ class Classic:
         self._paths, numbers = _rank_files(folder)
         loaded = [_load(path) for path in self._paths]
         self.layout, ranks = _layout(folder, numbers, loaded[0], self.model)
-        self._files = dict(zip(ranks, loaded, strict=True))
+        self._files = dict(zip(ranks, zip(self._paths, loaded, strict=True), strict=True))
         missing = set(_ranks(self.layout)) - set(ranks)
         if missing:
             raise UserError(f"{folder}: the file of rank {min(missing)} is missing")
@@ -90,7 +91,7 @@ class Classic:
         for rule in self._every:
             for place in (place for shard in self._places.get(rule.megatron, []) for place in shard):
                 expected[place.rank][place.chunk, place.name] = rule
-        for (rank, states), path in zip(self._files.items(), self._paths, strict=True):
+        for rank, (path, states) in self._files.items():
             found = {(chunk, name): value for chunk, state in _chunks(states).items() for name, value in state.items()}
             for (chunk, name), rule in expected[rank].items():
                 if (chunk, name) not in found:
@@ -103,21 +104,23 @@ class Classic:
                 raise UserError(f"{path}: {min(extra)[1]}: no rule of the map covers this tensor")
 
     def dtype(self, rule: Rule) -> torch.dtype:
-        return self._shards(rule)[0].dtype
+        return self._described(rule)[0][1].dtype
 
     def parts(self, rule: Rule) -> dict[str, Tensor]:
         own = self._own[rule.hf]
-        return own.split(own.unshard(self._shards(rule)))
+        return own.split(own.unshard([filled(tensor, path) for path, tensor in self._described(rule)]))
 
     def files(self) -> list[Path]:
         return self._paths
 
     def close(self) -> None:
-        self._files.clear()
+        """Files are opened for each read only."""
 
-    def _shards(self, rule: Rule) -> list[Tensor]:
+    def _described(self, rule: Rule) -> list[tuple[Path, Tensor]]:
+        """Each shard's file, and the shard without its data."""
         held = (shard[0] for shard in self._places[self._own[rule.hf].megatron])
-        return [self._files[place.rank][place.chunk][place.name] for place in held]
+        files = ((place, *self._files[place.rank]) for place in held)
+        return [(path, states[place.chunk][place.name]) for place, path, states in files]
 
 
 class ClassicWriter:
@@ -163,14 +166,11 @@ class ClassicWriter:
                 with torch.serialization.skip_data():
                     torch.save({**state, "args": arguments, "checkpoint_version": 3.0, "iteration": 0}, partial)
                 partial.rename(path)
-            with FakeTensorMode(), torch.serialization.safe_globals([Namespace]):
-                holes = _chunks(torch.load(path, weights_only=True))
+            holes = _chunks(_load(path))
             self._fds[rank] = os.open(path, os.O_WRONLY)
             for chunk, tensors in holes.items():
                 for name, tensor in tensors.items():
-                    start = tensor.untyped_storage()._checkpoint_offset
-                    assert start is not None, "torch.load tells it under a FakeTensorMode"
-                    self._starts[Place(rank, chunk, name)] = start
+                    self._starts[Place(rank, chunk, name)] = data_start(tensor)
 
     def write(self, unit: Unit, tensors: Iterable[tuple[Rule, Mapping[str, Tensor]]]) -> list:
         touched: set[Rank] = set()
@@ -252,9 +252,10 @@ def _chunks(file: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
 
 
 def _load(path: Path) -> dict[str, Any]:
+    """A rank's file, its tensors on the meta device."""
     try:
         with torch.serialization.safe_globals([Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return described(path, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as e:
         reason = str(e).splitlines()[0]
         raise UserError(f"{path}: damaged, or holds more than tensors and arguments ({reason})") from None

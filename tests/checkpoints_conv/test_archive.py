@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoints_conv.archive import ArchiveWriter, read_archive
+from checkpoints_conv.archive import ArchiveWriter, described, filled, read_archive
 from megarl.errors import UserError
 
 
@@ -36,6 +36,24 @@ def test_any_strides_and_offsets_are_read(tmp_path: Path) -> None:
     torch.save(tensor, saved)
     (tmp_path / "file").write_bytes(b"x" * 13 + saved.getvalue() + b"y")
     assert torch.equal(read_archive(tmp_path / "file", 13, len(saved.getvalue())), tensor)
+
+
+def test_tensors_of_one_storage_are_mapped_apart(tmp_path: Path) -> None:
+    """As Megatron saves the parameters that lie in one buffer: each tensor brings only its own bytes into memory."""
+    buffer = torch.randn(1000)
+    tensors = {
+        "first": buffer[:10],
+        "matrix": buffer[100:400].view(30, 10)[:, 2:5],
+        "last": buffer[-1],
+        "none": buffer[:0],
+    }
+    torch.save(tensors, tmp_path / "file")
+    found = {name: filled(tensor, tmp_path / "file") for name, tensor in described(tmp_path / "file").items()}
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(found[name], tensor), name
+    sizes = {name: tensor.untyped_storage().nbytes() // 4 for name, tensor in found.items()}
+    assert sizes == {"first": 10, "matrix": 29 * 10 + 3, "last": 1, "none": 0}
 
 
 def test_a_mapped_tensor_changes_no_file(tmp_path: Path) -> None:
