@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from conversions import assert_same_bytes, convert_folder, write_model
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt import GPTModel, gpt_layer_specs
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from te_stand_ins import Norm, StandIns
 from tiny_models import ARCHITECTURES
 
 from checkpoints_conv.families import rules
 from checkpoints_conv.hf import HfWeights, HfWriter, load_shards
 from checkpoints_conv.layout import local_rules, padded_vocab
+from checkpoints_conv.rules import Rule, Spec
 from checkpoints_conv.shape import ModelShape, read_shape
 from checkpoints_conv.torch_dist import TorchDistWriter
 from megarl.config import Parallel, Precision
@@ -30,8 +33,9 @@ EXPERT_LAYOUTS = [Parallel(tp=2, ep=2), Parallel(pp=2, ep=2)]
 TIED = {"qwen3": True, "qwen3_moe": False, "qwen2": True, "llama": False}
 
 
-def build(shape: ModelShape, parallel: Parallel) -> list[GPTModel]:
-    """This rank's chunks of the stock GPTModel, Megatron's own layers throughout; parameters as they come."""
+def build(shape: ModelShape, parallel: Parallel, spec: Spec = "local") -> list[GPTModel]:
+    """This rank's chunks of the stock GPTModel; parameters as they come. With the spec "te" they have the modules that
+    Megatron would build of Transformer Engine's, which themselves are stand-ins."""
     moe = shape.moe
     experts = (
         {"num_moe_experts": moe.count, "moe_router_topk": moe.top_k, "moe_ffn_hidden_size": moe.ffn} if moe else {}
@@ -56,14 +60,20 @@ def build(shape: ModelShape, parallel: Parallel) -> list[GPTModel]:
         pipeline_dtype=torch.float32,
         **experts,
     )
-    spec = get_gpt_layer_local_spec(moe.count if moe else None, False, shape.qk_norm, normalization="RMSNorm")
+    experts_and_norms = moe.count if moe else None, spec == "te", shape.qk_norm
+    if spec == "te":
+        with mock.patch.object(gpt_layer_specs, "TESpecProvider", StandIns, create=True):
+            modules = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(*experts_and_norms)
+        modules = TransformerBlockSubmodules([modules] * (shape.layers // parallel.pp // parallel.vpp), Norm)
+    else:
+        modules = gpt_layer_specs.get_gpt_layer_local_spec(*experts_and_norms, normalization="RMSNorm")
     chunks = []
     for index in range(parallel.vpp):
         place = {"ignore_virtual": False, "vp_stage": index} if parallel.vpp > 1 else {}
         chunks.append(
             GPTModel(
                 config=config,
-                transformer_layer_spec=spec,
+                transformer_layer_spec=modules,
                 vocab_size=padded_vocab(shape.vocab, parallel.tp),
                 max_sequence_length=shape.max_positions,
                 pre_process=parallel_state.is_pipeline_first_stage(**place),
@@ -101,21 +111,34 @@ def check_loading(
     files: HfWeights, chunks: list[GPTModel], parallel: Parallel, world: World, converted: Path
 ) -> dict[str, dict]:
     """Compare names, shapes and loaded values with the map's; returns the sharded state of what was loaded."""
-    layout, shape = layout_of(parallel), files.model
-    every = rules(shape, "local", padded_vocab(shape.vocab, parallel.tp))
-    ep_rank = parallel_state.get_expert_model_parallel_rank()
+    shape = files.model
+    check_names(build(shape, parallel, "te"), shape, parallel, world, "te")
+    by_chunk = check_names(chunks, shape, parallel, world, "local")
     with torch.no_grad():
         for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
             parameter.fill_(torch.nan)  # a load that does nothing must not pass
     loaded = dist_checkpointing.load(sharded(chunks), str(converted))
-    for index, chunk in enumerate(chunks):
-        local = local_rules(every, shape, layout, world.pp_rank, index, ep_rank)
-        shapes = {name: rule.shape(layout.shards(rule)) for name, rule in local.items()}
-        assert {name: tuple(t.shape) for name, t in tensors_of(chunk).items()} == shapes, (shape.family, parallel)
+    for index, (chunk, local) in enumerate(zip(chunks, by_chunk, strict=True)):
         chunk.load_state_dict(loaded[f"model{index}"], strict=True)
-        for name, tensor in load_shards(files, local, layout, world.tp_rank):
+        for name, tensor in load_shards(files, local, layout_of(parallel), world.tp_rank):
             assert torch.equal(tensors_of(chunk)[name], tensor), (shape.family, parallel, name)
     return sharded(chunks)
+
+
+def check_names(
+    chunks: list[GPTModel], shape: ModelShape, parallel: Parallel, world: World, spec: Spec
+) -> list[dict[str, Rule]]:
+    """Megatron's names and shapes are the map's; returns each chunk's rules."""
+    layout, every = layout_of(parallel), rules(shape, spec, padded_vocab(shape.vocab, parallel.tp))
+    found = []
+    for index, chunk in enumerate(chunks):
+        ep_rank = parallel_state.get_expert_model_parallel_rank()
+        local = local_rules(every, shape, layout, world.pp_rank, index, ep_rank)
+        shapes = {name: rule.shape(layout.shards(rule)) for name, rule in local.items()}
+        held = {name: tuple(tensor.shape) for name, tensor in tensors_of(chunk).items()}
+        assert held == shapes, (shape.family, parallel, spec)
+        found.append(local)
+    return found
 
 
 def sharded(chunks: list[GPTModel]) -> dict[str, dict]:
@@ -128,10 +151,11 @@ def sharded(chunks: list[GPTModel]) -> dict[str, dict]:
     ids=["dense", "experts"],
 )
 def test_megatron_loads_and_saves_what_we_convert(layouts: list[Parallel], families: list[str], tmp_path: Path) -> None:
-    """For every layout the stock GPTModel has exactly the tensors that the map says; Megatron's own loader fills it
-    from our torch_dist with what the map cuts from the Hugging Face files, bit for bit; and what Megatron's own saver
-    writes from a parallel layout converts back to the same bytes. Vocabularies are odd, so padding is at work.
-    Not proven: Transformer Engine's layer names, which need CUDA, and that the tensors are used alike (test_logits)."""
+    """For every layout the stock GPTModel has exactly the tensors that the map says, of either layer spec; Megatron's
+    own loader fills it from our torch_dist with what the map cuts from the Hugging Face files, bit for bit; and what
+    Megatron's own saver writes from a parallel layout converts back to the same bytes. Vocabularies are odd, so padding
+    is at work. Not proven: what Transformer Engine calls the parameters inside its modules (te_stand_ins.py repeats its
+    source; it needs CUDA), and that the tensors are used alike (test_real_weights.py)."""
     assert sorted(TIED) == sorted(ARCHITECTURES)
     for family in families:
         (tmp_path / family).mkdir()
