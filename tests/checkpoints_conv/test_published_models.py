@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from checkpoints_conv.families import rules
 from checkpoints_conv.layout import Layout, chunks, local_rules, padded_vocab
@@ -41,6 +42,19 @@ LAYOUTS = {
     "Llama-3.1-8B": [Layout(tp=4), Layout(tp=2, pp=2, vpp=2)],
     "Llama-3.1-70B": [Layout(tp=8, pp=2), Layout(tp=8, pp=4, vpp=5)],
 }
+
+CLUSTER = Path(__file__).parents[2] / "slurm" / "configs"
+
+
+def cluster_layouts() -> dict[str, Layout]:
+    """The layout of each published model that slurm/ trains."""
+    found = {}
+    for file in CLUSTER.glob("*.yaml"):
+        settings = yaml.safe_load(file.read_text())
+        sizes = settings.get("parallel", {}).items()
+        layout = Layout(**{key: size for key, size in sizes if key in ("tp", "pp", "vpp", "ep", "etp")})
+        found[Path(settings["model"]["path"]).name] = layout
+    return {name: layout for name, layout in found.items() if name in CONFIGS}
 
 
 def transformers_tensors(name: str) -> dict[str, tuple[int, ...]]:
@@ -82,9 +96,21 @@ def test_every_tensor_is_mapped_once(name: str) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_layout_covers_every_value_once(name: str) -> None:
-    """On the clusters' layouts each tensor lies in one pipeline chunk (and expert rank), and its shards tile it."""
+    """On many GPUs' layouts each tensor lies in one pipeline chunk (and expert rank), and its shards tile it."""
+    assert_covered(name, LAYOUTS[name])
+
+
+def test_the_layouts_of_the_slurm_scripts_cover_every_value_once() -> None:
+    """The same, read from the settings of the five scripts."""
+    layouts = cluster_layouts()
+    assert sorted(layouts) == ["Qwen3-235B-A22B", "Qwen3-30B-A3B", "Qwen3-32B", "Qwen3-4B", "Qwen3-8B"]
+    for name, layout in layouts.items():
+        assert_covered(name, [layout])
+
+
+def assert_covered(name: str, layouts: list[Layout]) -> None:
     shape = read_shape(CONFIGS[name])
-    for layout in LAYOUTS[name]:
+    for layout in layouts:
         every = rules(shape, "te", padded_vocab(shape.vocab, layout.tp, 128))
         held = Counter(
             rule.megatron
