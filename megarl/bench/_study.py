@@ -25,13 +25,16 @@ def settings(base: Path, run: Path, seed: int, overrides: list[str]) -> Settings
     return config.load(base, [*overrides, f"run={run}", f"seed={seed}"])
 
 
-def trained(wanted: Settings) -> list[dict[str, Any]]:
-    """The metrics of the finished run of these settings; trained now unless it is there. A half-done one is resumed."""
+def trained(wanted: Settings, ranks: int | None = None) -> list[dict[str, Any]]:
+    """The metrics of the finished run of these settings; trained now unless it is there. A half-done one is resumed.
+
+    `ranks`: default one copy of the model.
+    """
     state = _state(wanted)
     if state == "other":
         raise UserError(f"run: {wanted.run} was made with other settings; remove it or name another folder")
     if state != "done":
-        spawn(train, wanted.parallel.model_ranks, (wanted, state == "begun"))
+        spawn(train, ranks or wanted.parallel.model_ranks, (wanted, state == "begun"))
     return read_metrics(wanted.run)
 
 

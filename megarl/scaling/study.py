@@ -1,0 +1,108 @@
+"""A study as its YAML file describes it: which settings vary, how often, and what is plotted against what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from megarl import reference
+from megarl.config import Section
+from megarl.errors import UserError, nearest
+
+GPUS = "gpus"
+"""Beside settings, a study may vary the number of ranks: GPUs of the learner, processes on a CPU."""
+Value = bool | int | float | str | list[Any]
+
+
+class Study(Section):
+    """The YAML file of a study; unknown keys are refused."""
+
+    name: str
+    """Names the results."""
+    how: Literal["local", "predicted"]
+    """`local` trains each cell with the real code, here or as a Slurm array; `predicted` asks the planner."""
+    base: Path
+    """The run's YAML file that every cell starts from."""
+    settings: dict[str, Value] = {}
+    """Settings of every cell, dotted."""
+    vary: dict[str, list[Value]] = {}
+    """Settings (or `gpus`) and their values; every combination is a point."""
+    points: list[dict[str, Value]] = [{}]
+    """Settings that go together, such as the layout of a number of GPUs; combined with `vary`."""
+    seeds: Annotated[list[int], Field(min_length=1)] = [0]
+    """Each point is measured with every one of them; a prediction has one."""
+    gpu: str = "h100"
+    """Of predictions; a name of `megarl plan --gpu`."""
+    skip: Annotated[int, Field(ge=0)] = 1
+    """Steps at the start of a run whose times are left out."""
+    response_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Mean response of predictions; default: half of the budget."""
+    x: str
+    """What is on the horizontal axis: a varied setting, or `gpus`."""
+    y: list[str] = ["tokens_per_second"]
+    """Figures that are plotted and fitted."""
+    lines: str | None = None
+    """The setting that makes the lines of a plot, when more than `x` varies."""
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        known = [GPUS, *(s.key for g in reference.groups() for s in g.settings)]
+        varied = {*self.vary, *(key for point in self.points for key in point)}
+        for key in (*self.settings, *varied):
+            if key not in known:
+                raise ValueError(f"{key}: is no setting{nearest(key, known)}")
+        for name, key in (("x", self.x), ("lines", self.lines)):
+            if key is not None and key not in varied:
+                raise ValueError(f"{name}: '{key}' does not vary{nearest(key, sorted(varied))}")
+        if self.how == "predicted" and len(self.seeds) > 1:
+            raise ValueError(f"seeds: {self.seeds}: a prediction has no seed; leave it out")
+        return self
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run, or one prediction, of a study."""
+
+    point: dict[str, Value]
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """A file name that tells the cell."""
+        parts = [f"{key.rpartition('.')[2]}={reference.text(value)}" for key, value in self.point.items()]
+        return ",".join([*parts, f"seed={self.seed}"]).replace("/", "_").replace(" ", "")
+
+    @property
+    def ranks(self) -> int | None:
+        """The point's `gpus`; None = one copy of the model."""
+        gpus = self.point.get(GPUS)
+        return None if gpus is None else int(gpus)  # type: ignore[arg-type]
+
+
+def read(file: Path) -> Study:
+    """Read a study; raises UserError, one line a mistake."""
+    if not file.is_file():
+        raise UserError(f"study: {file} does not exist")
+    try:
+        study = Study.model_validate(yaml.safe_load(file.read_text()))
+    except (ValidationError, yaml.YAMLError) as e:
+        if isinstance(e, yaml.YAMLError):
+            raise UserError(f"study: {file} is not YAML: {' '.join(str(e).split())}") from None
+        lines = (f"{'.'.join(map(str, m['loc']))}: {m['msg'].removeprefix('Value error, ')}" for m in e.errors())
+        raise UserError("\n".join(f"study: {file}: {line.removeprefix(': ')}" for line in lines)) from None
+    names = [cell.name for cell in cells(study)]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"study: {file}: two cells are called {twice[0]}; vary settings with different last names")
+    return study
+
+
+def cells(study: Study) -> list[Cell]:
+    """Every cell, seed by seed last, in a fixed order: a cell's place is its number in a Slurm array."""
+    varied = [dict(zip(study.vary, values, strict=True)) for values in product(*study.vary.values())]
+    points = [{**point, **values} for point, values in product(study.points, varied)]
+    return [Cell(point, seed) for point in points for seed in study.seeds]
