@@ -20,24 +20,26 @@ from rich.progress import track
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file: megarl beside it, and `examples` for rewards
 
-from megarl.bench.record import show_rows
+from megarl.bench.record import publish
 from megarl.errors import RunError, UserError
 from megarl.scaling import cells, plot, table
-from megarl.scaling.study import Study, read
+from megarl.scaling.study import EFFICIENCY, Study, read
 
 app = typer.Typer(help="Scaling studies from one YAML file.", no_args_is_help=True, add_completion=False,
                   pretty_exceptions_enable=False)  # fmt: skip
 File = Annotated[Path, typer.Argument(help="YAML file of a study.", show_default=False)]
 Out = Annotated[Path | None, typer.Option(help="Where cells and results are kept; default: runs/scaling/NAME.")]
+Json = Annotated[Path | None, typer.Option(help="Write the result to this file, and the plots beside it.")]
 
 
 @app.command()
-def run(file: File, out: Out = None) -> None:
+def run(file: File, out: Out = None, json: Json = None) -> None:
     """Measure or predict the cells that are missing, then show."""
     study, folder = _open(file, out)
+    cells.check(study, folder)
     for number in track(cells.missing(study, folder), study.name, console=Console(stderr=True)):
         cells.do(study, number, folder)
-    _show(study, folder)
+    _show(study, folder, json)
 
 
 @app.command()
@@ -56,13 +58,14 @@ def submit(
 ) -> None:
     """Send the cells that are missing to Slurm, as one job array; run again later, it sends only what is left."""
     study, folder = _open(file, out)
+    cells.check(study, folder)
     numbers = cells.missing(study, folder)
     if not numbers:
         _show(study, folder)
         return
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     task = [sys.executable, str(Path(__file__).resolve()), "cell", str(file.resolve())]
-    line = shlex.join(task) + f" $SLURM_ARRAY_TASK_ID --out {shlex.quote(str(folder.resolve()))}"
+    line = shlex.join(task) + f" $SLURM_ARRAY_TASK_ID --out {shlex.quote(str(folder))}"
     array = ",".join(map(str, numbers)) + f"%{at_once}"
     command = ["sbatch", f"--job-name={study.name}", f"--array={array}", f"--output={folder / 'logs' / '%a.log'}",
                *shlex.split(sbatch), f"--chdir={os.getcwd()}", f"--wrap={line}"]  # fmt: skip
@@ -76,17 +79,18 @@ def submit(
 
 
 @app.command()
-def show(file: File, out: Out = None) -> None:
+def show(file: File, out: Out = None, json: Json = None) -> None:
     """Write results.csv, summary.csv and the plots; print the table and the laws."""
-    _show(*_open(file, out))
+    _show(*_open(file, out), json)
 
 
 def _open(file: Path, out: Path | None) -> tuple[Study, Path]:
+    """The folder is absolute: a Slurm job and a shell elsewhere name a run alike."""
     study = read(file)
-    return study, out or Path("runs") / "scaling" / study.name
+    return study, (out or Path("runs") / "scaling" / study.name).resolve()
 
 
-def _show(study: Study, folder: Path) -> None:
+def _show(study: Study, folder: Path, json: Path | None = None) -> None:
     rows = cells.results(study, folder)
     if not rows:
         raise UserError(f"study: {folder} holds no result yet")
@@ -94,13 +98,20 @@ def _show(study: Study, folder: Path) -> None:
     table.write(folder / "results.csv", rows)
     table.write(folder / "summary.csv", points)
     figures = [name for figure in study.y for name in (figure, f"{figure}_error")]
-    shown = [key for key in points[0] if key in (*table.varied(study), *figures, "efficiency", "fits")]
-    show_rows(study.name, [{key: "" if row[key] is None else row[key] for key in shown} for row in points])
-    for figure in study.y:
-        (folder / f"{figure}.svg").write_text(plot.svg(study, rows, points, figure))
-        for name, law in plot.laws(study, rows, figure).items():
-            typer.echo(f"{figure}{f' ({name})' if name else ''} = {law}, x = {study.x}")
+    wanted = {*table.varied(study), *figures, EFFICIENCY, "fits", "seeds"}
+    columns = [key for key in dict.fromkeys(key for row in points for key in row) if key in wanted]
+    shown = [{key: row.get(key) for key in columns} for row in points]
+    fitted = {figure: plot.laws(study, rows, figure) for figure in study.y}
+    told = {figure: {name: law.told() for name, law in of.items()} for figure, of in fitted.items()}
     left = len(cells.missing(study, folder))
+    publish(study.name, shown, json, program="python tools/scaling.py", laws=told, missing=left)
+    for figure, of in fitted.items():
+        picture = plot.svg(study, rows, points, figure)
+        (folder / f"{figure}.svg").write_text(picture)
+        if json:
+            json.with_name(f"{json.stem}_{figure}.svg").write_text(picture)
+        for name, law in of.items():
+            typer.echo(f"{figure}{f' ({name})' if name else ''} = {law}, x = {study.x}")
     typer.echo(f"{folder}: {len(rows)} cells done, {left} missing")
 
 

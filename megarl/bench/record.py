@@ -15,12 +15,14 @@ from rich.console import Console
 from rich.table import Table
 
 
-def publish(name: str, rows: list[dict[str, Any]], file: Path | None = None, **extra: Any) -> None:
+def publish(
+    name: str, rows: list[dict[str, Any]], file: Path | None = None, program: str = "megarl", **extra: Any
+) -> None:
     """Print `rows` as a table; write `{"command", "commit", "machine", "rows", **extra}` to `file` when given."""
     show_rows(name, rows)
     if file is None:
         return
-    command = " ".join(["megarl", *sys.argv[1:]])
+    command = " ".join([program, *sys.argv[1:]])
     result = {"command": command, "commit": _commit(), "machine": machine(), "rows": rows, **extra}
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(file.name + ".partial")

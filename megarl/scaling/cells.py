@@ -13,7 +13,7 @@ from megarl.config import Settings
 from megarl.errors import UserError
 from megarl.planner import hardware
 from megarl.planner.job import plan
-from megarl.scaling.study import GPUS, Cell, Study, cells
+from megarl.scaling.study import GPUS, TO_TARGET, Cell, Study, cells
 
 Figures = dict[str, float | None]
 
@@ -27,8 +27,7 @@ def do(study: Study, number: int, folder: Path) -> Figures:
     """The figures of a cell: read when they are there, else made and kept. A run cut short is resumed."""
     cell = cells(study)[number]
     settings = settings_of(study, cell, folder)
-    made = {"settings": settings.model_dump(mode="json"), "gpus": cell.ranks}
-    file = _file(folder, cell)
+    made, file = _made(study, cell, settings), _file(folder, cell)
     if file.is_file():
         kept = json.loads(file.read_text())
         if kept["made"] != made:
@@ -40,6 +39,19 @@ def do(study: Study, number: int, folder: Path) -> Figures:
     partial.write_text(json.dumps({"made": made, "figures": figures}, indent=1) + "\n")
     partial.replace(file)
     return figures
+
+
+def check(study: Study, folder: Path) -> None:
+    """Refuse what cannot run before the first cell does; raises UserError, naming the cell."""
+    for cell in cells(study):
+        try:
+            settings = settings_of(study, cell, folder)
+            if study.how == "local":
+                from megarl.launch import preflight  # the trainer, which predictions do without
+
+                preflight(settings, cell.ranks or settings.parallel.model_ranks, resume=True)
+        except UserError as e:
+            raise UserError(f"study: {cell.name}: {e}") from None
 
 
 def results(study: Study, folder: Path) -> list[dict[str, Any]]:
@@ -58,14 +70,14 @@ def settings_of(study: Study, cell: Cell, folder: Path) -> Settings:
 
 def measured(study: Study, cell: Cell, settings: Settings) -> Figures:
     """Train the cell's run and take its figures: seconds are those of steps, evaluation and checkpoints apart."""
-    from megarl.bench import _study as runs  # the trainer, which predictions do without
+    from megarl.bench import _study as runs
 
     metrics = runs.trained(settings, cell.ranks)
     steps = [line for line in metrics if "seconds_total" in line and line["step"] > study.skip]
     if not steps:
         raise UserError(f"study: skip: {study.skip} leaves no step of {settings.steps}; at most {settings.steps - 1}")
-    apart = ("seconds_evaluation", "seconds_checkpoint")
-    seconds = sum(line["seconds_total"] - sum(line.get(key, 0.0) for key in apart) for line in steps)
+    seconds = sum(line["seconds_total"] - line.get("seconds_evaluation", 0.0) - line.get("seconds_checkpoint", 0.0)
+                  for line in steps)  # fmt: skip
     trained = sum(line["seconds_train"] + line["seconds_logprobs"] for line in steps)
     accuracies = [line["eval/accuracy"] for line in metrics if "eval/accuracy" in line]
 
@@ -80,7 +92,16 @@ def measured(study: Study, cell: Cell, settings: Settings) -> Figures:
         **{key: mean(key) for key in ("reward", "response_tokens", "packing_density", "effective_sample_size")},
         "grad_norm": mean("grad_norm"),
         "accuracy": accuracies[-1] if accuracies else None,
+        TO_TARGET: None if study.target is None else reached(metrics, study.target),
     }
+
+
+def reached(metrics: list[dict[str, Any]], target: float) -> float | None:
+    """Seconds of training, evaluation and checkpoints apart, to the first evaluation of at least `target`; or never."""
+    from megarl.bench.dppo import learning_curve
+
+    curve = learning_curve(metrics)
+    return next((point["seconds"] for point in curve if point["accuracy"] >= target), None)
 
 
 def predicted(study: Study, cell: Cell, settings: Settings) -> Figures:
@@ -96,6 +117,13 @@ def predicted(study: Study, cell: Cell, settings: Settings) -> Figures:
         "fits": float(found.fits),
         "gpu_hours_per_100_steps": found.gpu_hours,
     }
+
+
+def _made(study: Study, cell: Cell, settings: Settings) -> dict[str, Any]:
+    """All that a cell's figures depend on, the code apart; not where they are kept."""
+    asked = {"local": ("skip", "target"), "predicted": ("gpu", "response_tokens")}[study.how]
+    chosen = settings.model_dump(mode="json", exclude={"run"})
+    return {"how": study.how, "gpus": cell.ranks, **{key: getattr(study, key) for key in asked}, "settings": chosen}
 
 
 def _file(folder: Path, cell: Cell) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,11 @@ import numpy as np
 # Student's t at 97.5 %, by degrees of freedom from 1 on; beyond the table the normal distribution's is near enough.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
       2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)  # fmt: skip
+
+
+def student(free: int) -> float:
+    """Half of a 95 % interval in standard errors, with `free` degrees of freedom."""
+    return _T[free - 1] if free <= len(_T) else 1.96
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +41,10 @@ class Law:
         half = self._spread * np.sqrt(1 / self._count + away)
         return self(x) * np.exp(-half), self(x) * np.exp(half)
 
+    def told(self) -> dict[str, float | None]:
+        """Scale, exponent and half of the exponent's 95 % interval, for a file."""
+        return {"a": self.a, "b": self.b, "b_error": self.b_error if math.isfinite(self.b_error) else None}
+
     def __str__(self) -> str:
         return f"{self.a:.4g} · x^({self.b:.3f} ± {self.b_error:.3f})"
 
@@ -51,6 +61,5 @@ def fit(x: np.ndarray, y: np.ndarray) -> Law | None:
     free = len(x) - 2
     if free == 0:
         return Law(float(a), float(b), float("inf"), float("inf"), float(middle), float(square), len(x))
-    t = _T[free - 1] if free <= len(_T) else 1.96
-    spread = t * np.sqrt(((v - np.log(a) - b * u) ** 2).sum() / free)
+    spread = student(free) * np.sqrt(((v - np.log(a) - b * u) ** 2).sum() / free)
     return Law(float(a), float(b), float(spread / np.sqrt(square)), float(spread), float(middle), float(square), len(x))

@@ -16,6 +16,18 @@ from megarl.errors import UserError, nearest
 
 GPUS = "gpus"
 """Beside settings, a study may vary the number of ranks: GPUs of the learner, processes on a CPU."""
+EFFICIENCY, TO_TARGET = "efficiency", "seconds_to_target"
+FIGURES = {
+    "local": (
+        "step_seconds", "tokens_per_second", "rollout_tokens_per_second", "train_tokens_per_second", "reward",
+        "response_tokens", "packing_density", "effective_sample_size", "grad_norm", "accuracy", TO_TARGET,
+    ),
+    "predicted": (
+        "step_seconds", "tokens_per_second", "train_tokens_per_second", "mfu", "peak_gib", "fits",
+        "gpu_hours_per_100_steps",
+    ),
+}  # fmt: skip
+"""What a cell of each kind is asked for; `efficiency` comes with the summary when `gpus` vary."""
 Value = bool | int | float | str | list[Any]
 
 
@@ -42,10 +54,12 @@ class Study(Section):
     """Steps at the start of a run whose times are left out."""
     response_tokens: Annotated[int, Field(ge=1)] | None = None
     """Mean response of predictions; default: half of the budget."""
+    target: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Held-out accuracy that `seconds_to_target` waits for, looked at every `evaluation.every` steps."""
     x: str
-    """What is on the horizontal axis: a varied setting, or `gpus`."""
+    """What is on the horizontal axis: a varied setting, or `gpus`; numbers."""
     y: list[str] = ["tokens_per_second"]
-    """Figures that are plotted and fitted."""
+    """Figures that are plotted, and fitted where they and x are positive."""
     lines: str | None = None
     """The setting that makes the lines of a plot, when more than `x` varies."""
 
@@ -56,9 +70,22 @@ class Study(Section):
         for key in (*self.settings, *varied):
             if key not in known:
                 raise ValueError(f"{key}: is no setting{nearest(key, known)}")
+            if key in ("run", "seed"):
+                raise ValueError(f"{key}: is given by the study; " + ("use seeds" if key == "seed" else "see --out"))
         for name, key in (("x", self.x), ("lines", self.lines)):
             if key is not None and key not in varied:
                 raise ValueError(f"{name}: '{key}' does not vary{nearest(key, sorted(varied))}")
+            if key is not None and key not in self.vary and not all(key in point for point in self.points):
+                raise ValueError(f"{name}: '{key}' must be in every point")
+        for value in (*self.vary.get(self.x, []), *(point.get(self.x, 0) for point in self.points)):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(f"x: {self.x}={reference.text(value)} is no number; put it on lines")
+        figures = [*FIGURES[self.how], *([EFFICIENCY] if self.x == GPUS else [])]
+        for figure in self.y:
+            if figure not in figures:
+                raise ValueError(f"y: there is no figure '{figure}'{nearest(figure, figures)}")
+        if TO_TARGET in self.y and self.target is None:
+            raise ValueError(f"target: {TO_TARGET} needs one")
         if self.how == "predicted" and len(self.seeds) > 1:
             raise ValueError(f"seeds: {self.seeds}: a prediction has no seed; leave it out")
         return self

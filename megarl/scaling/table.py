@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from megarl.scaling.study import GPUS, Study
+from megarl.scaling.study import EFFICIENCY, GPUS, Study
 
 Rows = list[dict[str, Any]]
 
@@ -18,6 +18,7 @@ Rows = list[dict[str, Any]]
 def summary(study: Study, rows: Rows) -> Rows:
     """One row a point: of each figure the mean over seeds, and `NAME_error`, its standard error (empty for one seed).
 
+    A figure that one seed lacks is empty: the mean of those that got there would flatter the point.
     Where `gpus` is the horizontal axis, `efficiency` is tokens a second and GPU against the line's smallest number.
     """
     keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key in varied(study)]
@@ -29,9 +30,9 @@ def summary(study: Study, rows: Rows) -> Rows:
         figures = [key for key in same[0] if key not in (*keys, "seed")]
         out = {key: same[0].get(key) for key in keys} | {"seeds": len(same)}
         for key in figures:
-            values = [row[key] for row in same if row.get(key) is not None]
-            out[key] = float(np.mean(values)) if values else None
-            if len(values) > 1:
+            values = [row[key] for row in same]
+            out[key] = None if None in values else float(np.mean(values))
+            if out[key] is not None and len(values) > 1:
                 out[f"{key}_error"] = float(np.std(values, ddof=1) / math.sqrt(len(values)))
         found.append(out)
     if study.x == GPUS:
@@ -39,7 +40,7 @@ def summary(study: Study, rows: Rows) -> Rows:
             first = min(line, key=lambda row: row[GPUS])
             for row in line:
                 each = row["tokens_per_second"] / row[GPUS]
-                row["efficiency"] = each / (first["tokens_per_second"] / first[GPUS])
+                row[EFFICIENCY] = each / (first["tokens_per_second"] / first[GPUS])
     return found
 
 

@@ -1,28 +1,33 @@
 """A study does each cell once, whatever interrupts it; its mistakes are named; Slurm gets what is missing.
 
-Not proven here: a real Slurm (the array's task is run by hand)."""
+Not proven here: a real Slurm (the array's task is run by hand); training cells (examples/scaling has one such study).
+"""
 
 from __future__ import annotations
 
 import csv
+import importlib
+import json
 import os
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from megarl import bench
 from megarl.errors import UserError
 from megarl.scaling import cells, plot, study, table
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = ROOT / "examples" / "scaling"
+EXAMPLES, RESULTS = ROOT / "examples" / "scaling", ROOT / "docs" / "results"
+SVG = "{http://www.w3.org/2000/svg}"
 TRAINED = {
     "name": "tiny", "how": "local", "base": "examples/quickstart/train.yaml", "skip": 0, "y": ["grad_norm"],
     "settings": {
@@ -31,11 +36,39 @@ TRAINED = {
     },
     "vary": {"batch.completions_per_prompt": [2, 4]}, "x": "batch.completions_per_prompt",
 }  # fmt: skip
-MANY = {
-    "name": "many", "how": "predicted", "base": "examples/scaling/qwen3_32b/run.yaml", "x": "gpus", "y": ["mfu"],
-    "vary": {"gpus": [32 * n for n in range(1, 101)], "batch.tokens_per_row": [18432 + 512 * n for n in range(10)]},
+SOME = {
+    "name": "some", "how": "predicted", "base": "examples/scaling/qwen3_32b/run.yaml", "x": "gpus", "y": ["mfu"],
+    "vary": {"gpus": [32, 64, 128, 256]},
 }  # fmt: skip
+KILLED = """
+import os, signal, sys
+import scaling
+from megarl.scaling import cells
+plan, begun = cells.plan, []
+def killed(*arguments):
+    begun.append(arguments)
+    if len(begun) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return plan(*arguments)
+cells.plan = killed
+scaling.app()
+"""
 DEADLINE = 280.0
+
+
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """tools/scaling.py in this process, from the repository's root; what it prints."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    app = importlib.import_module("scaling").app
+
+    def call(*arguments: object) -> str:
+        done = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    return call
 
 
 def write(folder: Path, tree: dict) -> Path:
@@ -44,33 +77,20 @@ def write(folder: Path, tree: dict) -> Path:
     return file
 
 
-def tool(*arguments: object, path: str = os.defpath) -> subprocess.Popen[str]:
-    environment = os.environ | {"PATH": f"{path}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, str(ROOT / "tools" / "scaling.py"), *map(str, arguments)], cwd=ROOT,
-                            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            start_new_session=True)  # fmt: skip
-
-
-def test_a_killed_study_does_only_what_is_missing(tmp_path: Path) -> None:
-    """Killed (SIGKILL) amid 1,000 cells; started again, it does the others alone: what was done keeps its time."""
-    file, out = write(tmp_path, MANY), tmp_path / "out"
-    begun = tool("run", file, "--out", out)
-    until = time.monotonic() + DEADLINE
-    while not list((out / "cells").glob("*.json")):
-        assert begun.poll() is None, begun.stderr.read()
-        assert time.monotonic() < until
-        time.sleep(0.001)
-    os.killpg(begun.pid, signal.SIGKILL)
-    begun.communicate()
+def test_a_killed_study_does_only_what_is_missing(tmp_path: Path, tool: Callable[..., str]) -> None:
+    """Killed (SIGKILL) amid the third of four cells; started again, it does the other two alone: what was done keeps
+    its time. Not shown: a training run cut amid its steps, which is resumed as any run (tests/e2e)."""
+    file, out = write(tmp_path, SOME), tmp_path / "out"
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tools'}"}
+    begun = subprocess.run([sys.executable, "-c", KILLED, "run", str(file), "--out", str(out)], cwd=ROOT,
+                           env=environment, capture_output=True, timeout=DEADLINE)  # fmt: skip
+    assert begun.returncode == -signal.SIGKILL, begun.stderr
     done = {cell: cell.stat().st_mtime_ns for cell in (out / "cells").glob("*.json")}
-    assert 0 < len(done) < 1000
+    assert len(done) == 2
 
-    again = tool("run", file, "--out", out)
-    printed, errors = again.communicate(timeout=DEADLINE)
-    assert again.returncode == 0, errors
-    assert "1000 cells done, 0 missing" in printed.replace("\n", " ")
+    assert "4 cells done, 0 missing" in tool("run", file, "--out", out).replace("\n", " ")
     assert {cell: cell.stat().st_mtime_ns for cell in done} == done
-    assert len(list(csv.DictReader((out / "results.csv").open()))) == 1000
+    assert len(list(csv.DictReader((out / "results.csv").open()))) == 4
 
 
 def test_the_figures_of_a_run_leave_evaluation_and_warm_up_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,63 +114,88 @@ def test_the_figures_of_a_run_leave_evaluation_and_warm_up_out(tmp_path: Path, m
     assert cells.missing(wanted, tmp_path) == [1]
 
 
-def test_a_prediction_to_1024_gpus_is_plotted_with_its_law(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The committed study, made anew: tables, SVG that parses, efficiency 1 at the smallest size and never above."""
-    monkeypatch.chdir(ROOT)
-    wanted = study.read(EXAMPLES / "to_1024_gpus.yaml")
-    for number in cells.missing(wanted, tmp_path):
-        cells.do(wanted, number, tmp_path)
-    rows = cells.results(wanted, tmp_path)
-    points = table.summary(wanted, rows)
-    assert {row["gpus"] for row in points} == {32, 64, 128, 256, 512, 1024}
-    for line in table.lines(wanted, points).values():
-        assert line[0]["efficiency"] == 1.0
-        assert all(row["efficiency"] <= 1.0 + 1e-9 for row in line)
-    for figure in wanted.y:
-        assert len(plot.laws(wanted, rows, figure)) == 2
-        ElementTree.fromstring(plot.svg(wanted, rows, points, figure))
-    kept = {row["gpus"]: row["tokens_per_second"] for row in rows if row["precision.dtype"] == "bf16"}
-    committed = csv.DictReader((EXAMPLES / "results" / "to_1024_gpus" / "results.csv").open())
-    quoted = {int(r["gpus"]): float(r["tokens_per_second"]) for r in committed if r["precision.dtype"] == "bf16"}
-    assert kept == pytest.approx(quoted, rel=1e-4), "python tools/scaling.py run examples/scaling/to_1024_gpus.yaml"
+def test_a_prediction_to_1024_gpus_is_plotted_with_its_law(tmp_path: Path, tool: Callable[..., str]) -> None:
+    """The committed study, made anew: the same figures and laws, SVG that parses, efficiency at most 1."""
+    tool("run", EXAMPLES / "to_1024_gpus.yaml", "--out", tmp_path, "--json", tmp_path / "made.json")
+    made = json.loads((tmp_path / "made.json").read_text())
+    committed = json.loads((RESULTS / "scaling_to_1024_gpus.json").read_text())
+    assert made["missing"] == 0 and len(made["rows"]) == 12
+    for ours, theirs in zip(made["rows"], committed["rows"], strict=True):
+        assert ours.pop("precision.dtype") == theirs.pop("precision.dtype")
+        assert ours == pytest.approx(theirs, rel=1e-6), committed["command"]
+    for figure, lines in committed["laws"].items():
+        for line, law in lines.items():
+            assert made["laws"][figure][line] == pytest.approx(law, rel=1e-6)
+        ElementTree.parse(tmp_path / f"made_{figure}.svg")
+    assert {row["gpus"]: row["efficiency"] for row in made["rows"]}[32] == 1.0
+    assert all(row["efficiency"] <= 1.0 + 1e-9 for row in made["rows"])
 
 
-def test_cells_of_other_settings_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("other", [{"settings": {"batch.tokens_per_row": 20480}}, {"gpu": "b200"}])
+def test_cells_made_otherwise_are_refused(other: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they are kept makes no difference."""
     monkeypatch.chdir(ROOT)
-    wanted = study.read(EXAMPLES / "to_1024_gpus.yaml")
-    cells.do(wanted, 0, tmp_path)
-    other = wanted.model_copy(update={"settings": {"batch.tokens_per_row": 20480}})
+    wanted = study.Study.model_validate(SOME)
+    figures = cells.do(wanted, 0, tmp_path / "here")
     with pytest.raises(UserError, match="other settings"):
-        cells.do(other, 0, tmp_path)
+        cells.do(wanted.model_copy(update=other), 0, tmp_path / "here")
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert cells.do(wanted, 0, tmp_path / "there") == figures
+
+
+def test_what_cannot_run_is_refused_before_the_first_cell_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last of three cells asks for a layout that the model's heads do not allow."""
+    monkeypatch.chdir(ROOT)
+    wanted = study.Study.model_validate(TRAINED | {"vary": {"parallel.tp": [1, 2, 3]}, "x": "parallel.tp"})
+    with pytest.raises(UserError, match="tp=3.*parallel.tp"):
+        cells.check(wanted, tmp_path)
 
 
 def test_the_summary_has_standard_errors_over_seeds() -> None:
+    """A figure that a seed lacks (an accuracy it never reached) has no mean."""
     wanted = study.Study.model_validate(TRAINED | {"seeds": [0, 1]})
-    rows = [{"batch.completions_per_prompt": g, "seed": s, "grad_norm": g + 2.0 * s} for g in (2, 4) for s in (0, 1)]
-    assert [(r["grad_norm"], r["grad_norm_error"], r["seeds"]) for r in table.summary(wanted, rows)] == [
-        (3.0, 1.0, 2),
-        (5.0, 1.0, 2),
+    rows = [
+        {"batch.completions_per_prompt": g, "seed": seed, "grad_norm": g + 2.0 * seed, "seconds_to_target": seconds}
+        for g, seed, seconds in ((2, 0, 9.0), (2, 1, None), (4, 0, 9.0), (4, 1, 9.0))
     ]
+    found = table.summary(wanted, rows)
+    assert [(r["grad_norm"], r["grad_norm_error"], r["seeds"]) for r in found] == [(3.0, 1.0, 2), (5.0, 1.0, 2)]
+    assert [r["seconds_to_target"] for r in found] == [None, 9.0]
 
 
-def test_slurm_gets_an_array_of_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zero_and_negative_figures_are_plotted_without_a_law() -> None:
+    """Pruning rates start at 0, rewards may be negative: linear axes; error bars are Student's, of two seeds 12.7."""
+    wanted = study.Study.model_validate(TRAINED | {"seeds": [0, 1], "vary": {"pruning.prompts": [0, 0.5]},
+                                                   "x": "pruning.prompts", "y": ["reward"]})  # fmt: skip
+    rows = [{"pruning.prompts": p, "seed": s, "reward": p - 0.2 + 0.1 * s} for p in (0, 0.5) for s in (0, 1)]
+    points = table.summary(wanted, rows)
+    assert plot.laws(wanted, rows, "reward") == {}
+    picture = ElementTree.fromstring(plot.svg(wanted, rows, points, "reward"))
+    heights = [float(dot.get("cy")) for dot in picture.iter(f"{SVG}circle")]
+    bars = [bar.get("d").replace("M", "").replace("V", " ").split() for bar in picture.iter(f"{SVG}path")]
+    spans = [float(low) - float(high) for _, low, high in bars]
+    assert len(heights) == 2 and heights[0] > heights[1]
+    assert spans[0] / (heights[0] - heights[1]) == pytest.approx(2 * 12.706 * 0.05 / 0.5, rel=0.01)
+
+
+def test_slurm_gets_an_array_of_what_is_missing(
+    tmp_path: Path, tool: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`sbatch` is replaced by one that writes its arguments down; the task that it was given does the missing cell."""
-    monkeypatch.chdir(ROOT)
-    file, out = EXAMPLES / "to_1024_gpus.yaml", tmp_path / "out"
+    file, out = write(tmp_path, SOME), tmp_path / "out"
     wanted = study.read(file)
-    for number in range(12):
-        if number not in (3, 7):
-            cells.do(wanted, number, out)
+    for number in (0, 2):
+        cells.do(wanted, number, out)
     stub = tmp_path / "sbatch"
     stub.write_text(f'#!/bin/sh\nfor a in "$@"; do echo "$a" >> {tmp_path}/asked; done\necho Submitted batch job 1\n')
     stub.chmod(0o755)
-    sent = tool("submit", file, "--out", out, "--sbatch", "--partition cpu", path=str(tmp_path))
-    assert sent.wait(timeout=DEADLINE) == 0, sent.stderr.read()
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert "2 cells" in tool("submit", file, "--out", out, "--sbatch", "--partition cpu")
     asked = (tmp_path / "asked").read_text().splitlines()
-    assert "--array=3,7%4" in asked and "--partition" in asked
+    assert "--array=1,3%4" in asked and "--partition" in asked
     line = next(a for a in asked if a.startswith("--wrap=")).removeprefix("--wrap=")
-    subprocess.run(["sh", "-c", line], env=os.environ | {"SLURM_ARRAY_TASK_ID": "7"}, check=True, timeout=DEADLINE)
-    assert cells.missing(wanted, out) == [3]
+    subprocess.run(["sh", "-c", line], env=os.environ | {"SLURM_ARRAY_TASK_ID": "3"}, check=True, timeout=DEADLINE)
+    assert cells.missing(wanted, out) == [1]
 
 
 @pytest.mark.parametrize(
@@ -158,8 +203,13 @@ def test_slurm_gets_an_array_of_what_is_missing(tmp_path: Path, monkeypatch: pyt
     [
         ({"vary": {"batch.completions_per_promt": [2]}}, ["completions_per_promt", "'batch.completions_per_prompt'"]),
         ({"x": "gpus"}, ["x", "does not vary"]),
-        ({"how": "predicted", "seeds": [0, 1]}, ["seeds", "no seed"]),
+        ({"how": "predicted", "seeds": [0, 1], "y": ["mfu"]}, ["seeds", "no seed"]),
         ({"hwo": "local"}, ["hwo"]),
+        ({"y": ["grad_nrom"]}, ["y", "'grad_norm'"]),
+        ({"y": ["seconds_to_target"]}, ["target"]),
+        ({"vary": {"precision.dtype": ["fp32"]}, "x": "precision.dtype"}, ["x", "fp32", "no number"]),
+        ({"settings": {"seed": 3}}, ["seed", "seeds"]),
+        ({"vary": {}, "points": [{"gpus": 1}, {"parallel.tp": 2}], "x": "gpus"}, ["x", "gpus", "every point"]),
     ],
 )
 def test_mistakes_are_named(change: dict, words: list[str], tmp_path: Path) -> None:
