@@ -13,10 +13,12 @@ from torch import Tensor
 from checkpoints_conv.layout import Layout
 from checkpoints_conv.rules import Rule
 from checkpoints_conv.shape import ModelShape
+from megarl.config import load as load_settings
 from megarl.errors import UserError
 
 TRACKER = "latest_checkpointed_iteration.txt"  # Megatron's file that names the newest iteration
 RELEASE = "release"  # the folder's name, and the tracker's word, where there is no training iteration
+LEARNER = "learner"  # where a checkpoint of a megarl run, RUN/checkpoints/step_NNNNNN, has its tensors
 
 
 class Checkpoint(Protocol):
@@ -50,7 +52,8 @@ class Checkpoint(Protocol):
 def open_checkpoint(path: Path, config: Path | None = None, allow_pickle: bool = False) -> Checkpoint:
     """Open a model folder or a Megatron checkpoint, recognising which it is.
 
-    `config`: config.json (or its folder) where the checkpoint has none of its own. Pickled Hugging Face weights
+    `config`: config.json (or its folder) where the checkpoint has none of its own, and is not of a run, whose
+    config.yaml names the model that it began with. Pickled Hugging Face weights
     (`*.bin`) are refused unless `allow_pickle`, and even then only tensors are unpickled.
     """
     from checkpoints_conv.classic import Classic, classic_folder
@@ -69,12 +72,14 @@ def open_checkpoint(path: Path, config: Path | None = None, allow_pickle: bool =
 
 
 def megatron_folders(path: Path) -> list[Path]:
-    """Where Megatron may have put a checkpoint under `path`: there, or in the iteration that the tracker file names."""
+    """Where a checkpoint at `path` may be: there, in the folder that a run has for it, in that of the iteration that
+    Megatron's tracker file names."""
+    found = [path, path / LEARNER]
     tracker = path / TRACKER
-    if not tracker.is_file():
-        return [path]
-    word = tracker.read_text().strip()
-    return [path, path / (f"iter_{int(word):07d}" if word.isdigit() else RELEASE)]
+    if tracker.is_file():
+        word = tracker.read_text().strip()
+        found.append(path / (f"iter_{int(word):07d}" if word.isdigit() else RELEASE))
+    return found
 
 
 def megatron_arguments(model: ModelShape, layout: Layout, vocab_rows: int) -> Namespace:
@@ -113,7 +118,17 @@ def megatron_arguments(model: ModelShape, layout: Layout, vocab_rows: int) -> Na
 
 
 def _config_above(folder: Path) -> Path:
+    """The folder of config.json: that of the weights, the one above, or the model's that the run began with."""
     for place in (folder, folder.parent):
         if (place / "config.json").is_file():
             return place
+    *_, run = folder.absolute().parents[:3]  # RUN/checkpoints/step_NNNNNN/learner
+    if folder.name == LEARNER and (run / "config.yaml").is_file():
+        model = load_settings(run / "config.yaml").model.path
+        if (model / "config.json").is_file():
+            return model
+        raise UserError(
+            f"{run / 'config.yaml'}: model.path: {model} holds no config.json, seen from {Path.cwd()}; "
+            "go where the run was started, or name the model's folder with --config"
+        )
     raise UserError(f"{folder}: has no config.json beside it; name the model's folder with --config")

@@ -45,7 +45,7 @@ class Plan:
         model = self.source.model
         dtypes = sorted({str(dtype).removeprefix("torch.") for unit in self.units for dtype in unit.dtypes})
         return {
-            "source": f"{self.source.folder} ({self.source.format})",
+            "source": f"{os.path.commonpath([file.parent for file in self.source.files()])} ({self.source.format})",
             "destination": f"{self.destination} ({', '.join(f'{k}={v}' for k, v in self.writer.settings.items())})",
             "model": f"{model.family}, {model.layers} layers, hidden {model.hidden}",
             "parameters": f"{model.parameters:,}",
@@ -171,21 +171,30 @@ def _disk_errors(plan: Plan) -> Iterator[None]:
 
 
 def _copy_companions(plan: Plan) -> None:
-    """config.json, tokenizer, generation settings and whatever else small lies beside the weights."""
+    """config.json, tokenizer, generation settings and whatever else small lies beside the weights.
+
+    A config.json that is another model's (such as the one that training began with) gets the type of these weights.
+    """
     for file in sorted(plan.source.folder.iterdir()):
         weights = file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".index.json") or file.name.startswith(".")
         tracker = file.name == "latest_checkpointed_iteration.txt"
         if file.is_file() and not weights and not tracker and file.stat().st_size <= SMALL:
             shutil.copyfile(file, plan.partial / file.name)
-    if plan.dtype is not None:
-        _set_dtype(plan.partial / "config.json", plan.dtype)
+    dtypes = {dtype for unit in plan.units for dtype in unit.dtypes}
+    borrowed = not any(file.resolve().is_relative_to(plan.source.folder.resolve()) for file in plan.source.files())
+    if len(dtypes) == 1 and (plan.dtype is not None or borrowed):
+        _set_dtype(plan.partial / "config.json", dtypes.pop())
 
 
 def _set_dtype(config: Path, dtype: torch.dtype) -> None:
+    """Libraries load weights in the type that config.json says, whatever their own."""
     values = json.loads(config.read_text())
-    key = "dtype" if "dtype" in values else "torch_dtype"  # transformers 5 and 4
-    values[key] = str(dtype).removeprefix("torch.")
-    config.write_text(json.dumps(values, indent=2) + "\n")
+    key, name = (
+        "dtype" if "dtype" in values else "torch_dtype",
+        str(dtype).removeprefix("torch."),
+    )  # transformers 5 and 4
+    if values.get(key) != name:
+        config.write_text(json.dumps({**values, key: name}, indent=2) + "\n")
 
 
 def _sync(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -89,6 +90,30 @@ def test_layouts_are_merged_and_split(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(list((tmp_path / "1" / "release").iterdir())) == 1
     assert invoke(monkeypatch, "megatron-to-hf", previous, tmp_path / "back") == 0
     assert_same_bytes(source, tmp_path / "back")
+
+
+def test_a_checkpoint_of_a_run_needs_no_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """RUN/checkpoints/step_NNNNNN is enough: the run's config.yaml names the model whose config.json and tokenizer go
+    along, with the type of the trained weights; a relative path is looked up from where the run was started. The
+    layout is a run's, the tensors are converted ones: a checkpoint that was trained is in tests/e2e/test_loop.py."""
+    source = write_model(tmp_path / "hf", "qwen3", torch.float32)  # bfloat16 by its config.json
+    assert invoke(monkeypatch, "hf-to-megatron", source, tmp_path / "dist") == 0
+    step = tmp_path / "run" / "checkpoints" / "step_000007"
+    step.mkdir(parents=True)
+    (tmp_path / "dist" / "release").rename(step / "learner")
+    (tmp_path / "run" / "config.yaml").write_text("model: {path: hf}\nrun: run\ndata: {train: [train.jsonl]}\n")
+    monkeypatch.chdir(step)
+    assert invoke(monkeypatch, "megatron-to-hf", ".", tmp_path / "back") == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "config.yaml: model.path: hf holds no config.json, seen from" in message and "--config" in message
+    monkeypatch.chdir(tmp_path)
+    assert invoke(monkeypatch, "megatron-to-hf", step.relative_to(tmp_path), "back") == 0
+    assert_same_bytes(source, tmp_path / "back")
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["torch_dtype"] == "float32"
+    assert (tmp_path / "back" / "tokenizer.json").is_file()
+    assert invoke(monkeypatch, "verify", source, step) == 0
 
 
 def test_inspect_compare_average(

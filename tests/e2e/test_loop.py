@@ -11,7 +11,10 @@ from typing import Any
 
 import pytest
 import runs
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from checkpoints_conv import commands
 from megarl import replay as recorded
 from megarl.learner.spawn import spawn
 from megarl.rundir import read_metrics
@@ -116,3 +119,27 @@ def test_layouts_draw_the_same_and_lose_the_same(tmp_path: Path) -> None:
         for line, wanted in zip(metrics, expected, strict=True):
             assert line["loss"] == pytest.approx(wanted["loss"], abs=1e-5), name
             assert line["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-4), name
+
+
+def test_a_checkpoint_becomes_a_model_that_transformers_loads(reference: tuple[Path, list], tmp_path: Path) -> None:
+    """What tp2 saved after step 2, converted, is the policy that step 3 sampled from: transformers' log-probs of its
+    rollouts are the noted ones, and its tokenizer reads them. Those of the model that the run began with are not."""
+    commands.megatron_to_hf(reference[0] / "checkpoints" / "step_000002", tmp_path / "hf")
+    records = rollouts(reference[0], 3)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    for record in records:
+        assert tokenizer.decode(record["response_ids"], skip_special_tokens=True) == record["response"]
+    assert distance_from_noted(tmp_path / "hf", records) <= 2e-5
+    assert distance_from_noted(runs.QUICKSTART / "reasoner", records) > 1e-3
+
+
+def distance_from_noted(model: Path, records: list[dict[str, Any]]) -> float:
+    """The largest |log-prob by transformers - log-prob in the record| of the sampled tokens."""
+    policy, largest = AutoModelForCausalLM.from_pretrained(model), 0.0
+    for record in records:
+        prompt, response = record["prompt_ids"], record["response_ids"]
+        with torch.no_grad():
+            table = policy(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        for row, token, noted in zip(table, response, record["logprobs"], strict=True):
+            largest = max(largest, abs(row[token].item() - noted)) if noted is not None else largest
+    return largest
