@@ -321,8 +321,9 @@ class Pruning(Section):
     """r_o: chance that a completion of below-mean |advantage| is left out before training."""
     draw: Literal["bernoulli", "fixed"] = "bernoulli"
     """Independent draws, or exactly floor(rate * n) of the low class."""
-    selection: Literal["random_low", "deterministic"] = "random_low"
-    """`deterministic` drops the lowest: an ablation, biased."""
+    selection: Literal["random_low", "proportional", "deterministic"] = "random_low"
+    """`proportional` keeps the low ones with chance score / mean score, at least 1 - rate: less added variance.
+    `deterministic` drops the lowest: an ablation, biased."""
     drop_zero_variance: bool = True
     """Leave out groups whose rewards are all equal when there is no KL or entropy term (exact then)."""
     refill: bool = True
@@ -411,6 +412,8 @@ class Settings(Section):
             )
         if self.optimizer.min_lr > self.optimizer.lr:
             raise ValueError(f"optimizer.min_lr: {self.optimizer.min_lr:g} is above lr; at most {self.optimizer.lr:g}")
+        if self.pruning.selection == "proportional" and self.pruning.draw == "fixed":
+            raise ValueError("pruning.draw: fixed has one chance for all, proportional one for each; set bernoulli")
         a = self.async_steps
         if a and self.algorithm.tis_cap is None and self.algorithm.old_logprobs != "rollout":
             raise ValueError(

@@ -17,6 +17,8 @@ expectation is the unpruned gradient, exactly; `megarl bench unbiased` proves it
 
 The paper gives no thresholds, and its Algorithm 1 drops a deterministic lowest fraction, which its theorem does not
 cover; the rule above follows InfoBatch (2303.04947) and CPPO (2503.22342). `selection: deterministic` is the ablation.
+`selection: proportional` (ours) keeps the low ones in proportion to what they can say, with chance H / mean H or
+|A_i| / mean |A|, at least 1 - r: those just below the mean, whose loss would cost most, are all but never dropped.
 
 Every draw comes from `uniforms(count, *key)`, a function of its key alone: equal on any layout and after any resume.
 """
@@ -34,7 +36,7 @@ from megarl.errors import UserError
 from megarl.trajectory import derive_seed
 
 Draw = Literal["bernoulli", "fixed"]
-Selection = Literal["random_low", "deterministic"]
+Selection = Literal["random_low", "proportional", "deterministic"]
 
 TIE = 1e-6
 """Relative. Values nearer than this to the mean are not below it: equal |advantages| differ by rounding."""
@@ -121,11 +123,6 @@ def uniforms(count: int, *key: object) -> np.ndarray:
     return np.array([derive_seed("prune", *key, i) / 2**63 for i in range(count)])
 
 
-def pruning_probability(history: History, index: int, rate: float) -> float:
-    """P_q of one prompt; `rate` is r_q."""
-    return rate if _low_prompt(history, index) else 0.0
-
-
 def prompt_weights(
     history: History,
     indices: np.ndarray,
@@ -140,9 +137,10 @@ def prompt_weights(
     is r_q. With Bernoulli draws a prompt's fate is its own, whatever the candidates around it; a fixed-size or
     deterministic selection is made among the low ones of this call.
     """
-    low = np.array([_low_prompt(history, int(i)) for i in indices], dtype=bool)
-    scores = np.array([history.score(int(i)) or 0.0 for i in indices])
-    return _weights(low, scores, uniform, rate, draw, selection)
+    mean = history.mean() or 0.0
+    scores = [history.score(int(i)) for i in indices]
+    relative = np.array([1.0 if score is None or not mean else score / mean for score in scores])
+    return _weights(relative, uniform, rate, draw, selection)
 
 
 def completion_weights(
@@ -162,8 +160,7 @@ def completion_weights(
     magnitude = np.abs(np.asarray(advantages, dtype=np.float64))
     if not magnitude.any():
         return np.full(len(magnitude), 0.0 if drop_zero_variance else 1.0)
-    low = magnitude < magnitude.mean() * (1 - TIE)
-    return _weights(low, magnitude, uniform, rate, draw, selection)
+    return _weights(magnitude / magnitude.mean(), uniform, rate, draw, selection)
 
 
 def may_drop_zero_variance(settings: config.Pruning, switches: Switches) -> bool:
@@ -228,23 +225,22 @@ def notice(settings: config.Pruning) -> str | None:
     return None
 
 
-def _low_prompt(history: History, index: int) -> bool:
-    score, mean = history.score(index), history.mean()
-    return score is not None and mean is not None and score < mean * (1 - TIE)
+def _weights(relative: np.ndarray, uniform: np.ndarray, rate: float, draw: Draw, selection: Selection) -> np.ndarray:
+    """0 for what is dropped out of the low class, 1 / (1 - P) for the rest of it, 1 outside it.
 
-
-def _weights(
-    low: np.ndarray, magnitude: np.ndarray, uniform: np.ndarray, rate: float, draw: Draw, selection: Selection
-) -> np.ndarray:
-    """0 for what is dropped out of the low class, 1 / (1 - P) for the rest of it, 1 outside it."""
-    weights = np.ones(len(low))
-    members = np.flatnonzero(low)
-    if selection == "random_low" and draw == "bernoulli":
-        weights[members] = np.where(uniform[members] < rate, 0.0, 1 / (1 - rate))
+    `relative` [n]: each score over the mean score. The low class is what lies below 1.
+    """
+    weights = np.ones(len(relative))
+    members = np.flatnonzero(relative < 1 - TIE)
+    if draw == "bernoulli" and selection != "deterministic":
+        chance = np.full(len(members), rate)
+        if selection == "proportional":
+            chance = np.minimum(chance, 1 - relative[members])
+        weights[members] = np.where(uniform[members] < chance, 0.0, 1 / (1 - chance))
         return weights
     dropped = int(rate * len(members) + 1e-9)
     if dropped:
-        rank = magnitude if selection == "deterministic" else uniform
+        rank = relative if selection == "deterministic" else uniform
         order = members[np.argsort(rank[members], kind="stable")]
         weights[members] = len(members) / (len(members) - dropped)  # the realised keep rate
         weights[order[:dropped]] = 0.0

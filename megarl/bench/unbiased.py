@@ -36,6 +36,7 @@ RATES = {"prompts": 0.5, "completions": 0.6}
 
 Estimator = Literal[
     "horvitz_thompson",  # what training does
+    "proportional",  # the same with `pruning.selection: proportional`
     "zero_variance_dropped",  # groups of equal rewards dropped too: exact without KL and entropy, biased with them
     "deterministic",  # the lowest are dropped: the ablation
     "unweighted",  # kept samples count as they are
@@ -105,6 +106,11 @@ def cases() -> list[Case]:
         for name, preset in PRESETS.items()
         for level in ("completions", "both")
     ]
+    proportional = [
+        Case(estimator="proportional", aggregation=aggregation, dtype=dtype)
+        for dtype in ("fp64", "fp32")
+        for aggregation in ("token_mean", "sequence_mean")
+    ]
     exact_shortcut = Case(estimator="zero_variance_dropped", regularised=False)
     mistake = partial(Case, expected_unbiased=False)
     mistakes = [
@@ -118,7 +124,7 @@ def cases() -> list[Case]:
         mistake(estimator="weighted_kept_denominator", level="prompts", aggregation="token_mean"),
         mistake(estimator="weighted_kept_denominator", level="prompts", aggregation="sequence_mean"),
     ]
-    return [*grid, *presets, exact_shortcut, *mistakes]
+    return [*grid, *presets, *proportional, exact_shortcut, *mistakes]
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -164,7 +170,9 @@ class Pruned:
 
 def prunings(problem: Problem, case: Case) -> Iterator[Pruned]:
     """Every way that a step's draws can fall, in the order of a step: prompts, advantages, completions."""
-    selection: Selection = "deterministic" if case.estimator == "deterministic" else "random_low"
+    selection: Selection = "random_low"
+    if case.estimator in ("deterministic", "proportional"):
+        selection = case.estimator
     by_prompt = partial(
         prompt_weights,
         problem.history,
@@ -173,7 +181,7 @@ def prunings(problem: Problem, case: Case) -> Iterator[Pruned]:
         draw=case.draw,
         selection=selection,
     )
-    for chance, of_prompt in outcomes(by_prompt, len(problem.rewards), case.draw, case.rate("prompts")):
+    for chance, of_prompt in outcomes(by_prompt, len(problem.rewards), case.draw):
         values = problem.advantages(case, of_prompt).reshape(len(of_prompt), -1)
         per_group = [
             outcomes(
@@ -187,7 +195,6 @@ def prunings(problem: Problem, case: Case) -> Iterator[Pruned]:
                 ),
                 len(group),
                 case.draw,
-                case.rate("completions"),
             )
             if weight
             else [(1.0, np.zeros(len(group)))]
@@ -199,14 +206,14 @@ def prunings(problem: Problem, case: Case) -> Iterator[Pruned]:
             yield Pruned(float(probability), weights.ravel(), values.ravel())
 
 
-def outcomes(assign: Callable[..., np.ndarray], size: int, draw: Draw, rate: float) -> list[tuple[float, np.ndarray]]:
+def outcomes(assign: Callable[..., np.ndarray], size: int, draw: Draw) -> list[tuple[float, np.ndarray]]:
     """All results of `assign(uniform=[size])` with their probabilities.
 
-    A Bernoulli draw depends on each number's side of the rate, a fixed-size one on the order of the numbers.
+    A Bernoulli draw depends on each number's side of a threshold of its own, a fixed-size one on the numbers' order.
     """
     found: dict[bytes, tuple[float, np.ndarray]] = {}
     if draw == "bernoulli":
-        sides = [((rate, rate / 2), (1 - rate, (1 + rate) / 2))] * size
+        sides = [((p, p / 2), (1 - p, (1 + p) / 2)) for p in (threshold(assign, size, i) for i in range(size))]
         draws = [(float(np.prod([p for p, _ in side])), np.array([u for _, u in side])) for side in product(*sides)]
     else:
         orders = list(permutations(range(size)))
@@ -216,6 +223,18 @@ def outcomes(assign: Callable[..., np.ndarray], size: int, draw: Draw, rate: flo
         before = found.get(weights.tobytes(), (0.0, weights))[0]
         found[weights.tobytes()] = (before + probability, weights)
     return [(probability, weights) for probability, weights in found.values() if probability > 0]
+
+
+def threshold(assign: Callable[..., np.ndarray], size: int, i: int) -> float:
+    """The number below which the i-th is dropped, found by bisection and not from its weight."""
+    below, above = 0.0, 1.0
+    for _ in range(60):
+        middle = (below + above) / 2
+        if assign(uniform=np.where(np.arange(size) == i, middle, 0.5))[i]:
+            above = middle
+        else:
+            below = middle
+    return above if below else 0.0
 
 
 @dataclass

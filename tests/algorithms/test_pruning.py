@@ -6,6 +6,7 @@ Unbiasedness of the gradient itself, through a model and the policy loss, is in 
 from __future__ import annotations
 
 from fractions import Fraction
+from functools import partial
 from itertools import combinations, product
 
 import numpy as np
@@ -20,9 +21,9 @@ from megarl.algorithms.pruning import (
     History,
     completion_weights,
     prompt_weights,
-    pruning_probability,
     uniforms,
 )
+from megarl.bench.unbiased import threshold
 from megarl.errors import UserError
 
 rates = st.sampled_from([0.0, 0.3, 0.5, 0.7, 0.9])
@@ -103,10 +104,26 @@ def test_history_refuses_what_is_no_magnitude(score):
 # --- who is low
 
 
+def chances(history, rate, selection="random_low"):
+    """P_q of every prompt, from the draws that drop it."""
+    assign = partial(prompt_weights, history, np.arange(len(history)), rate=rate, selection=selection)
+    return [threshold(assign, len(history), i) for i in range(len(history))]
+
+
 def test_only_visited_prompts_below_the_mean_can_be_pruned():
     history = history_of([0.0, 1.0, None, 0.4])
-    assert [pruning_probability(history, i, 0.6) for i in range(4)] == [0.6, 0.0, 0.0, 0.6]
-    assert pruning_probability(History(1), 0, 0.6) == 0.0
+    np.testing.assert_allclose(chances(history, 0.6), [0.6, 0.0, 0.0, 0.6], rtol=1e-12)
+    assert chances(History(1), 0.6) == [0.0]
+
+
+def test_proportional_keeps_the_low_in_proportion_to_their_score():
+    """Mean .5: a score of 0 is dropped at the rate, .4 with chance 1 - .4/.5, those at and above the mean never."""
+    history = history_of([0.0, 0.4, 0.5, 1.1, None])
+    np.testing.assert_allclose(chances(history, 0.6, "proportional"), [0.6, 0.2, 0, 0, 0], rtol=1e-6)
+    weights = completion_weights(
+        np.array([3.0, -1.0, -1.0, -1.0]), np.array([0, 0.3, 0.34, 0.9]), 0.5, "bernoulli", "proportional"
+    )
+    np.testing.assert_allclose(weights, [1, 0, 1.5, 1.5])
 
 
 def test_scores_that_differ_by_rounding_are_not_pruned():
@@ -114,7 +131,7 @@ def test_scores_that_differ_by_rounding_are_not_pruned():
     score = np.float32(0.7)
     history = history_of([float(score), float(np.nextafter(score, np.float32(1)))])
     assert history.score(0) < history.mean()
-    assert pruning_probability(history, 0, 0.9) == 0
+    assert chances(history, 0.9) == [0, 0]
 
 
 @pytest.mark.parametrize("size", range(2, 12))
@@ -193,7 +210,7 @@ def test_expected_weight_is_one_for_every_completion(draw, values, rate):
 def test_expected_weight_is_one_for_every_prompt(draw, values, rate):
     """The same at the prompt level, through a history."""
     history = history_of(list(values))
-    low = np.array([pruning_probability(history, i, 1.0) for i in range(len(values))]) > 0
+    low = np.array(chances(history, 0.5)) > 0
     total = np.zeros(len(values))
     for probability, uniform in every_draw(low, rate, draw):
         total += probability * prompt_weights(history, np.arange(len(values)), uniform, rate, draw)
@@ -231,7 +248,7 @@ def test_deterministic_says_that_it_is_biased():
 
 
 def test_rate_zero_prunes_nothing():
-    for draw, selection in product(["bernoulli", "fixed"], ["random_low", "deterministic"]):
+    for draw, selection in product(["bernoulli", "fixed"], ["random_low", "proportional", "deterministic"]):
         assert (completion_weights(np.array([1.0, 5.0]), np.zeros(2), 0.0, draw, selection) == 1).all()
         assert (prompt_weights(history_of([1.0, 5.0]), np.arange(2), np.zeros(2), 0.0, draw, selection) == 1).all()
 

@@ -22,6 +22,13 @@ def test_prompts_and_completions_together_are_unbiased(aggregation, draw):
     assert row["max_rel_bias"] <= TOLERANCE["fp64"]
 
 
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
+def test_a_chance_for_each_is_unbiased_too(aggregation):
+    row = measure(Case(estimator="proportional", aggregation=aggregation))
+    assert row["prunings"] > 4
+    assert row["max_rel_bias"] <= TOLERANCE["fp64"]
+
+
 def test_it_holds_in_single_precision():
     assert measure(Case(aggregation="token_mean", draw="fixed", dtype="fp32"))["max_rel_bias"] <= TOLERANCE["fp32"]
 
@@ -61,9 +68,9 @@ def test_outcomes_have_the_probabilities_of_the_draws():
     def assign(draw):
         return lambda uniform: completion_weights(values, uniform, 0.6, draw)
 
-    bernoulli = {tuple(w == 0): p for p, w in outcomes(assign("bernoulli"), 3, "bernoulli", 0.6)}
+    bernoulli = {tuple(w == 0): p for p, w in outcomes(assign("bernoulli"), 3, "bernoulli")}
     assert bernoulli == pytest.approx({
         (False, False, False): 0.16, (False, True, False): 0.24, (False, False, True): 0.24, (False, True, True): 0.36,
     })  # fmt: skip
-    fixed = {tuple(w): p for p, w in outcomes(assign("fixed"), 3, "fixed", 0.6)}
+    fixed = {tuple(w): p for p, w in outcomes(assign("fixed"), 3, "fixed")}
     assert fixed == pytest.approx({(1.0, 0.0, 2.0): 0.5, (1.0, 2.0, 0.0): 0.5})

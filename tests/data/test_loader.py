@@ -53,7 +53,7 @@ def test_without_pruning_every_prompt_comes_once_an_epoch(n, sizes, shuffle):
     st.lists(st.integers(0, 12), min_size=1, max_size=8),
     st.integers(0, 7),
     st.sampled_from(["bernoulli", "fixed"]),
-    st.sampled_from(["random_low", "deterministic"]),
+    st.sampled_from(["random_low", "proportional", "deterministic"]),
     st.booleans(),
 )
 def test_resumed_at_any_point_it_goes_on_alike(n, sizes, cut, draw, selection, refill):
