@@ -19,6 +19,7 @@ EXITS = ["rollout.early_exit.enabled=true"]
 METHODS: dict[str, list[str] | None] = {
     "vanilla": None,  # the taught model, untrained
     "grpo": [*PLAIN, "reward.shaping=none"],
+    "grpo_sequence_mean": [*PLAIN, "reward.shaping=none", "algorithm={preset: grpo}"],  # GRPO's own loss
     "grpo_length_penalty": [*PLAIN, "reward.shaping=length_penalty", "reward.length_penalty=0.008"],
     "step_grpo": [*EXITS, "reward.shaping=step_aware"],
     "no_step_reward": [*EXITS, "reward.shaping=none"],
