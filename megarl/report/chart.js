@@ -99,7 +99,7 @@ function lineChart(title, lines, { note, percent, log, exact } = {}) {
     let [x0, x1] = [Math.min(...extremes(xs)), Math.max(...extremes(xs))], [y0, y1] = extremes(ys);
     if (x0 === x1) { x0 -= 0.5; x1 += 0.5; }
     if (state.log) { y0 = 10 ** Math.floor(Math.log10(y0) + 1e-9); y1 = 10 ** Math.ceil(Math.log10(y1) - 1e-9); if (y0 === y1) y1 *= 10; }
-    else { if (y0 === 0 && y1 === 0) y1 = 1; if (y0 === y1) { y0 -= Math.abs(y0) / 2; y1 += Math.abs(y1) / 2; } const pad = (y1 - y0) * 0.07; if (y0 < 0 || y0 > pad) y0 -= pad; else y0 = 0; y1 += pad; }
+    else { if (y0 === 0 && y1 === 0) y1 = 1; if (y0 === y1) { y0 -= Math.abs(y0) / 2; y1 += percent && y1 === 1 ? 0 : Math.abs(y1) / 2; } const pad = (y1 - y0) * 0.07; if (y0 < 0 || y0 > pad) y0 -= pad; else y0 = 0; y1 += pad; }
     const toX = (v) => LEFT + ((v - x0) / (x1 - x0)) * (width - LEFT - RIGHT);
     const f = state.log ? Math.log10 : (v) => v;
     const toY = (v) => TOP + (1 - (f(v) - f(y0)) / (f(y1) - f(y0))) * (HEIGHT - TOP - BOTTOM);

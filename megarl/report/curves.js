@@ -1,17 +1,20 @@
 // Which figures are drawn where. A key that no chart names ends up in a chart of its own, under Time and memory.
 
 const KEYS = ["k0", "k1", "k2", "k3", "k4", "k5", "k6", "k7"];
-const CURVES = [  // section, title, [[key, label]…], options
+const CURVES = [  // section, title, [[key, label]…], options; not drawn where it equals the figure `unlike`
   ["learning", "Reward", [["reward"]]],
   ["learning", "Accuracy", [["accuracy", "training"], ["eval/accuracy", "held-out"]], { percent: true }],
   ["learning", "Response tokens", [["response_tokens", "training"], ["eval/response_tokens", "held-out"]]],
   ["learning", "Steps a response", [["steps_per_response", "training"], ["eval/steps_per_response", "held-out"]]],
   ["learning", "Cut at the length limit", [["overlong", "training"], ["eval/overlong", "held-out"]], { percent: true }],
+  ["learning", "Answers in the right form", [["eval/formatted", "held-out"]], { percent: true }],
   ["learning", "Loss", [["loss"]]],
+  ["learning", "Policy loss, penalties apart", [["policy_loss"]], { unlike: "loss" }],
   ["learning", "Entropy", [["entropy"]]],
   ["learning", "KL to the reference", [["kl"]]],
   ["learning", "Gradient norm", [["grad_norm"]]],
-  ["learning", "Clipped tokens", [["clip_fraction"]], { percent: true }],
+  ["learning", "Ratio of new to old policy", [["ratio_mean", "mean"]]],
+  ["learning", "Clipped tokens", [["clip_fraction", "all"], ["clip_low_fraction", "below"], ["clip_high_fraction", "above"]], { percent: true }],
   ["learning", "Learning rate", [["lr"]]],
   ["step-grpo", "Early exits", [["early_exit_fraction"]], { percent: true, note: "share of completions that ended at a marker" }],
   ["step-grpo", "Confident exits that are right", [["exits_right"]], { percent: true }],
@@ -29,6 +32,7 @@ const CURVES = [  // section, title, [[key, label]…], options
   ["machine", "Mismatch: train against rollout log-probs", [["mismatch_mean", "mean"], ["mismatch_max", "largest"]], { log: true }],
   ["machine", "Mismatch: KL", [["mismatch_kl"]]],
   ["machine", "Canary after the weight sync", [["canary_difference"]]],
+  ["machine", "Staleness of trained tokens", [["staleness_mean", "mean"], ["staleness_max", "largest"]], { note: "updates between sampling and training", exact: true }],
   ["machine", "Weight version of the rollouts", [["weight_version"]], { exact: true }],
 ];
 const PHASE = /^seconds_(?!total$)(.+)/, EXIT = /^exits\/(.+)/, BIN = /^probe_confidence\/([\d.]+)$/;
@@ -57,7 +61,8 @@ function curves(runs) {
     keys.forEach(([key, label], j) => {
       used.add(key);
       runs.forEach((r, i) => {
-        if (drawable(r.metrics[key])) lines.push(lineFor(r, i, key, label || (several ? "" : title.toLowerCase()), KEYS[several ? (i + j * runs.length) % 8 : j]));
+        const ys = r.metrics[key], twin = r.metrics[options.unlike];
+        if (drawable(ys) && !(twin && ys.every((v, at) => v === twin[at]))) lines.push(lineFor(r, i, key, label || (several ? "" : title.toLowerCase()), KEYS[several ? (i + j * runs.length) % 8 : j]));
       });
     });
     if (lines.length) place(section, lineChart(title, lines, options));
