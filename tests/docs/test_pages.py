@@ -16,6 +16,7 @@ from typer.main import get_command
 from checkpoints_conv.cli import app as conversions
 from megarl import cli, config, launch, reference
 from megarl.planner.command import main as planner
+from megarl.scaling import cells, study
 
 PAGES = [pytest.param(page, id=str(page.relative_to(pages.ROOT))) for page in pages.pages()]
 KEYS = {s.key for g in reference.groups() for s in g.settings} | {g.key for g in reference.groups()}
@@ -51,6 +52,20 @@ def test_commands_parse(page: Path) -> None:
     targets = set(re.findall(r"^(\S+?):", (pages.ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     for words in pages.commands(page, "make"):
         assert {word for word in words if "=" not in word} <= targets, f"{page.name}: make {' '.join(words)}"
+
+
+def test_scaling_commands_parse_and_their_studies_can_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every `python tools/scaling.py …`: its options are options of it, and every cell of its study passes the checks
+    that precede loading weights."""
+    monkeypatch.chdir(pages.ROOT)
+    monkeypatch.syspath_prepend(str(pages.ROOT / "tools"))
+    tool: Any = get_command(importlib.import_module("scaling").app)
+    found = [words for page in pages.pages() for words in pages.commands(page, "python tools/scaling.py")]
+    assert found
+    for name, *rest in found:
+        tool.commands[name].make_context(name, rest, resilient_parsing=False)
+    for file in {rest[0] for _, *rest in found}:
+        cells.check(study.read(Path(file)), tmp_path)
 
 
 def _training() -> list[list[str]]:
