@@ -36,6 +36,9 @@ setup(
         # Engines live in environments of their own (their torch pins differ): these extras name what goes there.
         "sglang": ["sglang==0.5.23"],
         "vllm": ["vllm==0.32.0"],
+        # Where figures go besides, by the setting `trackers`; mlflow's full package is its server's.
+        "wandb": ["wandb>=0.19"],
+        "mlflow": ["mlflow-skinny>=3"],
         "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "selenium>=4.20"],
     },
     entry_points={"console_scripts": ["megarl=megarl.cli:main"]},

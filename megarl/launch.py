@@ -13,7 +13,7 @@ from rich.table import Table
 from checkpoints_conv.families import rules
 from checkpoints_conv.hf import HfWeights
 from checkpoints_conv.shape import ModelShape, read_shape
-from megarl import config, environment, report
+from megarl import config, environment, report, trackers
 from megarl.algorithms import presets, steps
 from megarl.config import Settings
 from megarl.data.prompts import read_prompts
@@ -124,6 +124,7 @@ def preflight(settings: Settings, world_size: int, resume: bool) -> ModelShape:
     parallel.check(settings.parallel, shape)
     parallel.check_ranks(settings.parallel, world_size)
     precision.check(settings.precision)
+    trackers.check(settings.trackers)
     presets.resolve(settings.algorithm, settings.rollout.max_response_tokens, settings.batch.updates_per_step)
     steps.check_shaping(settings.reward, settings.rollout.max_response_tokens)
     early_exit.check(settings.rollout, load_tokenizer(settings.model.path))

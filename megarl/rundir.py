@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megarl import config
 from megarl.errors import UserError
+from megarl.trackers import Trackers
 from megarl.trajectory import Completion, Group, Probe, Prompt, Span
 
 
@@ -32,21 +33,29 @@ class RunDirectory:
             self._forget_after(resume_step)
         self._metrics = (folder / "metrics.jsonl").open("a")
         self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step and resume_step + 1)
+        self._trackers = Trackers(settings, resume=resume_step is not None)
+        self._tensorboard.add_text("settings", _verbatim(config.dump(settings)), resume_step or 0)
 
     def metrics(self, step: int, values: dict[str, Any]) -> None:
-        """Append one object to metrics.jsonl and its numbers to TensorBoard. `step` counts finished steps."""
+        """Append one object to metrics.jsonl and its numbers to TensorBoard and the trackers. `step` counts finished
+        steps."""
         line = {"step": step, **{key: _plain(value) for key, value in values.items()}}
         self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
+        scalars: dict[str, float] = {}
         for key, value in line.items():
             if isinstance(value, list) and value and key.endswith("_histogram"):
                 self._histogram(key, value, step)
             elif isinstance(value, int | float) and key != "step" and math.isfinite(value):
-                self._tensorboard.add_scalar(_tag(key), value, step)
+                scalars[_tag(key)] = value
+        for tag, value in scalars.items():
+            self._tensorboard.add_scalar(tag, value, step)
         self._tensorboard.flush()
+        self._trackers.log(step, scalars)
 
-    def rollouts(self, step: int, groups: Iterable[Group]) -> None:
-        """Write every completion of a step, one JSON object a line, complete or not at all."""
+    def rollouts(self, step: int, groups: Sequence[Group]) -> None:
+        """Write every completion of a step, one JSON object a line, complete or not at all; TensorBoard has the first
+        group's."""
         file = rollouts_file(self.folder, step)
         partial = file.with_suffix(".partial")
         with partial.open("w") as out:
@@ -54,8 +63,14 @@ class RunDirectory:
                 for completion in group.completions:
                     out.write(json.dumps(_record(group, completion)) + "\n")
         partial.replace(file)
+        for first in groups[:1]:
+            told = [_verbatim(first.prompt.text)]
+            for c in first.completions:
+                told += [f"{c.verdict}, reward {c.reward:.3g}, {len(c)} tokens", _verbatim(c.text)]
+            self._tensorboard.add_text("rollout/group", "\n\n".join(told), step)
 
     def close(self) -> None:
+        self._trackers.close()
         self._metrics.close()
         self._tensorboard.close()
 
@@ -164,6 +179,11 @@ def _record(group: Group, c: Completion) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+
+
+def _verbatim(text: str) -> str:
+    """As Markdown, which TensorBoard renders."""
+    return "\n".join(f"    {line}" for line in text.splitlines())
 
 
 def _tag(key: str) -> str:

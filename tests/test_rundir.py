@@ -93,6 +93,32 @@ def test_metrics_reach_tensorboard(tmp_path: Path) -> None:
     assert [(e.step, e.value) for e in events.Scalars("reward/reward")] == [(1, 0.5), (2, 1.0), (3, 1.5)]
 
 
+def test_tensorboard_has_the_settings_and_a_group_of_each_step_as_text(tmp_path: Path) -> None:
+    """Verbatim: a response's Markdown is not rendered."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    group = Group(Prompt("uid", (1,), "what?", "2", "file:1"), [])
+    for i, text in enumerate(("# one", "two\nlines")):
+        made = (np.zeros(3, np.int32), np.zeros(3, np.uint8), np.zeros(3, np.float32), "stop")
+        group.completions.append(Completion("uid", i, *made, text=text, verdict="wrong", reward=0.25))
+    run = RunDirectory(tmp_path, settings(tmp_path), None)
+    run.rollouts(7, [group, group])
+    run.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    [told] = events.Tensors("rollout/group/text_summary")
+    parts = [
+        "    what?",
+        "wrong, reward 0.25, 3 tokens",
+        "    # one",
+        "wrong, reward 0.25, 3 tokens",
+        "    two\n    lines",
+    ]
+    assert (told.step, told.tensor_proto.string_val[0].decode()) == (7, "\n\n".join(parts))
+    [chosen] = events.Tensors("settings/text_summary")
+    assert b"    steps: 100" in chosen.tensor_proto.string_val[0]
+
+
 def test_resuming_before_the_first_checkpoint_forgets_everything(tmp_path: Path) -> None:
     """The evaluation before the first step is done again too, and appears once."""
     write(tmp_path, range(3), None)

@@ -60,7 +60,11 @@ def _state(wanted: Settings) -> str:
     """new, begun, done, or other: the folder holds a run of other settings."""
     if not (wanted.run / "metrics.jsonl").is_file():
         return "new"
-    if (wanted.run / "config.yaml").read_text() != config.dump(wanted):
+    try:  # parsed, so that a setting added since then has its default
+        made = config.load(wanted.run / "config.yaml")
+    except UserError:
+        return "other"
+    if made != wanted:
         return "other"
     metrics = read_metrics(wanted.run)
     return "done" if metrics and metrics[-1]["step"] == wanted.steps else "begun"

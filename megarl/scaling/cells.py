@@ -30,7 +30,7 @@ def do(study: Study, number: int, folder: Path) -> Figures:
     made, file = _made(study, cell, settings), _file(folder, cell)
     if file.is_file():
         kept = json.loads(file.read_text())
-        if kept["made"] != made:
+        if not _same(kept["made"], made):
             raise UserError(f"study: {file} was made with other settings; remove it, or name another --out")
         return kept["figures"]
     figures = _MAKERS[study.how](study, cell, settings)
@@ -124,6 +124,17 @@ def _made(study: Study, cell: Cell, settings: Settings) -> dict[str, Any]:
     asked = {"local": ("skip", "target"), "predicted": ("gpu", "response_tokens")}[study.how]
     chosen = settings.model_dump(mode="json", exclude={"run"})
     return {"how": study.how, "gpus": cell.ranks, **{key: getattr(study, key) for key in asked}, "settings": chosen}
+
+
+def _same(kept: dict[str, Any], made: dict[str, Any]) -> bool:
+    """Settings are compared parsed, so that one added since then has its default."""
+    both = []
+    for tree in (kept, made):
+        try:
+            both.append({**tree, "settings": config.parse({**tree["settings"], "run": "."})})
+        except UserError:  # made with a setting that is gone
+            return False
+    return both[0] == both[1]
 
 
 def _file(folder: Path, cell: Cell) -> Path:

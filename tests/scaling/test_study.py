@@ -133,14 +133,18 @@ def test_a_prediction_to_1024_gpus_is_plotted_with_its_law(tmp_path: Path, tool:
 
 @pytest.mark.parametrize("other", [{"settings": {"batch.tokens_per_row": 20480}}, {"gpu": "b200"}])
 def test_cells_made_otherwise_are_refused(other: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where they are kept makes no difference."""
+    """Where they are kept makes no difference, nor does a setting that was added since, at its default."""
     monkeypatch.chdir(ROOT)
     wanted = study.Study.model_validate(SOME)
     figures = cells.do(wanted, 0, tmp_path / "here")
     with pytest.raises(UserError, match="other settings"):
         cells.do(wanted.model_copy(update=other), 0, tmp_path / "here")
+    [file] = (tmp_path / "here" / "cells").iterdir()
+    kept = json.loads(file.read_text())
+    del kept["made"]["settings"]["heartbeat_deadline"]
+    file.write_text(json.dumps(kept | {"figures": figures | {"mfu": 0.123}}))  # not made again
     (tmp_path / "here").rename(tmp_path / "there")
-    assert cells.do(wanted, 0, tmp_path / "there") == figures
+    assert cells.do(wanted, 0, tmp_path / "there")["mfu"] == 0.123
 
 
 def test_what_cannot_run_is_refused_before_the_first_cell_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
