@@ -39,7 +39,8 @@ setup(
         # Where figures go besides, by the setting `trackers`; mlflow's full package is its server's.
         "wandb": ["wandb>=0.19"],
         "mlflow": ["mlflow-skinny>=3"],
-        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "selenium>=4.20"],
+        # gguf reads the real weights that the conversion is tested with.
+        "dev": ["gguf", "pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "selenium>=4.20"],
     },
     entry_points={"console_scripts": ["megarl=megarl.cli:main"]},
 )

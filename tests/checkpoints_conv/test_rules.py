@@ -65,7 +65,7 @@ def assert_round_trip(shape: ModelShape, layout: Layout, spec: Spec, dtype: torc
 @pytest.mark.parametrize("tied", [False, True])
 def test_every_layout_round_trips(family: str, tied: bool) -> None:
     """Every (tp, pp, vpp, ep) in {1,2,4}x{1,2,4}x{1,2}x{1,2} that the model allows, an odd vocabulary, TE and local
-    names. Does not prove that Megatron means the same by its names: test_megatron.py does."""
+    names. Does not prove that Megatron means the same by its names: test_megatron.py and test_real_weights.py do."""
     for layout in LAYOUTS:
         shape = tiny(family, tie_word_embeddings=tied, num_hidden_layers=layout.pp * layout.vpp)
         if layout.ep > 1 and shape.moe is None:
