@@ -227,7 +227,8 @@ class Rollout(Section):
     """Mean |train - rollout| log-prob over a step above which the run stops; with async_steps it holds the drift of the
     policy since the rollout too."""
     canary_limit: Annotated[float, Field(gt=0)] = 0.1
-    """Largest |engine - learner| log-prob of the canary after a weight sync; beyond it the run stops."""
+    """Largest |engine - learner| log-prob of a canary token after a weight sync; beyond it the run stops. For tokens
+    below -3 nats it grows in proportion to their log-prob, as rounding does."""
     early_exit: EarlyExit = EarlyExit()
     servers: Servers = Servers()
 

@@ -14,7 +14,11 @@ from megarl.errors import RunError
 from megarl.rollout.engine import Engine
 from megarl.rollout.in_engine.megarl_weights import checksum
 
-__all__ = ["Canary", "checksum", "sync"]
+__all__ = ["LIKELY", "Canary", "checksum", "sync"]
+
+LIKELY = 3.0
+"""Nats. Rounding of a logit grows with its size, so an unlikely token's log-prob is less exact than a likely one's:
+beyond this the canary's bound grows in proportion to |log-prob|."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +40,9 @@ async def sync(
     """Stream Hugging Face-named `tensors`, cast to the engine's `dtype`, into `engine` as weight `version`.
 
     Raises RunError naming the first tensor whose checksum at the engine differs from what was sent, or saying that all
-    arrived but that a log-prob of the canary differs by more than `bound`. Returns that largest difference. `tensors`
-    is always drained: the learner's ranks gather them together, and none may be left waiting for the others.
+    arrived but that a log-prob of the canary differs by more than its bound: `bound` for tokens above -LIKELY nats, and
+    `bound` * |log-prob| / LIKELY below. Returns the largest difference. `tensors` is always drained: the learner's ranks
+    gather them together, and none may be left waiting for the others.
     """
     sent: dict[str, int] = {}
 
@@ -66,10 +71,12 @@ async def _check_canary(engine: Engine, version: int, canary: Canary, bound: flo
             f"weight sync {version}: the engine scored {len(scored)} of {len(canary.logprobs)} canary tokens"
         )
     differences = [abs(a - b) for a, b in zip(scored, canary.logprobs, strict=True)]
-    worst = max(differences, key=lambda d: d if d == d else float("inf"))
-    if not worst <= bound:
-        raise RunError(
-            f"weight sync {version}: all {count} tensors arrived, but the canary's log-probs differ from the learner's "
-            f"by {worst:.3g} at token {differences.index(worst) + 1} (bound {bound:g}): the two forward passes disagree"
-        )
-    return worst
+    bounds = [bound * max(1.0, abs(logprob) / LIKELY) for logprob in canary.logprobs]
+    for i, (difference, allowed) in enumerate(zip(differences, bounds, strict=True)):
+        if not difference <= allowed:  # nan too
+            raise RunError(
+                f"weight sync {version}: all {count} tensors arrived, but the canary's log-probs differ from the "
+                f"learner's by {difference:.3g} at token {i + 1}, of log-prob {canary.logprobs[i]:.3g} (its bound "
+                f"{allowed:.3g}): the two forward passes disagree"
+            )
+    return max(differences)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny_rollout import teacher_forced
 
 from megarl.errors import RunError
-from megarl.rollout.weight_sync import Canary, checksum, sync
+from megarl.rollout.weight_sync import LIKELY, Canary, checksum, sync
 
 IDS = [3, 9, 4, 60, 22, 7, 7, 31]
 
@@ -100,6 +100,38 @@ def test_a_canary_that_differs_says_that_all_tensors_arrived(make_engine, qwen3,
         logprobs = [x + (shift if i == 4 else 0) for i, x in enumerate(expected.logprobs)]
         with pytest.raises(RunError, match="all 25 tensors arrived.*at token 5"):
             await sync(engine, 2, qwen3.state_dict().items(), Canary(IDS, logprobs), bound=1e-3)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("logprob", "difference", "stops"),
+    [
+        (-0.5 * LIKELY, 0.09, False),
+        (-0.5 * LIKELY, 0.11, True),
+        (-LIKELY, 0.11, True),
+        (-4 * LIKELY, 0.39, False),
+        (-4 * LIKELY, 0.41, True),
+        (-4 * LIKELY, float("nan"), True),
+    ],
+)
+def test_the_bound_of_an_unlikely_token_grows_with_its_log_prob(make_engine, qwen3, logprob, difference, stops):
+    """Bound 0.1: as it is for likely tokens, four times that at four times LIKELY. The other tokens are exact."""
+
+    async def run():
+        engine = await make_engine()
+        expected = [-1.0] * (len(IDS) - 2) + [logprob]
+
+        async def score(token_ids):
+            return [*expected[:-1], logprob + difference]
+
+        engine.score = score
+        if stops:
+            with pytest.raises(RunError, match=f"at token {len(IDS) - 1}"):
+                await sync(engine, 2, qwen3.state_dict().items(), Canary(IDS, expected), bound=0.1)
+        else:
+            worst = await sync(engine, 2, qwen3.state_dict().items(), Canary(IDS, expected), bound=0.1)
+            assert worst == pytest.approx(difference)
 
     asyncio.run(run())
 
