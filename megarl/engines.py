@@ -79,10 +79,13 @@ class Engines:
             self.loop.run(self.engine.close())
 
     def _canary_logprobs(self) -> np.ndarray:
-        """The learner's log-probs of the canary at temperature 1, on every rank."""
+        """The learner's log-probs of the canary at temperature 1, in the engines' arithmetic, on every rank.
+
+        Engines do not quantise: what FP8 changes is the step's mismatch, and would hide here a tensor that is wrong.
+        """
         batch = None
         if self.world.is_controller:
             rows: list[list[list[int]]] = [[[0]], *([[]] for _ in range(self.world.dp_size - 1))]
             batch = Batch([Sample(self._canary, response_start=1, scale=1.0)], rows, 1.0, float(CANARY_TOKENS))
-        scores = self.learner.logprobs(batch, "policy", temperature=1.0)
+        scores = self.learner.logprobs(batch, "policy", temperature=1.0, quantised=False)
         return broadcast(scores.get(0), self.world)

@@ -6,6 +6,8 @@ they sum over, as Transformer Engine's kernels do; products accumulate in float3
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -29,6 +31,7 @@ class Scaling:
         """`group`: ranks that agree on one amax (delayed scaling only)."""
         self.recipe = recipe
         self.group = group
+        self.paused = False
         self.delayed = {role: DelayedScale(fmt) for role, fmt in FORMATS.items()} if recipe == "delayed" else {}
 
     def __call__(self, x: Tensor, role: Role, dim: int) -> Tensor:
@@ -98,9 +101,23 @@ def emulate(model: torch.nn.Module, recipe: Recipe, first: int, last: int) -> in
             continue
         for module in layer.modules():
             if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
-                module._forward_impl = partial(_linear, Scaling(recipe, module.tp_group))
+                module.fp8_scaling = Scaling(recipe, module.tp_group)
+                module._forward_impl = partial(_linear, module.fp8_scaling)
                 changed += 1
     return changed
+
+
+@contextmanager
+def paused(model: torch.nn.Module) -> Iterator[None]:
+    """Within it nothing of `model` is quantised, and the amax histories rest."""
+    scalings = [module.fp8_scaling for module in model.modules() if hasattr(module, "fp8_scaling")]
+    for scaling in scalings:
+        scaling.paused = True
+    try:
+        yield
+    finally:
+        for scaling in scalings:
+            scaling.paused = False
 
 
 def _linear(
@@ -121,7 +138,7 @@ def _linear(
     # Scoring and the first pass of recomputed layers run without gradients: they read the histories and add nothing.
     learning = torch.is_grad_enabled() and weight.requires_grad
     flat = input.reshape(-1, input.shape[-1])
-    if not len(flat):  # an expert without tokens
+    if scaling.paused or not len(flat):  # the latter: an expert without tokens
         return torch.nn.functional.linear(input, weight, bias)
     y = Fp8Product.apply(flat, weight, scaling, learning).view(*input.shape[:-1], -1)
     return y if bias is None else y + bias

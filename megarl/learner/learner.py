@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -29,7 +30,7 @@ from megarl.errors import RunError
 from megarl.learner import checkpoint
 from megarl.learner import precision as precisions
 from megarl.learner.attention import inverse_frequencies
-from megarl.learner.model import build, transformer_config, unwrap, user_buffers
+from megarl.learner.model import build, transformer_config, unquantised, unwrap, user_buffers
 from megarl.learner.parallel import World, check
 from megarl.learner.rows import Alignment, Row, build_row, sequence_sum
 from megarl.learner.schedule import learning_rate
@@ -113,9 +114,15 @@ class Learner:
 
     @torch.no_grad()
     def logprobs(
-        self, batch: Batch | None, which: Literal["policy", "reference"], temperature: float | None = None
+        self,
+        batch: Batch | None,
+        which: Literal["policy", "reference"],
+        temperature: float | None = None,
+        quantised: bool = True,
     ) -> dict[int, np.ndarray]:
         """Log-probs of the response tokens: sample index → float32 [n]. `temperature`: default the sampling one.
+
+        `quantised`: False computes in bf16 where the precision is FP8, as rollout engines do.
 
         Complete on rank 0; other ranks get an empty dict. Covers the samples that appear in rank 0's `batch.rows`.
         """
@@ -127,10 +134,9 @@ class Learner:
         lengths = [len(batch.samples[i].token_ids) - batch.samples[i].response_start for i in used]
         starts = dict(zip(used, np.cumsum([0, *lengths[:-1]]), strict=True)) if used else {}
         flat = torch.zeros(sum(lengths))
-        if self.world.tp_rank == 0:
+        with nullcontext() if quantised else unquantised(models, self.config):
             rows = self._run(models, batch, _scores, temperature, forward_only=True)
-        else:
-            self._run(models, batch, _scores, temperature, forward_only=True)
+        if self.world.tp_rank != 0:
             rows = []
         for row, values in rows:
             for i, entries, positions in row.ranges:

@@ -6,6 +6,8 @@ One function, `layer_spec`, chooses between Transformer Engine's layers and Mega
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -251,6 +253,17 @@ def build(shape: ModelShape, config: TransformerConfig, precision: Precision) ->
             model.cuda(torch.cuda.current_device())
         chunks.append(Float16Module(config, model) if config.bf16 else model)
     return chunks
+
+
+@contextmanager
+def unquantised(chunks: list[torch.nn.Module], config: TransformerConfig) -> Iterator[None]:
+    """Within it the model computes in bf16 where its precision is FP8. Forward passes only."""
+    fp8, config.fp8 = config.fp8, None  # Transformer Engine's layers, read at every forward pass
+    with ExitStack() as stack:
+        stack.callback(setattr, config, "fp8", fp8)
+        for chunk in chunks:
+            stack.enter_context(emulation.paused(chunk))
+        yield
 
 
 def unwrap(module: torch.nn.Module) -> PolicyModel:

@@ -40,9 +40,9 @@ async def sync(
     """Stream Hugging Face-named `tensors`, cast to the engine's `dtype`, into `engine` as weight `version`.
 
     Raises RunError naming the first tensor whose checksum at the engine differs from what was sent, or saying that all
-    arrived but that a log-prob of the canary differs by more than its bound: `bound` for tokens above -LIKELY nats, and
-    `bound` * |log-prob| / LIKELY below. Returns the largest difference. `tensors` is always drained: the learner's ranks
-    gather them together, and none may be left waiting for the others.
+    arrived but that a log-prob of the canary differs by more than its bound: `bound` for tokens above -LIKELY nats,
+    and `bound` * |log-prob| / LIKELY below. Returns the largest difference. `tensors` is always drained: the learner's
+    ranks gather them together, and none may be left waiting for the others.
     """
     sent: dict[str, int] = {}
 

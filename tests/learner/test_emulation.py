@@ -53,6 +53,31 @@ def test_each_recipe_trains_as_bf16_does_and_tp2_as_tp1(tmp_path):
     assert all(losses != one[0] for losses in one[1:])
 
 
+def _scores(folder, precision):
+    """Runs on the rank: log-probs of one sequence, quantised, not quantised, and quantised again."""
+    from megarl.learner.learner import Learner
+    from megarl.learner.parallel import start
+
+    chosen = settings(folder, {}, precision=precision)
+    world = start(chosen.parallel, chosen.precision, chosen.seed, DEADLINE)
+    learner = Learner(chosen, world, total_updates=1)
+    found = [learner.logprobs(chain(0), "policy", quantised=q)[0].tolist() for q in (True, False, True)]
+    world.release()
+    return found
+
+
+@pytest.mark.parallel
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_scores_that_are_not_quantised_are_bf16s(tmp_path, recipe):
+    """What the canary of weight sync compares with the engine: bit by bit a bf16 learner's, and FP8 is back after."""
+    write_model(tmp_path, **TINY)
+    (bf16, *_) = spawn(_scores, 1, (tmp_path, {"dtype": "bf16"}), DEADLINE)[0]
+    quantised, plain, again = spawn(_scores, 1, (tmp_path, {"dtype": "fp8", "recipe": recipe}), DEADLINE)[0]
+    assert plain == bf16
+    assert quantised != bf16
+    assert again == quantised
+
+
 def test_the_manifest_names_layers_formats_and_blocks(tmp_path):
     write_model(tmp_path)
     shape = read_shape(tmp_path)
