@@ -2,13 +2,15 @@
 
     python -m megarl.engine_server --model FOLDER --port 30000     what `megarl serve` starts for engine: local
 
-Token ids in, token ids out, as JSON; rollout/served.py is the client. It has no weights until the first `/load`.
+Token ids in, token ids out, as JSON; rollout/served.py is the client. It has no weights until the first `/load`. A key,
+when the variable MEGARL_ENGINE_KEY holds one, is asked of every request.
 """
 
 from __future__ import annotations
 
 import argparse
 import hmac
+import os
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from safetensors import safe_open
 from megarl.data.tokenizer import load_tokenizer
 from megarl.errors import RunError, UserError
 from megarl.rollout.engine import Sampling
+from megarl.rollout.in_engine.megarl_sglang import KEY_VARIABLE
 from megarl.rollout.local import LocalEngine
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -115,7 +118,6 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--max-length", type=int, default=4096)
-    parser.add_argument("--api-key", default="")
     given = parser.parse_args()
     engine = LocalEngine(
         given.model,
@@ -125,7 +127,7 @@ def main() -> None:
         given.slots,
         given.max_length,
     )
-    app = LocalServer(engine, given.api_key).application()
+    app = LocalServer(engine, os.environ.get(KEY_VARIABLE, "")).application()
     web.run_app(app, host=given.host, port=given.port, access_log=None, shutdown_timeout=1.0)
 
 

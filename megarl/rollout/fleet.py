@@ -48,6 +48,11 @@ def check(rollout: Rollout) -> None:
         )
     if servers.api_key_env and servers.api_key_env not in os.environ:
         raise UserError(f"rollout.servers.api_key_env: the variable {servers.api_key_env} is not set")
+    if any(flag.partition("=")[0] == "--api-key" for flag in servers.flags):
+        raise UserError(
+            "rollout.servers.flags: '--api-key': every user of the machine may read a command line; "
+            "name the variable that holds the key in rollout.servers.api_key_env"
+        )
     if servers.attempt_deadline > servers.request_deadline:
         raise UserError(
             f"rollout.servers.attempt_deadline: {servers.attempt_deadline:g} is above request_deadline; "
@@ -85,8 +90,7 @@ def server(settings: Settings, index: int, name: str, port: int = 0) -> Server:
     interface."""
     rollout, servers, model = settings.rollout, settings.rollout.servers, settings.model
     _, command, environment = ENGINES[rollout.engine]
-    flags, api_key = list(servers.flags), api_key_of(servers)
-    flags += ["--api-key", api_key] if api_key else []
+    flags = list(servers.flags)
     flags += ["--host", "0.0.0.0"] if port else []
     if rollout.engine == "local":
         longest = early_exit.longest_sequence(settings)
@@ -100,7 +104,7 @@ def server(settings: Settings, index: int, name: str, port: int = 0) -> Server:
         flags=flags,
     )
     log = settings.run / "logs" / f"{name}.log"
-    own = {**environment(cuda=on_cuda(servers)), **one_of(index, servers)}
+    own = {**environment(cuda=on_cuda(servers), api_key=api_key_of(servers)), **one_of(index, servers)}
     return Server(name, line, log=log, environment=own, port=port)
 
 

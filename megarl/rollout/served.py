@@ -10,6 +10,7 @@ import torch
 
 from megarl.errors import RunError
 from megarl.rollout.engine import Sampling
+from megarl.rollout.in_engine.megarl_sglang import KEY_VARIABLE
 from megarl.rollout.remote import CONTROL_DEADLINE, RemoteEngine, Segment, field
 from megarl.rollout.weight_sync import checksum
 
@@ -77,6 +78,6 @@ def command(
     return build
 
 
-def environment(*, cuda: bool) -> dict[str, str]:
-    """Nothing beside ours."""
-    return {}
+def environment(*, cuda: bool, api_key: str | None) -> dict[str, str]:
+    """Variables that the server needs beside ours: the key, since all may read a command line."""
+    return {KEY_VARIABLE: api_key or ""}

@@ -14,6 +14,7 @@ import torch
 from megarl.errors import RunError
 from megarl.rollout.engine import Sampling
 from megarl.rollout.http import ServerError
+from megarl.rollout.in_engine import megarl_sglang
 from megarl.rollout.remote import CONTROL_DEADLINE, RemoteEngine, Segment, field
 
 REGEX_BYTES = 256  # the server's limit on a stop pattern
@@ -205,14 +206,15 @@ def command(
     arguments = [str(part) for part in common]
 
     def build(port: int) -> list[str]:
-        return [str(python), "-m", "sglang.launch_server", *arguments, "--port", str(port), *flags]
+        return [str(python), megarl_sglang.__file__, *arguments, "--port", str(port), *flags]
 
     return build
 
 
-def environment(*, cuda: bool) -> dict[str, str]:
-    """Variables that the server needs beside ours."""
-    return {} if cuda else {"SGLANG_USE_CPU_ENGINE": "1", "PYTHONWARNINGS": "ignore"}
+def environment(*, cuda: bool, api_key: str | None) -> dict[str, str]:
+    """Variables that the server needs beside ours; the key is among them, since all may read a command line."""
+    key = {megarl_sglang.KEY_VARIABLE: api_key or ""}
+    return key if cuda else {**key, "SGLANG_USE_CPU_ENGINE": "1", "PYTHONWARNINGS": "ignore"}
 
 
 @cache

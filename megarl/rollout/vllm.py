@@ -12,12 +12,14 @@ from megarl.errors import RunError
 from megarl.rollout import in_engine
 from megarl.rollout.engine import Sampling
 from megarl.rollout.http import ServerError
+from megarl.rollout.in_engine import megarl_guard
 from megarl.rollout.in_engine.megarl_weights import checksum
 from megarl.rollout.remote import CONTROL_DEADLINE, RemoteEngine, Segment, field
 from megarl.trajectory import derive_seed
 
 MODEL = "policy"  # the name under which the server offers its one model
 EXTENSION = "megarl_weights.WeightReader"  # runs in the server's workers; see in_engine/
+MIDDLEWARE = "megarl_guard.Guard"  # runs in the server's front; vLLM's key alone leaves the control endpoints open
 
 
 class VLLMEngine(RemoteEngine):
@@ -141,6 +143,7 @@ def command(
     common = ["--model", model, "--host", "127.0.0.1", "--dtype", dtype, "--served-model-name", MODEL]
     common += ["--logprobs-mode", "processed_logprobs", "--enable-scale-out", "--generation-config", "vllm"]
     common += ["--disable-uvicorn-access-log", "--worker-extension-cls", EXTENSION]
+    common += ["--middleware", MIDDLEWARE]
     if weights == "random":
         common += ["--load-format", "dummy"]
     if not cuda:
@@ -153,10 +156,11 @@ def command(
     return build
 
 
-def environment(*, cuda: bool) -> dict[str, str]:
-    """Variables that the server needs beside ours: the control endpoints, where EXTENSION is found, and the size of a
-    CPU's cache in GiB."""
+def environment(*, cuda: bool, api_key: str | None) -> dict[str, str]:
+    """Variables that the server needs beside ours: the control endpoints, where EXTENSION and MIDDLEWARE are found, the
+    key (all may read a command line), and the size of a CPU's cache in GiB."""
     dev = {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": str(Path(in_engine.__file__).resolve().parent)}
+    dev[megarl_guard.KEY_VARIABLE] = api_key or ""
     cpu = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     cpu["VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"] = "1800"  # a busy CPU takes minutes for a first token; we have deadlines
     return {**dev, **({} if cuda else cpu)}

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import Iterator
 
 import pytest
-from real_servers import TOKENIZER, Live, Policy, settings
+from real_servers import KEY_VARIABLE, TOKENIZER, Live, Policy, settings
 from tiny_policy import make_model
 
 from megarl.rollout import fleet
 from megarl.rollout.detokenize import Vocabulary
+
+
+@pytest.fixture(scope="session", autouse=True)
+def api_key() -> Iterator[str]:
+    """The key of every real server."""
+    key = secrets.token_urlsafe(24)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(KEY_VARIABLE, key)
+        yield key
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +30,9 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Policy:
 
 
 @pytest.fixture(scope="session", params=["sglang", "vllm"])
-def live(request: pytest.FixtureRequest, policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+def live(
+    request: pytest.FixtureRequest, policy: Policy, api_key: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Live]:
     """One server of each kind, started once; tests that need another number start their own."""
     pool = fleet.build(settings(policy, tmp_path_factory.mktemp("run"), request.param), Vocabulary(TOKENIZER))
     with asyncio.Runner() as runner:

@@ -16,6 +16,7 @@ from megarl.rollout.weight_sync import Canary
 
 TOKENIZER = make_tokenizer()
 CANARY = list(range(40, 72))
+KEY_VARIABLE = "MEGARL_TEST_ENGINE_KEY"  # set by conftest.py: every server here has a key
 BF16 = 0.1  # bound on log-probs between two bf16 forward passes
 
 
@@ -44,11 +45,12 @@ class Live:
 
 def settings(policy: Policy, run: Path, engine: str, **servers: object) -> Settings:
     """A run on real servers. A missing environment is an error, never a skip."""
+    started = {"start_deadline": 600, "device": "cpu", "api_key_env": KEY_VARIABLE}
     return parse(
         {
             "run": str(run),
             "model": {"path": str(policy.folder)},
             "data": {"train": []},
-            "rollout": {"engine": engine, "servers": {"start_deadline": 600, "device": "cpu", **servers}},
+            "rollout": {"engine": engine, "servers": {**started, **servers}},
         }
     )

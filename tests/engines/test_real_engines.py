@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from key_checks import check_the_key
 from real_servers import BF16, CANARY, TOKENIZER, Live, Policy
 from safetensors.torch import load_file, save_file
 from tiny_policy import make_model, reference_logprobs
@@ -21,6 +22,7 @@ from megarl.errors import RunError
 from megarl.rollout import weight_sync
 from megarl.rollout.detokenize import Vocabulary
 from megarl.rollout.engine import Sampling
+from megarl.rollout.in_engine.megarl_sglang import HIDDEN
 from megarl.rollout.pool import Pool
 from megarl.rollout.stops import Stops
 from megarl.rollout.transport import Transport
@@ -56,6 +58,18 @@ def test_tokens_and_logprobs_are_the_models(live: Live, policy: Policy) -> None:
     scores = live.runner.run(live.pool.score(CANARY))
     expected = reference_logprobs(policy.model, CANARY)
     assert max(abs(a - b) for a, b in zip(scores, expected, strict=True)) <= BF16
+
+
+CONTROLS = {"sglang": "/abort_request", "vllm": "/abort_requests"}
+GENERATES = {"sglang": "/generate", "vllm": "/inference/v1/generate"}
+
+
+def test_the_api_key_guards_the_server_and_is_nowhere_to_be_read(live: Live, api_key: str) -> None:
+    """Of what generates and of what controls. SGLang logs all its settings: the key is among them, but not shown."""
+    engine = live.pool.engines[0]
+    assert engine.server is not None
+    live.runner.run(check_the_key(engine.server, api_key, GENERATES[engine.kind], CONTROLS[engine.kind]))
+    assert engine.kind != "sglang" or f"'api_key': '{HIDDEN}'" in engine.server.log.read_text()
 
 
 def test_stops_are_exact_on_a_real_server(live: Live, policy: Policy) -> None:

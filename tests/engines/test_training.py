@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from real_servers import KEY_VARIABLE
 
 from megarl import config
 from megarl.learner.spawn import spawn
@@ -44,6 +45,7 @@ def settings(run: Path, engine: str, *overrides: str) -> config.Settings:
         f"rollout.engine={engine}",
         "rollout.max_response_tokens=64",
         "rollout.servers.device=cpu",
+        f"rollout.servers.api_key_env={KEY_VARIABLE}",
         "parallel={}",
         "steps=3",
         "checkpoint.every=0",

@@ -1,1 +1,1 @@
-"""What runs inside an engine's process, in the engine's environment: imports neither megarl nor the engine."""
+"""What runs inside an engine's process, in the engine's environment: imports nothing of megarl."""

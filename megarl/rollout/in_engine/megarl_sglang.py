@@ -1,0 +1,57 @@
+"""Starts an SGLang server whose API key stands neither on a command line nor in its log.
+
+    MEGARL_ENGINE_KEY=… python megarl_sglang.py --model-path …      otherwise as `python -m sglang.launch_server`
+
+SGLang itself takes a key as a flag only, which every user of the machine could read, and logs all its settings.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import runpy
+from collections.abc import Sequence
+from typing import Any
+
+KEY_VARIABLE = "MEGARL_ENGINE_KEY"  # empty or absent: no key
+HIDDEN = "***"
+
+
+def hide_in_logs(secret: str) -> None:
+    """From now on, no log record of this process shows `secret`; SGLang's other processes log no settings."""
+    make = logging.getLogRecordFactory()
+
+    def hidden(*arguments: Any, **named: Any) -> logging.LogRecord:
+        record = make(*arguments, **named)
+        try:
+            text = record.getMessage()
+        except Exception:  # arguments that do not fit: logging tells when it writes the record, and shows them
+            text = f"{record.msg} {record.args}"
+        if secret in text:
+            record.msg, record.args = text.replace(secret, HIDDEN), None
+        return record
+
+    logging.setLogRecordFactory(hidden)
+
+
+def add_to_arguments(key: str) -> None:
+    """SGLang reads `--api-key` beside its command line's flags, which stay as they are."""
+    from sglang.srt import server_args
+
+    prepare = server_args.prepare_server_args
+
+    def prepare_with_key(argv: Sequence[str]) -> Any:
+        return prepare([*argv, f"--api-key={key}"])
+
+    server_args.prepare_server_args = prepare_with_key
+
+
+def main() -> None:
+    if key := os.environ.pop(KEY_VARIABLE, ""):
+        hide_in_logs(key)
+        add_to_arguments(key)
+    runpy.run_module("sglang.launch_server", run_name="__main__")
+
+
+if __name__ == "__main__":  # SGLang's other processes import this file too
+    main()
