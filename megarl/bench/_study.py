@@ -13,6 +13,7 @@ from megarl.errors import UserError
 from megarl.evaluate import evaluate
 from megarl.learner.spawn import spawn
 from megarl.rundir import read_metrics
+from megarl.sft import sft
 from megarl.train import train
 
 QUICKSTART = Path("examples/quickstart/train.yaml")
@@ -35,6 +36,18 @@ def trained(wanted: Settings, ranks: int | None = None) -> list[dict[str, Any]]:
         raise UserError(f"run: {wanted.run} was made with other settings; remove it or name another folder")
     if state != "done":
         spawn(train, ranks or wanted.parallel.model_ranks, (wanted, state == "begun"))
+    return read_metrics(wanted.run)
+
+
+def taught(wanted: Settings, ranks: int) -> list[dict[str, Any]]:
+    """As `trained`, for supervised fine-tuning: the figures of every update. A half-done one is begun anew."""
+    made = wanted.run / "settings.yaml"  # written when it is done
+    if made.is_file() and config.load(made) != wanted:
+        raise UserError(f"run: {wanted.run} was made with other settings; remove it or name another folder")
+    if not made.is_file():
+        forget(wanted.run)
+        spawn(sft, ranks, (wanted,))
+        made.write_text(config.dump(wanted))
     return read_metrics(wanted.run)
 
 

@@ -1,0 +1,139 @@
+"""`megarl bench precision`: each precision teaches and trains the quick start's reasoner as bf16 does.
+
+First supervised fine-tuning from random weights on the quick start's lesson: the loss of the last tenth of the updates,
+the same demonstrations in the same order for all. Then reinforcement learning from the shipped reasoner: accuracy on
+the held-out problems at temperature 1, where learning shows most. FP8 is emulated on a CPU, and there the engine
+computes in bf16 (under fp32 in float32). Rollouts differ from the first differing token on, so accuracies are compared
+by their standard error over problems; what differs between two trainings comes on top, and several seeds show it.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from math import sqrt
+from pathlib import Path
+from statistics import mean
+from typing import Annotated, Any
+
+import typer
+
+from megarl.bench import _study, record
+from megarl.errors import UserError, nearest
+
+REFERENCE = "bf16"
+PRECISIONS = {
+    REFERENCE: "{dtype: bf16}",
+    "fp32": "{dtype: fp32}",
+    **{recipe: f"{{dtype: fp8, recipe: {recipe}}}" for recipe in ("delayed", "tensorwise", "blockwise", "mxfp8")},
+}
+LESSON = Path("examples/quickstart/sft.yaml")
+LESSON_RANKS = 2  # data parallel
+LESSON_DEADLINE = 300.0  # seconds to write the demonstrations
+WARM = ["evaluation.temperature=1.0", "evaluation.every=0", "checkpoint.every=0"]
+Row = dict[str, Any]
+
+
+def main(
+    json: Annotated[Path | None, typer.Option(help="Write the rows to this file.")] = None,
+    precisions: Annotated[str, typer.Option(help="Comma-separated; bf16 is always among them.")] = ",".join(PRECISIONS),
+    sft_steps: Annotated[int, typer.Option(min=1, help="Updates of supervised fine-tuning.")] = 400,
+    rl_steps: Annotated[int, typer.Option(min=0, help="Steps of reinforcement learning; 0 leaves it out.")] = 16,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds per precision: 0, 1, …")] = 1,
+    overrides: Annotated[str, typer.Option(help="Settings of every run, separated by spaces.")] = "",
+    runs: Annotated[Path, typer.Option(help="Where the runs go; finished ones are not repeated.")] = Path(
+        "runs/bench/precision"
+    ),
+) -> None:
+    """Teach and train in every precision; the loss over bf16's, and the difference of accuracies in standard errors."""
+    wanted = [name.strip() for name in precisions.split(",")]
+    for name in wanted:
+        if name not in PRECISIONS:
+            raise UserError(f"precisions: '{name}' is not a precision{nearest(name, PRECISIONS)}")
+    chosen = [REFERENCE, *(name for name in wanted if name != REFERENCE)]
+    rows: list[Row] = []
+    for seed in range(seeds):
+        for name in chosen:
+            row: Row = {"precision": name, "seed": seed, **teach(name, seed, sft_steps, runs, overrides.split())}
+            if rl_steps:
+                row |= train(name, seed, rl_steps, runs, overrides.split())
+            rows.append(row)
+            record.show_rows("so far", rows)
+    record.publish("precision", rows, json, summary=summary(rows))
+    record.show_rows(f"against {REFERENCE}", summary(rows))
+
+
+def teach(precision: str, seed: int, steps: int, runs: Path, overrides: Sequence[str]) -> Row:
+    """The lesson, `steps` updates long: its last losses, nats a response token."""
+    lesson = runs / f"lesson-{steps}-{seed}" / "lesson.jsonl"
+    settings = _study.settings(
+        LESSON,
+        runs / f"sft-{precision}-{steps}-{seed}",
+        seed,
+        [f"data.train=[{lesson}]", f"steps={steps}", f"precision={PRECISIONS[precision]}",
+         f"optimizer.warmup_steps={min(50, steps // 4)}", *overrides],
+    )  # fmt: skip
+    _lesson(lesson.parent, steps * settings.batch.prompts_per_step, seed)
+    metrics = _study.taught(settings, LESSON_RANKS)
+    return {
+        "sft_loss": mean(line["nll"] for line in metrics[-max(1, steps // 10) :]),
+        "sft_seconds": sum(line["seconds_train"] for line in metrics),
+    }
+
+
+def train(precision: str, seed: int, steps: int, runs: Path, overrides: Sequence[str]) -> Row:
+    """Reinforcement learning from the shipped reasoner: held-out accuracy before and after, with standard errors."""
+    settings = _study.settings(
+        _study.QUICKSTART,
+        runs / f"rl-{precision}-{steps}-{seed}",
+        seed,
+        [*WARM, f"steps={steps}", f"precision={PRECISIONS[precision]}", *overrides],
+    )
+    metrics = _study.trained(settings)
+    before, after = metrics[0], metrics[-1]
+    lines = [line for line in metrics if line["step"] > 0]
+    return {
+        "accuracy_before": before["eval/accuracy"],
+        "accuracy": after["eval/accuracy"],
+        "accuracy_se": _standard_error(after["eval/accuracy"], after["eval/completions"]),
+        "completions": after["eval/completions"],
+        "mismatch_mean": mean(line["mismatch_mean"] for line in lines),
+        "canary_max": max(line["canary_difference"] for line in lines),
+        "rl_seconds": sum(line["seconds_total"] for line in lines),
+    }
+
+
+def summary(rows: Sequence[Row]) -> list[Row]:
+    """Per precision: loss over bf16's (mean over seeds), and accuracy minus bf16's with that difference's error."""
+    groups = {name: [row for row in rows if row["precision"] == name] for name in PRECISIONS}
+    groups = {name: group for name, group in groups.items() if group}
+    result = []
+    for name, group in groups.items():
+        pairs = [(row, base) for row in group for base in groups[REFERENCE] if base["seed"] == row["seed"]]
+        line: Row = {
+            "precision": name,
+            "seeds": len(group),
+            "sft_loss": mean(row["sft_loss"] for row in group),
+            "sft_over_bf16": mean(row["sft_loss"] / base["sft_loss"] - 1 for row, base in pairs),
+        }
+        if "accuracy" in group[0]:
+            error = sqrt(sum(row["accuracy_se"] ** 2 + base["accuracy_se"] ** 2 for row, base in pairs)) / len(pairs)
+            line |= {
+                "accuracy_before": mean(row["accuracy_before"] for row in group),
+                "accuracy": mean(row["accuracy"] for row in group),
+                "over_bf16": mean(row["accuracy"] - base["accuracy"] for row, base in pairs),
+                "over_bf16_se": error,
+            }
+        result.append(line)
+    return result
+
+
+def _lesson(folder: Path, count: int, seed: int) -> None:
+    """Write `count` demonstrations, by the quick start's own command: `examples` is in the working directory only."""
+    command = [sys.executable, "-m", "examples.quickstart.make_problems", str(folder)]
+    subprocess.run([*command, "--lesson", str(count), "--seed", str(seed)], check=True, timeout=LESSON_DEADLINE)
+
+
+def _standard_error(share: float, count: int) -> float:
+    return sqrt(share * (1 - share) / count)
