@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
 from typing import Annotated, Any
@@ -15,15 +16,29 @@ from megarl.errors import UserError, nearest
 # What peers run: dense rows by token budget (as dense as dynamic batching gets), every group trained.
 PEERS = ["packing.strategy=first_fit", "pruning.drop_zero_variance=false"]
 PACKED = ["packing.strategy=dense", "packing.window=256"]
+STRONG = [*PACKED, "pruning.drop_zero_variance=true"]
+STRONG = [*PACKED, "pruning.drop_zero_variance=true"]
+LONGER = "steps=80"  # twice the baselines': a pruned step is shorter, and accuracy is what ends the clock
+SMALLER = [*STRONG, LONGER, "pruning.refill=false"]  # pruned prompts make a step smaller, not its draw larger
+BOTH = ["pruning.prompts={rate}", "pruning.completions={rate}"]
 METHODS = {
     "grpo": [*PEERS],
     "packing": [*PACKED, "pruning.drop_zero_variance=false"],
-    "grpo_strong": [*PACKED, "pruning.drop_zero_variance=true"],  # the strongest fair baseline
-    "prompts": [*PACKED, "pruning.drop_zero_variance=true", "pruning.prompts={rate}"],
-    "completions": [*PACKED, "pruning.drop_zero_variance=true", "pruning.completions={rate}"],
-    "dppo": [*PACKED, "pruning.drop_zero_variance=true", "pruning.prompts={rate}", "pruning.completions={rate}"],
+    "grpo_strong": [*STRONG],  # the strongest fair baseline
+    "prompts": [*SMALLER, "pruning.prompts={rate}"],
+    "completions": [*SMALLER, "pruning.completions={rate}"],
+    "dppo": [*SMALLER, *BOTH],
+    "dppo_refilled": [*STRONG, LONGER, *BOTH],
+    "proportional": [*SMALLER, *BOTH, "pruning.selection=proportional"],  # ours
 }
-UNPRUNED = ["pruning.prompts=0", "pruning.completions=0"]
+RATES = {
+    "prompts": [0.5],
+    "completions": [0.5],
+    "dppo": [0.3, 0.5, 0.7, 0.9],
+    "dppo_refilled": [0.5],
+    "proportional": [0.9],
+}
+UNPRUNED = ["pruning={}"]
 EXAMPLE = Path("examples/dppo/train.yaml")
 
 
@@ -31,45 +46,48 @@ def main(
     json: Annotated[Path | None, typer.Option(help="Write the rows to this file.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds per method: 0, 1, …")] = 3,
     methods: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(METHODS),
-    rates: Annotated[str, typer.Option(help="Pruning rates to try, comma-separated.")] = "0.5",
-    every: Annotated[int, typer.Option(min=1, help="Steps between evaluations: how finely the time is resolved.")] = 5,
+    rates: Annotated[str, typer.Option(help="Pruning rates, comma-separated, instead of each method's own.")] = "",
+    every: Annotated[int, typer.Option(min=1, help="Steps between evaluations.")] = 4,
     overrides: Annotated[str, typer.Option(help="Settings of every run, separated by spaces.")] = "",
     config: Annotated[Path, typer.Option(help="Settings that the methods vary.")] = EXAMPLE,
     runs: Annotated[Path, typer.Option(help="Where the runs go; finished ones are not repeated.")] = Path(
         "runs/bench/dppo"
     ),
 ) -> None:
-    """Train every method with every seed; seconds, evaluation apart, to GRPO's final held-out accuracy."""
+    """Train every method with every seed; seconds, evaluation apart, to GRPO's final held-out accuracy.
+
+    Accuracies are means over the last three evaluations.
+    """
     chosen = [name.strip() for name in methods.split(",")]
     for name in chosen:
         if name not in METHODS:
             raise UserError(f"methods: '{name}' is not a method{nearest(name, METHODS)}")
     chosen = ["grpo", *(name for name in chosen if name != "grpo")]
+    asked = [float(rate) for rate in rates.split(",") if rate]
     rows = []
     for seed in range(seeds):  # methods side by side within a seed: the machine's mood is shared
-        target, baseline = None, None
-        for method, rate in variants(chosen, [float(rate) for rate in rates.split(",")]):
+        target = None
+        for method, rate in variants(chosen, asked):
             switches = [text.format(rate=rate) for text in METHODS[method]]
             name = f"{method}-{rate:g}-{seed}" if rate else f"{method}-{seed}"
             settings = _study.settings(
                 config, runs / name, seed, [f"evaluation.every={every}", *overrides.split(), *UNPRUNED, *switches]
             )
-            curve = learning_curve(_study.trained(settings))
+            curve = smooth(learning_curve(_study.trained(settings)))
             if target is None:
-                target = mean(point["accuracy"] for point in curve[-3:])
-            reached = next((point for point in curve if point["accuracy"] >= target), None)
-            baseline = baseline or (reached["seconds"] if reached else None)
+                target = curve[-1]["accuracy"]
+            there = reached(curve, target)
             rows.append(
                 {
                     "method": method,
                     "rate": rate,
                     "seed": seed,
                     "target": target,
-                    "seconds_to_target": reached["seconds"] if reached else None,
-                    "speedup": baseline / reached["seconds"] if reached and baseline else None,
-                    "tokens_generated": (reached or curve[-1])["generated"],
-                    "tokens_trained": (reached or curve[-1])["trained"],
+                    "seconds_to_target": there["seconds"] if there else None,
+                    "tokens_generated": (there or curve[-1])["generated"],
+                    "tokens_trained": (there or curve[-1])["trained"],
                     "seconds": curve[-1]["seconds"],
+                    "seconds_rollout": curve[-1]["rollout"],
                     "accuracy": curve[-1]["accuracy"],
                 }
             )
@@ -77,42 +95,67 @@ def main(
     record.publish("dppo", rows, json, summary=summary(rows))
 
 
-def variants(methods: Sequence[str], rates: Sequence[float]) -> list[tuple[str, float]]:
-    """(method, rate) pairs; methods that prune nothing have one, of rate 0."""
-    return [(m, rate) for m in methods for rate in (rates if any("{rate}" in s for s in METHODS[m]) else [0.0])]
+def variants(methods: Sequence[str], rates: Sequence[float] = ()) -> list[tuple[str, float]]:
+    """(method, rate) pairs, of `rates` or each method's own; methods that prune nothing have one, of rate 0."""
+    return [(m, rate) for m in methods for rate in ((rates or RATES[m]) if m in RATES else [0.0])]
+
+
+def smooth(curve: Sequence[dict[str, float]], window: int = 3) -> list[dict[str, float]]:
+    """Each accuracy the mean of the last `window`: a lucky evaluation is not the target reached."""
+    values = [point["accuracy"] for point in curve]
+    return [{**point, "accuracy": mean(values[max(0, i + 1 - window) : i + 1])} for i, point in enumerate(curve)]
+
+
+def reached(curve: Sequence[dict[str, float]], target: float) -> dict[str, float] | None:
+    """Where the accuracy first gets to `target`, between two evaluations in proportion; None = never."""
+    if curve and curve[0]["accuracy"] >= target:
+        return curve[0]
+    for before, after in pairwise(curve):
+        if after["accuracy"] >= target:
+            share = (target - before["accuracy"]) / (after["accuracy"] - before["accuracy"])
+            return {key: before[key] + share * (after[key] - before[key]) for key in after}
+    return None
 
 
 def learning_curve(metrics: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
-    """Each evaluation: held-out accuracy, and the seconds and tokens spent until then (evaluation time left out)."""
-    curve, seconds, generated, trained = [], 0.0, 0, 0.0
+    """Each evaluation, the one before training first: held-out accuracy, and the seconds and tokens spent until then.
+
+    Evaluation's and checkpoints' own seconds are left out.
+    """
+    curve, seconds, rollout, generated, trained = [], 0.0, 0.0, 0, 0.0
     for line in metrics:
         if line["step"]:
             seconds += line["seconds_total"] - line.get("seconds_evaluation", 0.0) - line.get("seconds_checkpoint", 0.0)
+            rollout += line["seconds_rollout"]
             generated += line["tokens_generated"]
             trained += line["tokens_trained"]
-        if "eval/accuracy" in line and line["step"]:
-            curve.append(
-                {"accuracy": line["eval/accuracy"], "seconds": seconds, "generated": generated, "trained": trained}
-            )
+        if "eval/accuracy" in line:
+            spent = {"seconds": seconds, "rollout": rollout, "generated": generated, "trained": trained}
+            curve.append({"accuracy": line["eval/accuracy"], **spent})
     return curve
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per method and rate: median speed-up over seeds, its range, and how many seeds reached the target."""
+    """Per method and rate, means over seeds, and how many seeds reached the target; `speedup` is GRPO's seconds to it
+    over the method's, of the same seed: median and range. `over_strong`: the same against the strongest baseline."""
+    seconds = {(row["method"], row["rate"], row["seed"]): row["seconds_to_target"] for row in rows}
     result = []
     for method, rate in dict.fromkeys((row["method"], row["rate"]) for row in rows):
         group = [row for row in rows if (row["method"], row["rate"]) == (method, rate)]
-        speedups = [row["speedup"] for row in group if row["speedup"] is not None]
-        result.append(
-            {
-                "method": method,
-                "rate": rate,
-                "reached": f"{len(speedups)}/{len(group)}",
-                "speedup_median": median(speedups) if speedups else None,
-                "speedup_min": min(speedups, default=None),
-                "speedup_max": max(speedups, default=None),
-                "accuracy": mean(row["accuracy"] for row in group),
-                "tokens_trained": mean(row["tokens_trained"] for row in group),
+        line = {
+            "method": method,
+            "rate": rate,
+            "reached": f"{sum(row['seconds_to_target'] is not None for row in group)}/{len(group)}",
+        }
+        for name, base in (("speedup", "grpo"), ("over_strong", "grpo_strong")):
+            pairs = [(seconds.get((base, 0.0, row["seed"])), row["seconds_to_target"]) for row in group]
+            ratios = [before / after for before, after in pairs if before and after]
+            line |= {
+                name: median(ratios) if ratios else None,
+                f"{name}_min": min(ratios, default=None),
+                f"{name}_max": max(ratios, default=None),
             }
-        )
+        for key in ("accuracy", "seconds", "seconds_rollout", "tokens_generated", "tokens_trained"):
+            line[key] = mean(row[key] for row in group)
+        result.append(line)
     return result

@@ -13,7 +13,7 @@ from megarl.config import Settings
 from megarl.errors import UserError
 from megarl.planner import hardware
 from megarl.planner.job import plan
-from megarl.scaling.study import GPUS, TO_TARGET, Cell, Study, cells
+from megarl.scaling.study import GPUS, PARAMETERS, TO_TARGET, Cell, Study, cells
 
 Figures = dict[str, float | None]
 
@@ -57,7 +57,13 @@ def check(study: Study, folder: Path) -> None:
 def results(study: Study, folder: Path) -> list[dict[str, Any]]:
     """One row a cell that is done: the point, the seed, the figures."""
     there = [(i, cell) for i, cell in enumerate(cells(study)) if _file(folder, cell).is_file()]
-    return [{**cell.point, "seed": cell.seed, **do(study, i, folder)} for i, cell in there]
+    rows = []
+    for i, cell in there:
+        row = {**cell.point, "seed": cell.seed, **do(study, i, folder)}
+        if study.x == PARAMETERS:
+            row[PARAMETERS] = read_shape(settings_of(study, cell, folder).model.path).parameters
+        rows.append(row)
+    return rows
 
 
 def settings_of(study: Study, cell: Cell, folder: Path) -> Settings:
@@ -97,11 +103,11 @@ def measured(study: Study, cell: Cell, settings: Settings) -> Figures:
 
 
 def reached(metrics: list[dict[str, Any]], target: float) -> float | None:
-    """Seconds of training, evaluation and checkpoints apart, to the first evaluation of at least `target`; or never."""
-    from megarl.bench.dppo import learning_curve
+    """Seconds of training, evaluation and checkpoints apart, to the held-out accuracy `target`; None = never there."""
+    from megarl.bench import dppo
 
-    curve = learning_curve(metrics)
-    return next((point["seconds"] for point in curve if point["accuracy"] >= target), None)
+    there = dppo.reached(dppo.learning_curve(metrics), target)
+    return None if there is None else there["seconds"]
 
 
 def predicted(study: Study, cell: Cell, settings: Settings) -> Figures:
