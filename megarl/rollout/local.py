@@ -171,6 +171,10 @@ class LocalEngine:
                     await asyncio.sleep(0)
         except Exception as error:
             self._fail(error)
+        except BaseException as error:  # a task keeps it to itself: who waits here would wait for ever
+            if self._failure is None:
+                self._fail(RunError(f"local engine: ended by {type(error).__name__}"))
+            raise
         finally:
             self._task = None
 

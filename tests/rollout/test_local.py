@@ -330,6 +330,21 @@ def test_refusals(make_engine):
     asyncio.run(run())
 
 
+def test_no_request_outlives_the_task_that_decodes(make_engine):
+    """Whatever ends that task (here a cancellation; a test's time limit raises in it): who waits is told."""
+
+    async def run():
+        engine = await make_engine()
+        reached = ticks(engine, 3)
+        going = asyncio.ensure_future(engine.generate([5], Sampling(40), "g"))
+        await reached.wait()
+        engine._task.cancel()
+        with pytest.raises(RunError, match="ended by CancelledError"):
+            await asyncio.wait_for(going, 60)
+
+    asyncio.run(run())
+
+
 def test_random_traffic_is_right(make_engine, qwen3):
     """A hundred requests that arrive while others run: continuations, forks, probes, aborts and repeated prompts in
     random order through three slots. Every log-prob is transformers'. The random order is fixed by its seed."""
