@@ -3,7 +3,8 @@
     python keeper.py COMMAND …        (standard library only; any interpreter)
 
 The asker holds the other end of standard input. Its end, for whatever reason, closes the pipe: the command's process
-group then gets SIGTERM, and SIGKILL after GRACE seconds. The exit code is the command's own.
+group then gets SIGTERM, and SIGKILL after GRACE seconds. The exit code is the command's own. Signals that reach the
+keeper (Ctrl-C, or a scheduler's to the whole job) do nothing: ended by one, it would leave the command behind.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ GRACE = 5.0
 
 
 def main(command: list[str]) -> int:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, lambda *_: None)  # a handler, not SIG_IGN, which the command would inherit
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
     exited = os.pidfd_open(child.pid)  # readable once the child has exited
     select.select([sys.stdin.fileno(), exited], [], [])

@@ -104,6 +104,24 @@ def test_a_server_that_never_gets_healthy_meets_its_deadline(tmp_path: Path) -> 
     asyncio.run(main())
 
 
+def test_a_signal_to_the_whole_job_leaves_no_server_behind(tmp_path: Path) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach the keeper too. It stays, and ends the server when it is asked to."""
+
+    async def main() -> None:
+        toy = server(tmp_path)
+        toy.start()
+        await toy.wait_until(lambda: healthy(toy), 60)
+        pid, worker = toy.pid, worker_of(toy)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            toy._process.send_signal(number)  # type: ignore[union-attr]
+        await healthy(toy)
+        assert toy.running
+        await toy.stop()
+        assert ended(pid) and ended(worker)
+
+    asyncio.run(main())
+
+
 def test_the_server_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
     """The starter is killed with SIGKILL: it can clean up nothing, only its end of the pipe closes."""
     told = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
