@@ -16,6 +16,8 @@ from megarl.errors import UserError, nearest
 
 GPUS = "gpus"
 """Beside settings, a study may vary the number of ranks: GPUs of the learner, processes on a CPU."""
+PARAMETERS = "parameters"
+"""Where model.path varies, the horizontal axis may be the models' sizes."""
 EFFICIENCY, TO_TARGET = "efficiency", "seconds_to_target"
 FIGURES = {
     "local": (
@@ -57,7 +59,7 @@ class Study(Section):
     target: Annotated[float, Field(gt=0, le=1)] | None = None
     """Held-out accuracy that `seconds_to_target` waits for, looked at every `evaluation.every` steps."""
     x: str
-    """What is on the horizontal axis: a varied setting, or `gpus`; numbers."""
+    """What is on the horizontal axis: a varied setting that is a number, `gpus`, or the models' `parameters`."""
     y: list[str] = ["tokens_per_second"]
     """Figures that are plotted, and fitted where they and x are positive."""
     lines: str | None = None
@@ -72,7 +74,8 @@ class Study(Section):
                 raise ValueError(f"{key}: is no setting{nearest(key, known)}")
             if key in ("run", "seed"):
                 raise ValueError(f"{key}: is given by the study; " + ("use seeds" if key == "seed" else "see --out"))
-        for name, key in (("x", self.x), ("lines", self.lines)):
+        across = "model.path" if self.x == PARAMETERS else self.x
+        for name, key in (("x", across), ("lines", self.lines)):
             if key is not None and key not in varied:
                 raise ValueError(f"{name}: '{key}' does not vary{nearest(key, sorted(varied))}")
             if key is not None and key not in self.vary and not all(key in point for point in self.points):

@@ -65,4 +65,4 @@ def write(file: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def varied(study: Study) -> set[str]:
     """The keys that tell a point."""
-    return {*study.vary, *(key for point in study.points for key in point)}
+    return {*study.vary, *(key for point in study.points for key in point), study.x}

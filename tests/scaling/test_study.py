@@ -21,6 +21,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from checkpoints_conv.shape import read_shape
 from megarl import bench
 from megarl.errors import UserError
 from megarl.scaling import cells, plot, study, table
@@ -180,6 +181,22 @@ def test_zero_and_negative_figures_are_plotted_without_a_law() -> None:
     spans = [float(low) - float(high) for _, low, high in bars]
     assert len(heights) == 2 and heights[0] > heights[1]
     assert spans[0] / (heights[0] - heights[1]) == pytest.approx(2 * 12.706 * 0.05 / 0.5, rel=0.01)
+
+
+def test_models_are_told_apart_by_their_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`x: parameters` where model.path varies: each row has its model's number, and the summary keeps it."""
+    monkeypatch.chdir(ROOT)
+    models = [f"examples/scaling/sizes/h{width}" for width in (128, 256)]
+    wanted = study.Study.model_validate(SOME | {"vary": {"model.path": models}, "x": "parameters",
+                                                "settings": {"parallel.tp": 1, "parallel.pp": 1}})  # fmt: skip
+    for number in range(2):
+        cells.do(wanted, number, tmp_path)
+    points = table.summary(wanted, cells.results(wanted, tmp_path))
+    count = {width: read_shape(Path(f"examples/scaling/sizes/h{width}")).parameters for width in (128, 256)}
+    assert [point["parameters"] for point in points] == [count[128], count[256]]
+    assert 200_000 < count[128] < count[256] / 3
+    with pytest.raises(ValueError, match="model.path"):
+        study.Study.model_validate(SOME | {"x": "parameters"})
 
 
 def test_slurm_gets_an_array_of_what_is_missing(
