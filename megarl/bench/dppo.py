@@ -15,11 +15,10 @@ from megarl.errors import UserError, nearest
 
 # What peers run: dense rows by token budget (as dense as dynamic batching gets), every group trained.
 PEERS = ["packing.strategy=first_fit", "pruning.drop_zero_variance=false"]
-PACKED = ["packing.strategy=dense", "packing.window=256"]
+LONGER = "steps=80"  # twice GRPO's: who makes it to the accuracy that GRPO ends with, and when?
+PACKED = [LONGER, "packing.strategy=dense", "packing.window=256"]
 STRONG = [*PACKED, "pruning.drop_zero_variance=true"]
-STRONG = [*PACKED, "pruning.drop_zero_variance=true"]
-LONGER = "steps=80"  # twice the baselines': a pruned step is shorter, and accuracy is what ends the clock
-SMALLER = [*STRONG, LONGER, "pruning.refill=false"]  # pruned prompts make a step smaller, not its draw larger
+SMALLER = [*STRONG, "pruning.refill=false"]  # pruned prompts make a step smaller, not its draw larger
 BOTH = ["pruning.prompts={rate}", "pruning.completions={rate}"]
 METHODS = {
     "grpo": [*PEERS],
@@ -28,7 +27,7 @@ METHODS = {
     "prompts": [*SMALLER, "pruning.prompts={rate}"],
     "completions": [*SMALLER, "pruning.completions={rate}"],
     "dppo": [*SMALLER, *BOTH],
-    "dppo_refilled": [*STRONG, LONGER, *BOTH],
+    "dppo_refilled": [*STRONG, *BOTH],
     "proportional": [*SMALLER, *BOTH, "pruning.selection=proportional"],  # ours
 }
 RATES = {
@@ -36,7 +35,7 @@ RATES = {
     "completions": [0.5],
     "dppo": [0.3, 0.5, 0.7, 0.9],
     "dppo_refilled": [0.5],
-    "proportional": [0.9],
+    "proportional": [0.7, 0.9],
 }
 UNPRUNED = ["pruning={}"]
 EXAMPLE = Path("examples/dppo/train.yaml")
