@@ -5,6 +5,7 @@ Transport is the engine's own (`Engine.update_weights`); what is sent and what m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -73,7 +74,8 @@ async def _check_canary(engine: Engine, version: int, canary: Canary, bound: flo
     differences = [abs(a - b) for a, b in zip(scored, canary.logprobs, strict=True)]
     bounds = [bound * max(1.0, abs(logprob) / LIKELY) for logprob in canary.logprobs]
     for i, (difference, allowed) in enumerate(zip(differences, bounds, strict=True)):
-        if not difference <= allowed:  # nan too
+        # nan is within no bound, and an infinite log-prob, whose bound is infinite, is never right.
+        if not difference <= allowed < math.inf:
             raise RunError(
                 f"weight sync {version}: all {count} tensors arrived, but the canary's log-probs differ from the "
                 f"learner's by {difference:.3g} at token {i + 1}, of log-prob {canary.logprobs[i]:.3g} (its bound "

@@ -113,6 +113,9 @@ def test_a_canary_that_differs_says_that_all_tensors_arrived(make_engine, qwen3,
         (-4 * LIKELY, 0.39, False),
         (-4 * LIKELY, 0.41, True),
         (-4 * LIKELY, float("nan"), True),
+        (-4 * LIKELY, float("-inf"), True),
+        (float("-inf"), float("inf"), True),
+        (float("-inf"), 0.0, True),
     ],
 )
 def test_the_bound_of_an_unlikely_token_grows_with_its_log_prob(make_engine, qwen3, logprob, difference, stops):
@@ -123,7 +126,7 @@ def test_the_bound_of_an_unlikely_token_grows_with_its_log_prob(make_engine, qwe
         expected = [-1.0] * (len(IDS) - 2) + [logprob]
 
         async def score(token_ids):
-            return [*expected[:-1], logprob + difference]
+            return [*expected[:-1], -5.0 if difference == float("inf") else logprob + difference]
 
         engine.score = score
         if stops:
