@@ -161,16 +161,17 @@ VICTIM = "model.layers.1.self_attn.k_proj.weight"
 
 def sabotaged_disk(folder: Path, sabotage: str) -> None:
     """Damage VICTIM in a written folder, or take it away."""
-    file = next(iter(sorted(folder.glob("*.safetensors"))))
+    index = folder / "model.safetensors.index.json"
+    placed = json.loads(index.read_text())
+    file = folder / placed["weight_map"][VICTIM]
     held = load_file(file)
     tensor = held.pop(VICTIM)
     if sabotage == "corrupted":
         held[VICTIM] = -tensor
     save_file(held, file, {"format": "pt"})
     if sabotage == "lost":
-        index = json.loads((folder / "model.safetensors.index.json").read_text())
-        del index["weight_map"][VICTIM]
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        del placed["weight_map"][VICTIM]
+        index.write_text(json.dumps(placed))
 
 
 @pytest.mark.parametrize("sabotage", ["corrupted", "lost", "stale", "not sent", "untied"])
