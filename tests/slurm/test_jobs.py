@@ -78,9 +78,9 @@ def test_disturbed_run_ends_as_the_untouched_one(cluster: Cluster, untouched: Jo
     cluster.link(engine, up=False)
     try:
         job.wait_for_attempt(3)
-        job.wait_until_completed()
     finally:
-        cluster.link(engine, up=True)
+        cluster.link(engine, up=True)  # it registers while the job runs elsewhere: Slurm ends what it was left with
+    job.wait_until_completed()
     wait_for(lambda: not cluster.processes(job.id), "the lost node to end what it was left with", 120)
 
     untouched.wait_until_completed()
