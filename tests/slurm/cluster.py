@@ -249,6 +249,8 @@ def _remove_network() -> None:
     """Also what an earlier, killed cluster left."""
     for space in Path("/run/netns").glob(f"{BRIDGE}-*"):
         _ip("netns", "del", space.name)
+    for port in Path("/sys/class/net").glob(_port("node*")):  # a process that was left keeps its end alive
+        _ip("link", "del", port.name)
     if Path(f"/sys/class/net/{BRIDGE}").exists():
         _ip("link", "del", BRIDGE)
 
