@@ -250,7 +250,7 @@ def _remove_network() -> None:
     for space in Path("/run/netns").glob(f"{BRIDGE}-*"):
         _ip("netns", "del", space.name)
     for port in Path("/sys/class/net").glob(_port("node*")):  # a process that was left keeps its end alive
-        _ip("link", "del", port.name)
+        subprocess.run(["ip", "link", "del", port.name], capture_output=True, timeout=10)  # it may go just now
     if Path(f"/sys/class/net/{BRIDGE}").exists():
         _ip("link", "del", BRIDGE)
 
