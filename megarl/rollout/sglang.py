@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,11 @@ class SGLangEngine(RemoteEngine):
         )
         await self._tell("/flush_cache", None, "drop cached prefixes")
         self.version = version
+
+    async def abandon_update(self) -> None:
+        """Close a session whose tensors did not all come: the version stays the old one, and the next session opens."""
+        with suppress(RunError):  # a server that is gone has none
+            await self._tell("/end_weight_update", {}, "give up a weight update")
 
     def digests(self) -> FusedDigests | None:
         """On a CPU with whole parameters. CUDA servers hash by a kernel of their own; shards hash per rank: there the

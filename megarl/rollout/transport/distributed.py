@@ -47,7 +47,7 @@ class DistributedTransport:
         self._formed = 0
 
     async def send(self, version: int, tensors: Iterable[Named], engines: Sequence[RemoteEngine]) -> Outcome:
-        outcome = Outcome()
+        outcome, members = Outcome(), []
         try:
             async with AsyncExitStack() as quiet:
                 members = await hush(quiet, sglang_only(engines, "distributed"), outcome)
@@ -66,6 +66,7 @@ class DistributedTransport:
                 await asyncio.gather(*(engine.end_update(version) for engine in members))
         except Exception as e:
             self._group, self._members = None, []  # broken for all its members
+            await asyncio.gather(*(engine.abandon_update() for engine in members))
             raise RunError(f"weights {version}: the broadcast failed: {e}") from e
         for engine, digest in digests.items():
             await engine.verify(digest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 from collections.abc import Iterable, Sequence
@@ -35,10 +36,14 @@ class TensorTransport:
             digests = {engine: digest for engine in live if (digest := engine.digests()) is not None}
             live = await each(live, lambda engine: engine.begin_update(), outcome)
             source = observed(tensors, self._dtype, list(digests.values()))
-            for bucket in buckets(self._changes.only(version, source, live), self._dtype, self._bucket):
-                outcome.sent_bytes += sum(tensor.nbytes for _, tensor in bucket)
-                shared = share(bucket)
-                live = await each(live, lambda engine, text=shared.text: engine.load_serialized(text), outcome)
+            try:
+                for bucket in buckets(self._changes.only(version, source, live), self._dtype, self._bucket):
+                    outcome.sent_bytes += sum(tensor.nbytes for _, tensor in bucket)
+                    shared = share(bucket)
+                    live = await each(live, lambda engine, text=shared.text: engine.load_serialized(text), outcome)
+            except BaseException:  # of the tensors' source
+                await asyncio.gather(*(engine.abandon_update() for engine in live))
+                raise
             live = await each(live, lambda engine: engine.end_update(version), outcome)
         for engine in live:
             if engine in digests:
