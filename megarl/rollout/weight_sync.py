@@ -17,7 +17,7 @@ from megarl.rollout.in_engine.megarl_weights import checksum
 
 __all__ = ["LIKELY", "Canary", "checksum", "sync"]
 
-LIKELY = 3.0
+LIKELY = 1.0
 """Nats. Rounding of a logit grows with its size, so an unlikely token's log-prob is less exact than a likely one's:
 beyond this the canary's bound grows in proportion to |log-prob|."""
 
