@@ -28,6 +28,15 @@ def test_a_checksum_sees_any_change_and_any_exchange(data):
     assert (checksum(swapped) == checksum(tensor)) == torch.equal(swapped, tensor)
 
 
+def test_a_checksum_sees_an_exchange_whose_differences_cancel():
+    """13.0 is 0x4150 and 51.75 is 0x424f: one byte goes up by 1, the other down. 39 values are summed byte by byte."""
+    tensor = torch.zeros(39, dtype=torch.bfloat16)
+    tensor[25], tensor[13] = 13.0, 51.75
+    swapped = tensor.clone()
+    swapped[25], swapped[13] = 51.75, 13.0
+    assert checksum(swapped) != checksum(tensor)
+
+
 def test_a_checksum_is_of_the_bytes_in_order():
     """Over the chunk size, and for a view that is not contiguous."""
     tensor = torch.randn(3, 700_001)

@@ -29,8 +29,11 @@ def checksum(tensor: torch.Tensor) -> int:
     for start in range(0, len(values), _CHUNK):
         chunk = values[start : start + _CHUNK].to(torch.int64)
         places = torch.arange(start, start + len(chunk), device=values.device)
-        # Odd multipliers that depend on the place; arithmetic is modulo 2^64.
-        total += ((chunk + 1) * ((places * 0x5851F42D4C957F2D + 0x14057B7EF767814F) | 1)).sum()
+        # Odd multipliers that depend on the place, and not linearly: else an exchange of two values whose differing
+        # parts cancel (bytes +1 and -1, say) would not show. Arithmetic is modulo 2^64.
+        mixed = places * 0x5851F42D4C957F2D + 0x14057B7EF767814F
+        mixed = (mixed ^ (mixed >> 29)) * 0x3F58476D1CE4E5B9
+        total += ((chunk + 1) * ((mixed ^ (mixed >> 32)) | 1)).sum()
     return int(total.item()) & (2**64 - 1)
 
 
