@@ -27,7 +27,21 @@ def summary(folder: Path) -> Group:
     )
     if len(evaluations) < 2:
         return Group(pointers)
-    return Group(_table(evaluations[0], evaluations[-1]), Text(), pointers)
+    table = _table(evaluations[0], evaluations[-1])
+    for label, share in _spared([line for line in lines if "early_exit_fraction" in line]).items():
+        table.add_row(label, "", f"{100 * share:.0f} %", "")
+    return Group(table, Text(), pointers)
+
+
+def _spared(steps: list[dict[str, Any]]) -> dict[str, float]:
+    """What Step-GRPO and DPPO left out of the run, as shares of all completions; nothing of what was off."""
+    made = sum(value for line in steps for key, value in line.items() if key.startswith("verdict_"))
+    if not made:
+        return {}
+    early = sum(line["early_exit_fraction"] for line in steps) / len(steps)
+    dropped = sum(line["completions_dropped"] for line in steps) / made
+    shares = {"rollouts that ended early": early, "completions left out of training": dropped}
+    return {label: share for label, share in shares.items() if share}
 
 
 def _table(before: dict[str, Any], after: dict[str, Any]) -> Table:

@@ -56,7 +56,7 @@ def main(
 def measure(method: str, seed: int, base: Path, runs: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """One row: the held-out figures after training with a method and a seed, and what the rollouts cost."""
     switches = METHODS[method]
-    quiet = ["evaluation.every=0", *overrides, *(switches or PLAIN)]
+    quiet = ["evaluation.every=0", "pruning.completions=0", *overrides, *(switches or PLAIN)]
     settings = _study.settings(base, runs / f"{method}-{seed}", seed, quiet)
     cost: dict[str, Any] = {"rollout_tokens": 0, "probe_tokens": 0, "seconds": 0.0}
     if switches is not None:
