@@ -49,7 +49,7 @@ def svg(study: Study, rows: Rows, points: Rows, figure: str) -> str:
     y = _Axis([*ends, *inside], HEIGHT - BOTTOM, top)
     body = [_text(LEFT, 22, f"{study.name}: {figure.replace('_', ' ')} ({study.how})", 'font-size="14"')]
     for value in _apart(xs, x):
-        body.append(_text(x(value), HEIGHT - BOTTOM + 18, f"{value:g}", 'text-anchor="middle"'))
+        body.append(_text(x(value), HEIGHT - BOTTOM + 18, _short(value), 'text-anchor="middle"'))
     body.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 10, study.x, 'text-anchor="middle"'))
     for value in y.ticks():
         body.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}" stroke="#ddd"/>')
@@ -106,6 +106,14 @@ def _round(low: float, high: float) -> list[float]:
     power = 10.0 ** np.floor(np.log10((high - low) / 4))
     step = next(s * power for s in (10, 5, 2, 1) if s * power * 4 <= high - low)
     return [float(f"{n * step:.9g}") for n in range(int(np.ceil(low / step)), int(np.floor(high / step)) + 1)]
+
+
+def _short(value: float) -> str:
+    """300k, 2.4M, 57M from a hundred thousand on."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= max(size, 1e5):
+            return f"{value / size:.{0 if value >= 10 * size else 1}f}{letter}"
+    return f"{value:g}"
 
 
 def _apart(values: Sequence[float], axis: _Axis) -> list[float]:

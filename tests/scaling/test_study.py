@@ -195,6 +195,7 @@ def test_models_are_told_apart_by_their_parameters(tmp_path: Path, monkeypatch: 
     count = {width: read_shape(Path(f"examples/scaling/sizes/h{width}")).parameters for width in (128, 256)}
     assert [point["parameters"] for point in points] == [count[128], count[256]]
     assert 200_000 < count[128] < count[256] / 3
+    assert ">300k<" in plot.svg(wanted, cells.results(wanted, tmp_path), points, "mfu") and count[128] == 300_288
     with pytest.raises(ValueError, match="model.path"):
         study.Study.model_validate(SOME | {"x": "parameters"})
 
