@@ -13,6 +13,10 @@ from pathlib import Path
 from megarl.errors import DeadlineExceeded, RunError
 from megarl.rollout import keeper
 
+# What torchrun, or our own launcher, tells a learner rank, beside TORCHELASTIC_…. A server has ranks of its own: with
+# these it would wait in vain for a store of its own group that TORCHELASTIC_USE_AGENT_STORE says somebody else keeps.
+OF_A_RANK = {"MASTER_ADDR", "MASTER_PORT", "ROLE_NAME"}
+OF_A_RANK |= {of + what for of in ("", "LOCAL_", "GROUP_", "ROLE_") for what in ("RANK", "WORLD_SIZE")}
 POLL = 0.25  # seconds between looks at a starting server
 
 Command = Callable[[int], Sequence[str]]  # port → command line
@@ -59,7 +63,7 @@ class Server:
                 stdin=subprocess.PIPE,  # closed by our end, however we end: the keeper's signal
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **self._environment},
+                env={**inherited(), **self._environment},
             )
 
     async def wait_until(self, healthy: Callable[[], object], deadline: float) -> None:
@@ -107,6 +111,11 @@ class Server:
         except OSError:
             return "no log"
         return " | ".join(lines[-4:])
+
+
+def inherited() -> dict[str, str]:
+    """Our variables, without those of a learner rank."""
+    return {n: v for n, v in os.environ.items() if n not in OF_A_RANK and not n.startswith("TORCHELASTIC_")}
 
 
 def free_port() -> int:

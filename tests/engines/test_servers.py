@@ -32,6 +32,21 @@ def server(tmp_path: Path, code: str = SERVE) -> Server:
     return Server("toy", lambda port: [sys.executable, "-c", code, str(port)], log=tmp_path / "logs" / "toy.log")
 
 
+def test_a_server_does_not_take_itself_for_a_learner_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun's variables would have SGLang wait for a store that nobody keeps."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    code = "import os; print('names', *os.environ, flush=True)"
+    told = server(tmp_path, code)
+    told.start()
+    told._process.wait(60)  # type: ignore[union-attr]
+    told.end()
+    names = told.log.read_text().split()
+    assert "GLOO_SOCKET_IFNAME" in names and "PATH" in names
+    assert not [name for name in names if "RANK" in name or "MASTER" in name or "TORCHELASTIC" in name]
+
+
 async def healthy(toy: Server) -> None:
     endpoint = Endpoint(toy.address)
     try:

@@ -82,71 +82,79 @@ def test_the_loop_trains_on_a_real_server(engine: str, tmp_path: Path) -> None:
 
 def train_while_servers_die(wanted: config.Settings) -> dict[str, Any]:
     """Train on two servers, of which one gets SIGKILL in mid-rollout of step 2 and the other in the weight update after
-    step 3; each is waited for before the next step. Returns what became of the pool."""
+    step 3; each is waited for before the next step. Returns what became of the pool, at the end and after each step's
+    rollout and recovery."""
     from megarl.collector import Collector
     from megarl.rollout import fleet
-    from megarl.rollout.sglang import SGLangEngine
+    from megarl.rollout.remote import RemoteEngine
 
-    pools, killed, segments = [], [], [0]
-    build, collect = fleet.build, Collector.collect
-    segment, load = SGLangEngine._segment, SGLangEngine.load_serialized
+    kind, *_ = fleet.ENGINES[wanted.rollout.engine]
+    way = "load_serialized" if kind.kind == "sglang" else "load_folder"
+    first, second = f"{kind.kind}-0", f"{kind.kind}-1"
+    pools, killed, segments, after = [], [], [0], []
+    build, collect, segment, load = fleet.build, Collector.collect, kind._segment, getattr(kind, way)
 
     def remember(*arguments: Any) -> Any:
         pools.append(build(*arguments))
         return pools[-1]
 
-    def kill(engine: SGLangEngine) -> None:
+    def kill(engine: RemoteEngine) -> None:
         os.kill(engine.server.pid, signal.SIGKILL)
         killed.append(engine.name)
 
-    async def counted(self: SGLangEngine, server_id: str, *arguments: Any) -> Any:
-        if server_id.startswith("2/") and self.name == "sglang-0":
+    async def counted(self: RemoteEngine, server_id: str, *arguments: Any) -> Any:
+        if server_id.startswith("2/") and self.name == first:
             segments[0] += 1
             if segments[0] == 10:
                 kill(self)
         return await segment(self, server_id, *arguments)
 
-    async def cut(self: SGLangEngine, serialized: str) -> None:
-        if self.name == "sglang-1" and self.version == 2 and "sglang-1" not in killed:
+    async def cut(self: RemoteEngine, *arguments: Any) -> None:
+        if self.name == second and self.version == 2 and second not in killed:
             kill(self)
-        await load(self, serialized)
+        await load(self, *arguments)
+
+    def members() -> list[tuple[str, str, int | None]]:
+        return [(member.engine.name, member.state, member.engine.version) for member in pools[0]._members]
 
     async def recovered() -> None:
         pending = [member.recovery for member in pools[0]._members if member.recovery]
-        await asyncio.wait_for(asyncio.gather(*pending), 900)
+        await asyncio.wait_for(asyncio.gather(*pending), wanted.rollout.servers.start_deadline + 60)
 
     def collect_and_wait(self: Collector, *arguments: Any) -> Any:
         collected = collect(self, *arguments)
         self.loop.run(recovered())
+        after.append(members())
         return collected
 
-    fleet.build, SGLangEngine._segment, SGLangEngine.load_serialized = remember, counted, cut
-    Collector.collect = collect_and_wait
+    fleet.build, kind._segment, Collector.collect = remember, counted, collect_and_wait
+    setattr(kind, way, cut)
     train(wanted)
-    (pool,) = pools
-    return {
-        "killed": killed,
-        "redone": pool.redone,
-        "engines": [(member.engine.name, member.state, member.engine.version) for member in pool._members],
-    }
+    return {"killed": killed, "redone": pools[0].redone, "after": after, "engines": members()}
 
 
-def test_killed_servers_cost_no_completion(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("engine", "dtype", "bound"), [("sglang", "bf16", BF16), ("vllm", "fp32", FP32)])
+def test_killed_servers_cost_no_completion(engine: str, dtype: str, bound: float, tmp_path: Path) -> None:
     """`kill -9` of one of two servers in mid-rollout, and of the other in a weight update: both steps complete, every
-    prompt has exactly its completions, and each server is back with the next update's weights. In bf16."""
+    prompt has exactly its completions, and each server is back within its deadline. vLLM, whose weights lie in a
+    folder, then has the current ones; SGLang waits for the next update to bring them."""
     wanted = settings(
         tmp_path / "run",
-        "sglang",
+        engine,
         "rollout.servers.count=2",
-        "precision.dtype=bf16",
-        f"rollout.canary_limit={BF16}",
+        "rollout.servers.start_deadline=600",
+        f"precision.dtype={dtype}",
+        f"rollout.canary_limit={bound}",
         "steps=4",
     )
     (report,) = spawn(train_while_servers_die, 1, (wanted,), DEADLINE)
-    assert report["killed"] == ["sglang-0", "sglang-1"] and report["redone"] > 0
-    assert report["engines"] == [("sglang-0", "up", 4), ("sglang-1", "up", 4)]
+    first, second = f"{engine}-0", f"{engine}-1"
+    assert report["killed"] == [first, second] and report["redone"] > 0
+    assert report["engines"] == [(first, "up", 4), (second, "up", 4)]
+    back = ("stale", None) if engine == "sglang" else ("up", 1)
+    assert report["after"][1] == [(first, *back), (second, "up", 1)]  # the rollout of step 2 is over
     metrics = read_metrics(wanted.run)
     assert [line["weight_version"] for line in metrics] == [0, 1, 2, 3]
-    assert all(line["canary_difference"] <= BF16 for line in metrics)
+    assert all(line["canary_difference"] <= bound for line in metrics)
     for step in (1, 2, 3, 4):
         check_rollouts(wanted.run, step)
