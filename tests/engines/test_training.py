@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.engines, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).parents[2]
 PROMPTS, GROUP = 6, 4
 DEADLINE = 1500.0  # seconds for one run, starting the servers included
-FP32, BF16 = 1e-3, 0.1  # bounds on |engine - learner| log-probs
+FP32 = 1e-3  # bound on |engine - learner| log-probs
 
 
 @pytest.fixture(autouse=True)
@@ -133,18 +133,17 @@ def train_while_servers_die(wanted: config.Settings) -> dict[str, Any]:
     return {"killed": killed, "redone": pools[0].redone, "after": after, "engines": members()}
 
 
-@pytest.mark.parametrize(("engine", "dtype", "bound"), [("sglang", "bf16", BF16), ("vllm", "fp32", FP32)])
-def test_killed_servers_cost_no_completion(engine: str, dtype: str, bound: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["sglang", "vllm"])
+def test_killed_servers_cost_no_completion(engine: str, tmp_path: Path) -> None:
     """`kill -9` of one of two servers in mid-rollout, and of the other in a weight update: both steps complete, every
     prompt has exactly its completions, and each server is back within its deadline. vLLM, whose weights lie in a
-    folder, then has the current ones; SGLang waits for the next update to bring them."""
+    folder, then has the current ones; SGLang waits for the next update to bring them. In fp32, as above."""
     wanted = settings(
         tmp_path / "run",
         engine,
         "rollout.servers.count=2",
         "rollout.servers.start_deadline=600",
-        f"precision.dtype={dtype}",
-        f"rollout.canary_limit={bound}",
+        f"rollout.canary_limit={FP32}",
         "steps=4",
     )
     (report,) = spawn(train_while_servers_die, 1, (wanted,), DEADLINE)
@@ -155,6 +154,6 @@ def test_killed_servers_cost_no_completion(engine: str, dtype: str, bound: float
     assert report["after"][1] == [(first, *back), (second, "up", 1)]  # the rollout of step 2 is over
     metrics = read_metrics(wanted.run)
     assert [line["weight_version"] for line in metrics] == [0, 1, 2, 3]
-    assert all(line["canary_difference"] <= bound for line in metrics)
+    assert all(line["canary_difference"] <= FP32 for line in metrics)
     for step in (1, 2, 3, 4):
         check_rollouts(wanted.run, step)
