@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from queue import Queue
 from unittest import mock
 
 import pytest
 import torch
 from conversions import assert_same_bytes, convert_folder, write_model
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.models.gpt import GPTModel, gpt_layer_specs
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -102,6 +104,7 @@ def check_layouts(layouts: list[Parallel], families: list[str], folder: Path) ->
                 if world.is_controller:
                     (folder / family / "saved").mkdir()
                 world.barrier("a folder to save into")
+                filesystem_async._results_queue = Queue()  # not of a manager, whose process would outlive the rank
                 strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
                 dist_checkpointing.save(state, str(folder / family / "saved"), strategy)
         world.release()
