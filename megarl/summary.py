@@ -40,7 +40,7 @@ def _spared(steps: list[dict[str, Any]]) -> dict[str, float]:
         return {}
     early = sum(line["early_exit_fraction"] for line in steps) / len(steps)
     dropped = sum(line["completions_dropped"] for line in steps) / made
-    shares = {"rollouts that ended early": early, "completions left out of training": dropped}
+    shares = {"rollouts that ended early": early, "completions not trained": dropped}
     return {label: share for label, share in shares.items() if share}
 
 

@@ -51,7 +51,7 @@ def test_what_was_spared_is_told_as_shares_of_all_completions(tmp_path: Path) ->
     write(tmp_path, *lines, {"step": 3, **step, "completions_dropped": 2, **evaluation(0.5, 9)})
     rows = [line.split() for line in render(tmp_path).splitlines()]
     assert any(row[1:5] == ["rollouts", "that", "ended", "early"] and "25" in row for row in rows)
-    assert any(row[1:6] == ["completions", "left", "out", "of", "training"] and "25" in row for row in rows)
+    assert any(row[1:4] == ["completions", "not", "trained"] and "25" in row for row in rows)
     write(tmp_path, lines[0], {"step": 1, **step, "early_exit_fraction": 0.0, **evaluation(0.5, 9)})
     assert "ended early" not in render(tmp_path)
 
