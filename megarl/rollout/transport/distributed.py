@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterable, Sequence
 from contextlib import AsyncExitStack, suppress
 from datetime import timedelta
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -44,7 +45,6 @@ class DistributedTransport:
         self._group: dist.ProcessGroup | None = None
         self._members: list[SGLangEngine] = []
         self._name = ""
-        self._formed = 0
 
     async def send(self, version: int, tensors: Iterable[Named], engines: Sequence[RemoteEngine]) -> Outcome:
         outcome, members = Outcome(), []
@@ -82,8 +82,7 @@ class DistributedTransport:
                 await engine.leave_group(self._name)
 
     async def _form(self, members: list[SGLangEngine]) -> None:
-        self._formed += 1
-        self._name = f"megarl-weights-{self._formed}"
+        self._name = f"megarl-weights-{uuid4().hex[:12]}"  # both sides keep the names of groups that are gone
         port = free_port()
         sizes = [engine.ranks for engine in members]
         world = 1 + sum(sizes)
