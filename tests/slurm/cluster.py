@@ -59,7 +59,7 @@ ReturnToService=2
 JobRequeue=1
 KillWait=5
 SlurmdTimeout=20
-MessageTimeout=60
+MessageTimeout=15
 # Ended jobs stay known, so that a test may ask about them.
 MinJobAge=7200
 PreemptType=preempt/partition_prio
