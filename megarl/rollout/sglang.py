@@ -23,6 +23,7 @@ FUSED = {  # the server's parameter → the tensors it is made of, one below the
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
+IDLE_DEADLINE = 60.0  # seconds for the scheduler to let go of requests that it has answered
 VOCABULARY_STEP = 64  # the server pads the vocabulary to a multiple of it
 
 
@@ -70,9 +71,10 @@ class SGLangEngine(RemoteEngine):
     async def load_folder(self, version: int, folder: Path) -> None:
         await self._control(
             "/update_weights_from_disk",
-            {"model_path": str(folder), "weight_version": str(version), "flush_cache": True},
+            {"model_path": str(folder), "weight_version": str(version), "flush_cache": False},
             f"load weights {version} from {folder}",
         )
+        await self._drop_prefixes()
         self.version = version
 
     async def begin_update(self) -> None:
@@ -127,8 +129,12 @@ class SGLangEngine(RemoteEngine):
             {"new_version": str(version), "abort_all_requests": False},
             f"take weight version {version}",
         )
-        await self._tell("/flush_cache", None, "drop cached prefixes")
+        await self._drop_prefixes()
         self.version = version
+
+    async def _drop_prefixes(self) -> None:
+        """A request that was cut is answered a moment before the scheduler lets go of it; until then it drops none."""
+        await self._tell(f"/flush_cache?timeout={IDLE_DEADLINE:g}", None, "drop cached prefixes")
 
     async def abandon_update(self) -> None:
         """Close a session whose tensors did not all come: the version stays the old one, and the next session opens."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from megarl.errors import RunError
+from megarl.errors import DeadlineExceeded, RunError
 from megarl.rollout import in_engine
 from megarl.rollout.engine import Sampling
 from megarl.rollout.http import ServerError
@@ -17,6 +18,7 @@ from megarl.rollout.in_engine.megarl_weights import checksum
 from megarl.rollout.remote import CONTROL_DEADLINE, RemoteEngine, Segment, field
 from megarl.trajectory import derive_seed
 
+POLL = 0.05  # seconds between attempts at dropping cached prefixes
 MODEL = "policy"  # the name under which the server offers its one model
 EXTENSION = "megarl_weights.WeightReader"  # runs in the server's workers; see in_engine/
 MIDDLEWARE = "megarl_guard.Guard"  # runs in the server's front; vLLM's key alone leaves the control endpoints open
@@ -64,8 +66,20 @@ class VLLMEngine(RemoteEngine):
         await self._post(
             "/update_weight_version", {"new_version": str(version)}, f"take weight version {version}", CONTROL_DEADLINE
         )
-        await self._tell("/reset_prefix_cache", None, "drop cached prefixes")
+        await self._drop_prefixes()
         self.version = version
+
+    async def _drop_prefixes(self) -> None:
+        """The server refuses as long as a request that was cut still holds blocks."""
+        try:
+            async with asyncio.timeout(CONTROL_DEADLINE):
+                while True:
+                    answer = await self._post("/reset_prefix_cache", None, "drop cached prefixes", CONTROL_DEADLINE)
+                    if field(answer, "success"):
+                        return
+                    await asyncio.sleep(POLL)
+        except TimeoutError:
+            raise DeadlineExceeded(f"{self.name} to drop cached prefixes", CONTROL_DEADLINE) from None
 
     def digests(self) -> ReadSums:
         return ReadSums()
