@@ -1,4 +1,4 @@
-"""A compact decoder for Qwen3, Qwen2(.5) and Llama models: the forward pass of the `local` engine.
+"""A compact decoder for Qwen3, Qwen3-MoE, Qwen2(.5) and Llama models: the forward pass of the `local` engine.
 
 Weights go by their Hugging Face names; query, key and value projections, and gate and up, are stored fused.
 """
@@ -15,9 +15,10 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megarl.errors import UserError
+from megarl.rollout.experts import Experts, Mixture
 from megarl.rollout.kv_cache import KVCache
 
-FAMILIES = ("qwen3", "qwen2", "llama")
+FAMILIES = ("qwen3", "qwen3_moe", "qwen2", "llama")
 _ROPES = ("default", "linear", "yarn", "llama3")  # those whose frequencies do not depend on the sequence's length
 
 
@@ -40,6 +41,7 @@ class Shape:
     qkv_bias: bool
     out_bias: bool
     ffn_bias: bool
+    experts: Experts | None = None  # in every layer, in the MLP's place
 
     @classmethod
     def read(cls, model: Path) -> Shape:
@@ -78,10 +80,11 @@ class Shape:
             frequencies=tuple(frequencies.tolist()),
             rope_scale=float(rope_scale),
             tied=config.tie_word_embeddings,
-            qk_norm=family == "qwen3",
+            qk_norm=family in ("qwen3", "qwen3_moe"),
             qkv_bias=attention_bias or family == "qwen2",
             out_bias=attention_bias and family != "qwen2",
             ffn_bias=bool(getattr(config, "mlp_bias", False)),
+            experts=Experts.of(config) if family == "qwen3_moe" else None,
         )
 
 
@@ -102,6 +105,9 @@ class _Layer:
         self.out = new(shape.hidden, q)
         self.out_bias = new(shape.hidden) if shape.out_bias else None
         self.norm2 = new(shape.hidden)
+        self.mixture = Mixture(shape.experts, shape.hidden, device, dtype) if shape.experts else None
+        if self.mixture:
+            return
         self.gate_up = new(2 * shape.ffn, shape.hidden)
         self.gate_up_bias = new(2 * shape.ffn) if shape.ffn_bias else None
         self.down = new(shape.hidden, shape.ffn)
@@ -123,6 +129,9 @@ class _Layer:
         yield f"{prefix}.self_attn.o_proj.weight", self.out
         if self.out_bias is not None:
             yield f"{prefix}.self_attn.o_proj.bias", self.out_bias
+        if self.mixture:
+            yield from self.mixture.named(f"{prefix}.mlp")
+            return
         for name, part in zip(("gate", "up"), self.gate_up.chunk(2), strict=True):
             yield f"{prefix}.mlp.{name}_proj.weight", part
         if self.gate_up_bias is not None:
@@ -236,6 +245,9 @@ class Decoder:
             mixed = torch.bmm(share, v).view(R, KV, H // KV, T, D).permute(0, 3, 1, 2, 4).reshape(R * T, H * D)
             x = _add_linear(x, mixed, layer.out, layer.out_bias)
             h = F.rms_norm(x, (shape.hidden,), layer.norm2, shape.eps)
+            if layer.mixture:
+                x = layer.mixture.add(x, h)
+                continue
             gate, up = F.linear(h, layer.gate_up, layer.gate_up_bias).chunk(2, -1)
             x = _add_linear(x, F.silu(gate) * up, layer.down, layer.down_bias)
         return F.rms_norm(x, (shape.hidden,), self._norm, shape.eps).view(R, T, -1)

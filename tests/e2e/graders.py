@@ -10,3 +10,8 @@ def hang(response: str, answer: str) -> bool:
 
 def fail(response: str, answer: str) -> bool:
     raise ValueError("the verifier is broken")
+
+
+def odd(response: str, answer: str) -> bool:
+    """Half of what a random model says is right."""
+    return len(response.split()) % 2 == 1

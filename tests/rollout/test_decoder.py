@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from tiny_rollout import randomise
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
+from tiny_rollout import named, randomise
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from megarl.errors import UserError
 from megarl.rollout.decoder import Decoder, Shape
@@ -25,9 +25,12 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 CONFIGS = {
     "qwen3": Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True),
     "qwen3-untied-yarn": Qwen3Config(**SIZES, head_dim=8, rope_parameters=YARN),
+    "qwen3-moe": Qwen3MoeConfig(**SIZES, **EXPERTS, head_dim=16, norm_topk_prob=True),
+    "qwen3-moe-unscaled": Qwen3MoeConfig(**SIZES, **EXPERTS, norm_topk_prob=False, tie_word_embeddings=True),
     "qwen2.5": Qwen2Config(**SIZES, tie_word_embeddings=True),
     "llama": LlamaConfig(**SIZES),
     "llama-3": LlamaConfig(**SIZES, rope_parameters=LLAMA3),
@@ -44,7 +47,7 @@ def test_logits_are_transformers(name):
     config = CONFIGS[name]
     model = randomise(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
     decoder = Decoder(Shape.of(config), torch.device("cpu"), torch.float32, slots=5, columns=40)
-    weights, state = decoder.weights(), model.state_dict()
+    weights, state = decoder.weights(), named(model)
     assert set(state) - set(weights) <= {"lm_head.weight"}
     for key, weight in weights.items():
         weight.copy_(state[key])
@@ -75,11 +78,13 @@ def test_logits_are_transformers(name):
 
 def test_other_models_are_refused(tmp_path):
     """One line that names the setting, for families and rotary scalings that the decoder does not have."""
-    with pytest.raises(UserError, match="model.path.*gpt2.*qwen3, qwen2, llama"):
+    with pytest.raises(UserError, match="model.path.*gpt2.*qwen3, qwen3_moe, qwen2, llama"):
         Shape.of(GPT2Config())
     with pytest.raises(UserError, match="model.path.*'dynamic'"):
         Shape.of(LlamaConfig(**SIZES, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}))
     with pytest.raises(UserError, match="sliding"):
         Shape.of(Qwen2Config(**SIZES, use_sliding_window=True))
+    with pytest.raises(UserError, match="experts in every layer"):
+        Shape.of(Qwen3MoeConfig(**SIZES, **EXPERTS, mlp_only_layers=[1]))
     with pytest.raises(UserError, match="config.json"):
         Shape.read(tmp_path)

@@ -39,6 +39,21 @@ def randomise(model, scale: float = 0.3):
     return model.eval()
 
 
+def named(model) -> dict[str, torch.Tensor]:
+    """The weights by the names of Hugging Face's files, where each expert's matrices have names of their own."""
+    found = {}
+    for name, tensor in model.state_dict().items():
+        prefix, stacked, matrix = name.partition(".experts.")
+        if not stacked:
+            found[name] = tensor
+            continue
+        parts = ("gate_proj", "up_proj") if matrix == "gate_up_proj" else (matrix,)
+        for i, expert in enumerate(tensor):
+            for part, piece in zip(parts, expert.chunk(len(parts)), strict=True):
+                found[f"{prefix}.experts.{i}.{part}.weight"] = piece
+    return found
+
+
 def teacher_forced(model, prompt: list[int], response: list[int], temperature: float = 1.0) -> torch.Tensor:
     """Transformers' log-probs of the response's tokens [n]."""
     ids = torch.tensor([prompt + response])
