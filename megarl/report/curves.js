@@ -56,13 +56,15 @@ function curves(runs) {
     const sparse = key.startsWith("eval/");
     return { label: several ? `${r.name}${label ? `, ${label}` : ""}` : label, key: colour, steps: r.metrics.step, xs: xs[i], ys, marks: sparse };
   };
+  // In a comparison a run keeps its colour, also for its held-out points; further lines of a chart take the next ones.
+  const colourOf = (key, i, j) => KEYS[!several ? j : key.startsWith("eval/") ? i % 8 : (i + j * runs.length) % 8];
   const chart = (section, title, keys, options) => {
     const lines = [];
     keys.forEach(([key, label], j) => {
       used.add(key);
       runs.forEach((r, i) => {
         const ys = r.metrics[key], twin = r.metrics[options.unlike];
-        if (drawable(ys) && !(twin && ys.every((v, at) => v === twin[at]))) lines.push(lineFor(r, i, key, label || (several ? "" : title.toLowerCase()), KEYS[several ? (i + j * runs.length) % 8 : j]));
+        if (drawable(ys) && !(twin && ys.every((v, at) => v === twin[at]))) lines.push(lineFor(r, i, key, label || (several ? "" : title.toLowerCase()), colourOf(key, i, j)));
       });
     });
     if (lines.length) place(section, lineChart(title, lines, options));

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from megarl.report import rollouts, run
 from megarl.report.run import Run
@@ -57,6 +59,7 @@ def render(runs: Sequence[Run]) -> str:
     templates = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    templates.filters["code"] = _code
     return templates.get_template("page.html").render(
         title=" · ".join(names),
         runs=[_static(r, n, p) for r, n, p in zip(runs, names, packed, strict=True)],
@@ -125,7 +128,7 @@ def _figure(value: float, unit: str) -> str:
     if unit == "%":
         return f"{100 * value:.1f} %"
     if unit == "tokens":
-        return f"{value:,.1f} tokens"
+        return f"{value:,.1f}"
     if unit == "count":
         return f"{value:,.0f}"
     if unit == "s":
@@ -135,6 +138,11 @@ def _figure(value: float, unit: str) -> str:
             f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
         )
     return f"{value:.3f}"
+
+
+def _code(text: str) -> Markup:
+    """Escaped, with what stands between backticks as code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _names(runs: Sequence[Run]) -> list[str]:

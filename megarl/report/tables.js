@@ -15,7 +15,7 @@ function ledgers(runs) {
     if (!ledger) { body.append(el("p", { class: "none" }, "No checkpoint yet, or none that holds a ledger.")); return; }
     const parts = Object.values(FATES).map(([name, key]) => ({ label: name, key, ys: ledger.fates[name] })).filter((p) => p.ys.some(Boolean));
     body.append(el("div", { class: "charts" }, stackedChart("Prompts by fate", ledger.step, parts),
-      el("figure", { class: "card" }, el("figcaption", {}, el("h3", {}, "By epoch"), el("small", {}, `${figure(ledger.total)} prompts taken from the data`)),
+      el("figure", { class: "card wide" }, el("figcaption", {}, el("h3", {}, "By epoch"), el("small", {}, `${figure(ledger.total)} prompts taken from the data`)),
         tableOf(["Epoch", "trained", "dropped", "pruned", "replaced", "repeated"], ledger.epochs.map((e) => [String(e.epoch), ...["trained", "dropped", "pruned", "replaced", "repeated"].map((k) => figure(e[k] || 0))]), `Ledger of ${r.name} by epoch`))));
     const out = el("div", {});
     const show = (text) => {

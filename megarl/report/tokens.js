@@ -41,7 +41,7 @@ const origins = (c) => c.o.flatMap(([origin, count]) => Array(count).fill(origin
 const COLOURS = {
   structure: () => "",
   logprob: (c, i) => (c.l[i] === null ? "" : `heat h${Math.min(6, Math.floor(Math.sqrt(c.l[i] / 1000) * 3.5))}`),
-  advantage: (c) => `heat ${c.weight === 0 ? "h0" : c.advantage >= 0 ? "up" : "down"}${Math.min(5, Math.ceil(Math.abs(c.advantage * c.weight) * 2))}`,
+  advantage: (c) => `heat ${c.advantage >= 0 ? "up" : "down"}${Math.min(5, Math.ceil(Math.abs(c.advantage * c.weight) * 2))}`,
 };
 
 /** The body of a response card: a listbox-like run of tokens that the arrow keys walk. */

@@ -6,6 +6,7 @@ Not proven: other browsers; that the page is beautiful.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -85,18 +86,35 @@ def test_nothing_is_loaded_nothing_complains_nothing_overflows(browser, run, com
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing(browser, run, comparison, scheme):
-    """axe-core's whole rule set, in both colour schemes, on desktop and phone, for a run and for a comparison."""
+    """axe-core's whole rule set, in both colour schemes, on desktop and phone, for a run and for a comparison; then
+    with each other colouring of tokens, with what a search finds marked, and with the theme that the button sets."""
     place = importlib.util.find_spec("axe_playwright_python")
     assert place and place.submodule_search_locations, "axe-core comes with `make test-report`"
     axe = (Path(place.submodule_search_locations[0]) / "axe.min.js").read_text()
-    for page, width in ((run / "report.html", DESKTOP), (run / "report.html", PHONE), (comparison, DESKTOP)):
-        opened(browser, page, width, scheme)
-        browser.execute_cdp_cmd("Runtime.evaluate", {"expression": axe})  # past the page's content policy
+
+    def violations():
         found = browser.execute_async_script(
             "axe.run().then((r) => arguments[0](r.violations), (e) => arguments[0](String(e)))"
         )
         assert isinstance(found, list), found
-        assert [(v["id"], [n["target"] for n in v["nodes"]][:3]) for v in found] == []
+        return [(v["id"], [n["target"] for n in v["nodes"]][:3]) for v in found]
+
+    for page, width in itertools.product((comparison, run / "report.html"), (DESKTOP, PHONE)):
+        opened(browser, page, width, scheme)
+        browser.execute_cdp_cmd("Runtime.evaluate", {"expression": axe})  # past the page's content policy
+        assert violations() == []
+    find(browser, "#v-search").send_keys("a")
+    wait(lambda: browser.find_elements("css selector", ".t.found"))
+    for colouring in ("logprob", "advantage"):
+        choose(browser, "#v-colour", colouring)
+        wait(lambda: browser.find_elements("css selector", ".t.heat"))
+        assert violations() == []
+    other = "light" if scheme == "dark" else "dark"
+    while other not in find(browser, "#theme").text:
+        find(browser, "#theme").click()
+    assert violations() == []
+    find(browser, "#theme").click()
+    browser.execute_script("localStorage.clear()")
 
 
 def test_every_figure_equals_the_metrics_file(browser, run):
