@@ -228,8 +228,8 @@ class Rollout(Section):
     policy since the rollout too."""
     canary_limit: Annotated[float, Field(gt=0)] = 0.1
     """Largest |engine - learner| log-prob of a canary token after a weight sync; beyond it the run stops. For tokens
-    below -1 nat it grows in proportion to their log-prob, as rounding does, and it is three times as large unless
-    precision.dtype is fp32. A learner in FP8 computes the canary in bf16, as engines do."""
+    below -1 nat it grows in proportion to their log-prob, as rounding does. A learner in FP8 computes the canary in
+    bf16, as engines do."""
     early_exit: EarlyExit = EarlyExit()
     servers: Servers = Servers()
 

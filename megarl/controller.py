@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -45,10 +45,16 @@ class Controller:
         self.ahead: dict[int, Draw] = {}  # of steps whose rollout has begun, or had when the run was saved
         self.ledger = Ledger()
         self.expected_length = pruning.ExpectedLength()
+        self.answer: Sequence[int] | None = None  # to the first prompt, under the run's first weights: see engines.py
         self.graders = Graders(settings.reward.function, settings.reward.workers, settings.reward.timeout)
         self.run: RunDirectory | None = None
         if notice := pruning.notice(settings.pruning):
             progress.say(notice)
+
+    @property
+    def first_prompt(self) -> Sequence[int]:
+        """The tokens of the first training prompt."""
+        return self.loader.prompts[0].token_ids
 
     def open_run(self, resume_step: int | None, ranks: int) -> None:
         """Start the run directory, or go on with it after `resume_step`."""
@@ -100,17 +106,19 @@ class Controller:
         self.report(step, metrics)
 
     def save(self, folder: Path) -> None:
-        """Write data position, prompts drawn ahead, pruning history, expected length and ledger into a checkpoint's
-        folder."""
+        """Write data position, prompts drawn ahead, pruning history, expected length, the canary's answer and ledger
+        into a checkpoint's folder."""
         lengths = {f"length_{k}": v for k, v in self.expected_length.state().items()}
         ahead = {f"ahead_{step}_{k}": v for step, draw in self.ahead.items() for k, v in draw.state().items()}
-        np.savez(folder / STATE, **self.loader.state(), **lengths, **ahead)
+        assert self.answer is not None
+        np.savez(folder / STATE, **self.loader.state(), **lengths, **ahead, answer=np.array(self.answer, np.int32))
         self.ledger.commit(folder)
 
     def load(self, folder: Path) -> None:
         """Take over what `save` wrote."""
         with np.load(folder / STATE, allow_pickle=False) as state:
             self.loader.restore(state)
+            self.answer = state["answer"].tolist()
             self.expected_length.restore({k[7:]: v for k, v in state.items() if k.startswith("length_")})
             for step in sorted({int(k.split("_")[1]) for k in state if k.startswith("ahead_")}):
                 arrays = {k.split("_")[2]: v for k, v in state.items() if k.startswith(f"ahead_{step}_")}

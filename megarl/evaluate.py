@@ -41,7 +41,7 @@ def evaluate(settings: Settings, trained: bool, temperatures: list[float]) -> li
         learner = Learner(settings, world, total_updates=1)
         step = Checkpoints(settings, world, learner, controller, progress).restore() if trained else 0
         loop = stack.enter_context(EventLoop(world.device))
-        engines = Engines(settings, world, loop, tokenizer, learner)
+        engines = Engines(settings, world, loop, tokenizer, learner, controller)
         stack.callback(engines.close)
         engines.push(version=step)
         switches = presets.resolve(settings.algorithm, settings.rollout.max_response_tokens, 1)

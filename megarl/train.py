@@ -68,7 +68,7 @@ def train(settings: Settings, resume: bool = False) -> bool:
             controller.open_run(done if resume else None, world.world_size)
 
         loop = stack.enter_context(EventLoop(world.device))
-        engines = Engines(settings, world, loop, tokenizer, learner)
+        engines = Engines(settings, world, loop, tokenizer, learner, controller)
         stack.callback(engines.close)
         experience = Experience(settings, switches, world.dp_size)
         collector = Collector(settings, world, loop, engines, tokenizer, controller, experience)

@@ -15,7 +15,7 @@ from megarl.errors import RunError
 from megarl.rollout.engine import Engine
 from megarl.rollout.in_engine.megarl_weights import checksum
 
-__all__ = ["LIKELY", "Canary", "checksum", "sync"]
+__all__ = ["LIKELY", "Canary", "check", "checksum", "send"]
 
 LIKELY = 1.0
 """Nats. Rounding of a logit grows with its size, so an unlikely token's log-prob is less exact than a likely one's:
@@ -24,26 +24,19 @@ beyond this the canary's bound grows in proportion to |log-prob|."""
 
 @dataclass(frozen=True, slots=True)
 class Canary:
-    """A fixed sequence and the learner's log-probs of its tokens [n - 1] at temperature 1."""
+    """A fixed sequence, and the learner's log-probs of its last `len(logprobs)` tokens at temperature 1."""
 
     token_ids: Sequence[int]
     logprobs: Sequence[float]
 
 
-async def sync(
-    engine: Engine,
-    version: int,
-    tensors: Iterable[tuple[str, torch.Tensor]],
-    canary: Canary,
-    bound: float,
-    dtype: torch.dtype | None = None,
-) -> float:
+async def send(
+    engine: Engine, version: int, tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype | None = None
+) -> None:
     """Stream Hugging Face-named `tensors`, cast to the engine's `dtype`, into `engine` as weight `version`.
 
-    Raises RunError naming the first tensor whose checksum at the engine differs from what was sent, or saying that all
-    arrived but that a log-prob of the canary differs by more than its bound: `bound` for tokens above -LIKELY nats,
-    and `bound` * |log-prob| / LIKELY below. Returns the largest difference. `tensors` is always drained: the learner's
-    ranks gather them together, and none may be left waiting for the others.
+    Raises RunError naming the first tensor whose checksum at the engine differs from what was sent. `tensors` is always
+    drained: the learner's ranks gather them together, and none may be left waiting for the others.
     """
     sent: dict[str, int] = {}
 
@@ -62,23 +55,29 @@ async def sync(
     for name, expected in sent.items():
         if name in arrived and arrived[name] != expected:
             raise RunError(f"weight sync {version}: {name} is not at the engine as it was sent (checksums differ)")
-    return await _check_canary(engine, version, canary, bound, len(sent))
 
 
-async def _check_canary(engine: Engine, version: int, canary: Canary, bound: float, count: int) -> float:
+async def check(engine: Engine, version: int, canary: Canary, bound: float) -> float:
+    """Hold the engine's log-probs of `canary` against the learner's; returns the largest difference.
+
+    Raises RunError where one differs by more than its bound: `bound` for tokens above -LIKELY nats, and
+    `bound` * |log-prob| / LIKELY below.
+    """
+    first = len(canary.token_ids) - len(canary.logprobs)
     scored = await engine.score(canary.token_ids)
-    if len(scored) != len(canary.logprobs):
+    if len(scored) != len(canary.token_ids) - 1:
         raise RunError(
-            f"weight sync {version}: the engine scored {len(scored)} of {len(canary.logprobs)} canary tokens"
+            f"weight sync {version}: the engine scored {len(scored)} of {len(canary.token_ids) - 1} canary tokens"
         )
+    scored = scored[first - 1 :]
     differences = [abs(a - b) for a, b in zip(scored, canary.logprobs, strict=True)]
     bounds = [bound * max(1.0, abs(logprob) / LIKELY) for logprob in canary.logprobs]
     for i, (difference, allowed) in enumerate(zip(differences, bounds, strict=True)):
         # nan is within no bound, and an infinite log-prob, whose bound is infinite, is never right.
         if not difference <= allowed < math.inf:
             raise RunError(
-                f"weight sync {version}: all {count} tensors arrived, but the canary's log-probs differ from the "
-                f"learner's by {difference:.3g} at token {i + 1}, of log-prob {canary.logprobs[i]:.3g} (its bound "
+                f"weight sync {version}: the tensors arrived, but the canary's log-probs differ from the "
+                f"learner's by {difference:.3g} at token {first + i}, of log-prob {canary.logprobs[i]:.3g} (its bound "
                 f"{allowed:.3g}): the two forward passes disagree"
             )
     return max(differences)

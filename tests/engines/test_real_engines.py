@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from megarl.rollout.transport import tensor as transport_tensor
 from megarl.rollout.transport.disk import DiskTransport
 from megarl.rollout.transport.distributed import DistributedTransport
 from megarl.rollout.transport.tensor import TensorTransport
+from megarl.rollout.weight_sync import Canary
 from megarl.trajectory import Span
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(1500)]
@@ -118,6 +119,12 @@ def test_an_abort_ends_a_request_early_with_its_tokens(live: Live) -> None:
     live.runner.run(main())
 
 
+async def sync(pool: Pool, version: int, tensors: Iterable[tuple[str, torch.Tensor]], canary: Canary) -> None:
+    """As the run does after every step."""
+    await weight_sync.send(pool, version, tensors)
+    await weight_sync.check(pool, version, canary, BF16)
+
+
 def transports(pool: Pool, policy: Policy, tmp_path: Path) -> Iterator[tuple[str, Transport]]:
     """Every way for weights that this kind of server takes; small buckets, so that there are several."""
     yield "disk", DiskTransport(tmp_path / "weights", policy.folder, torch.bfloat16, bucket=1 << 17)
@@ -143,7 +150,7 @@ def test_weights_arrive_by_every_way_while_a_request_runs(
                 # More than any server makes while weights travel: it is cut by the update, then aborted.
                 running = asyncio.ensure_future(pool.generate(PROMPT, Sampling(max_tokens=1900), "g/0|0"))
                 await pool.generate(PROMPT, Sampling(max_tokens=4), "g/1|0")
-                await weight_sync.sync(pool, version, source.tensors(), source.canary(), BF16)
+                await sync(pool, version, source.tensors(), source.canary())
                 await pool.generate(PROMPT, Sampling(max_tokens=32), "g/2|0")
                 await pool.abort("g/0|0")
                 generation = await running
@@ -214,14 +221,14 @@ def test_a_sabotaged_sync_stops_and_names_the_tensor(
         if way == "distributed" or (way == "tensor" and sabotage == "stale"):
             continue
         monkeypatch.setattr(pool, "_transport", transport)
-        run(weight_sync.sync(pool, version, policy.tensors(), policy.canary(), BF16))
+        run(sync(pool, version, policy.tensors(), policy.canary()))
         if sabotage in ("corrupted", "lost", "stale"):
             monkeypatch.setattr(engine, "load_folder", load_sabotaged)
             monkeypatch.setattr(transport_tensor, "share", share_sabotaged)
         with pytest.raises(RunError, match=says):
-            run(weight_sync.sync(pool, version + 1, tensors, updated.canary(), BF16))
+            run(sync(pool, version + 1, tensors, updated.canary()))
         monkeypatch.setattr(engine, "load_folder", load)
         monkeypatch.setattr(transport_tensor, "share", share)
-        run(weight_sync.sync(pool, version + 2, policy.tensors(), policy.canary(), BF16))
+        run(sync(pool, version + 2, policy.tensors(), policy.canary()))
         run(transport.close())
         version += 3
