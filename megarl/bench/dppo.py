@@ -43,7 +43,8 @@ EXAMPLE = Path("examples/dppo/train.yaml")
 
 def main(
     json: Annotated[Path | None, typer.Option(help="Write the rows to this file.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds per method: 0, 1, …")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds per method.")] = 3,
+    first_seed: Annotated[int, typer.Option(min=0, help="The first of them; the others follow it.")] = 0,
     methods: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(METHODS),
     rates: Annotated[str, typer.Option(help="Pruning rates, comma-separated, instead of each method's own.")] = "",
     every: Annotated[int, typer.Option(min=1, help="Steps between evaluations.")] = 4,
@@ -64,7 +65,7 @@ def main(
     chosen = ["grpo", *(name for name in chosen if name != "grpo")]
     asked = [float(rate) for rate in rates.split(",") if rate]
     rows = []
-    for seed in range(seeds):  # methods side by side within a seed: the machine's mood is shared
+    for seed in range(first_seed, first_seed + seeds):  # a seed's methods side by side: one mood of the machine
         target = None
         for method, rate in variants(chosen, asked):
             switches = [text.format(rate=rate) for text in METHODS[method]]
