@@ -10,6 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+PROGRAMS = (
+    "megarl", "python", "torchrun", "srun", "sbatch", "make", "pytest", "pip", "git", "cp", "tensorboard", "docker",
+    "conda", "uv", "curl", "wget", "hf", "huggingface-cli", "bash", "sh", "export", "source",
+    "mkdir", "scancel", "squeue",
+)  # fmt: skip
 PLACEHOLDERS = {"…", "key=value", ""}
 
 
@@ -43,6 +48,27 @@ def commands(page: Path, program: str = "megarl") -> Iterator[list[str]]:
             continue
         words = [_bare(word) for word in shlex.split(line, comments=True)]
         yield [word for word in words[: words.index("|") if "|" in words else None] if word not in PLACEHOLDERS]
+
+
+def shell(page: Path) -> Iterator[str]:
+    """Every command of the page: the lines of code blocks that begin with one of `PROGRAMS`, or set a variable for it,
+    and code spans that are whole commands; comments, brackets and placeholders of a synopsis left out.
+
+    A span with … or | or with options alone (`megarl train --resume`) names something and is no command.
+    """
+    text = page.read_text()
+    fenced = re.findall(r"^```(?:sh|bash)?\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    blocks = re.findall(r"(?:^(?: {4}|\t).*\n)+", text, flags=re.MULTILINE)
+    start = rf"^\s*((?:[A-Z_]+=\S* +)*(?:{'|'.join(PROGRAMS)}) .+)$"
+    for block in (*fenced, *blocks):
+        for line in re.findall(start, block.replace("\\\n", " "), flags=re.MULTILINE):
+            words = [_bare(word) for word in shlex.split(line, comments=True)]
+            yield " ".join(word for word in words if word not in PLACEHOLDERS)
+    for span in re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
+        if re.match(start, span := " ".join(span.split())) and not re.search(r"[…|]", span):
+            words = shlex.split(span)
+            if not all(word.startswith("-") for word in words[2:] or ["-"]) or words[0] != "megarl":
+                yield " ".join(words)
 
 
 def _bare(word: str) -> str:
