@@ -18,7 +18,7 @@ from megarl.rollout import early_exit, fleet, weight_sync
 from megarl.rollout.detokenize import Vocabulary
 from megarl.rollout.engine import Engine, Sampling
 from megarl.rollout.local import LocalEngine
-from megarl.trajectory import Batch, Sample, derive_seed
+from megarl.trajectory import Batch, Sample
 from megarl.watchdog import waiting
 
 CANARY_TOKENS = 32
@@ -29,8 +29,8 @@ class Engines:
 
     Embedded: every rank has one. Servers: the controller drives the pool of all of them.
 
-    The canary is a training prompt and what the engine answers under the run's first weights: tokens that the model
-    writes. In bf16 the log-probs of random ones differ by more than 0.1 between two right programs (docs/concepts.md).
+    The canary is a training prompt and the engine's greedy answer under the run's first weights. In bf16 the log-probs
+    of less likely tokens differ by more than 0.1 between two right programs (docs/concepts.md).
     """
 
     def __init__(
@@ -104,11 +104,8 @@ class Engines:
         return weight_sync.Canary(tokens.tolist(), logprobs.tolist())
 
     def _answer(self, prompt: Sequence[int]) -> list[int]:
-        """What the engine answers to a prompt, whatever ends it."""
+        """The engine's likeliest continuation of a prompt, beyond its end of text too."""
         assert self.engine
-        rollout = self.settings.rollout
-        sampling = Sampling(
-            min(CANARY_TOKENS, rollout.max_response_tokens), seed=derive_seed(self.settings.seed, "canary")
-        )
+        sampling = Sampling(min(CANARY_TOKENS, self.settings.rollout.max_response_tokens), temperature=0.0)
         with waiting("the engine to write the canary", self.world.deadline_s):
             return self.loop.run(self.engine.generate(prompt, sampling, "canary/0|0")).token_ids
