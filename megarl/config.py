@@ -80,8 +80,33 @@ class Parallel(Section):
         return self.tp * self.pp * self.cp
 
     @property
+    def recomputed(self) -> list[str]:
+        """Modules that selective recomputation is for."""
+        return list(self.recompute_modules) if self.recompute == "selective" else []
+
+    @property
     def sequence_parallel(self) -> bool:
         return self.tp > 1 if self.sp is None else self.sp
+
+
+class Experts(Section):
+    """Of a mixture of experts, by Megatron's names (`moe_…`)."""
+
+    router_load_balancing_type: Literal["none", "aux_loss", "seq_aux_loss"] = "none"
+    """Loss that evens out the experts' load: of every packed row, or of every sequence, whatever row it is in. Each
+    counts by its input tokens, padding does not count."""
+    aux_loss_coeff: Annotated[float, Field(ge=0.0)] = 0.0
+    """Strength of that loss, summed over layers, a mean over the update's input tokens. Metrics report its mean over
+    layers as `load_balance`: 1 = balanced."""
+    z_loss_coeff: Annotated[float, Field(ge=0.0)] = 0.0
+    """Strength of the squared log-sum-exp of the router's logits, likewise; 0 = off."""
+    router_dtype: Literal["fp32", "fp64"] = "fp32"
+    """What the learner's router computes in."""
+
+    @property
+    def auxiliary(self) -> bool:
+        """Whether there is a loss beside the policy's."""
+        return self.aux_loss_coeff > 0 or self.z_loss_coeff > 0
 
 
 class Precision(Section):
@@ -391,6 +416,7 @@ class Settings(Section):
     model: Model
     data: Data
     parallel: Parallel = Parallel()
+    experts: Experts = Experts()
     precision: Precision = Precision()
     batch: Batch = Batch()
     rollout: Rollout = Rollout()
@@ -414,6 +440,17 @@ class Settings(Section):
             raise ValueError(
                 f"batch.prompts_per_update: {b.prompts_per_update} does not divide prompts_per_step "
                 f"{b.prompts_per_step}; the nearest that does is {nearest_valid}"
+            )
+        x = self.experts
+        if (x.router_load_balancing_type == "none") != (x.aux_loss_coeff == 0):
+            raise ValueError(
+                f"experts.aux_loss_coeff: {x.aux_loss_coeff:g} with router_load_balancing_type "
+                f"{x.router_load_balancing_type}; valid: 0 with none, above 0 (e.g. 1e-3) with aux_loss or seq_aux_loss"
+            )
+        if x.auxiliary and "moe" in self.parallel.recomputed:
+            raise ValueError(
+                "parallel.recompute_modules: moe loses track of the row that experts' auxiliary losses are taken over; "
+                "take it out, or set recompute: full"
             )
         if self.optimizer.min_lr > self.optimizer.lr:
             raise ValueError(f"optimizer.min_lr: {self.optimizer.min_lr:g} is above lr; at most {self.optimizer.lr:g}")

@@ -19,7 +19,7 @@ from megarl.config import Settings
 from megarl.data.prompts import read_prompts
 from megarl.data.tokenizer import load_tokenizer
 from megarl.errors import RunError, Stopped, UserError, nearest
-from megarl.learner import parallel, precision
+from megarl.learner import parallel, precision, router
 from megarl.learner.spawn import spawn
 from megarl.planner.fitting import fitting
 from megarl.rollout import early_exit
@@ -122,6 +122,7 @@ def preflight(settings: Settings, world_size: int, resume: bool) -> ModelShape:
                 raise UserError(f"data.{name}: {file} does not exist{_near(file)}")
     shape = read_shape(settings.model.path)
     parallel.check(settings.parallel, shape)
+    router.check(settings, shape)
     parallel.check_ranks(settings.parallel, world_size)
     precision.check(settings.precision)
     trackers.check(settings.trackers)

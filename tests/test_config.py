@@ -50,6 +50,8 @@ def test_dump_is_what_was_loaded(tmp_path: Path) -> None:
         ("rollout={max_response_tokens: 2, early_exit: {enabled: true}}", ["thinking_share", "room for an answer"]),
         ("batch={prompts_per_step: 10, prompts_per_update: 4}", ["prompts_per_update", "4", "10", "5"]),
         ("optimizer.min_lr=1", ["optimizer.min_lr", "at most"]),
+        ("experts.aux_loss_coeff=0.1", ["experts.aux_loss_coeff", "0.1", "none", "seq_aux_loss"]),
+        ("experts.router_load_balancing_type=aux_loss", ["experts.aux_loss_coeff", "aux_loss", "1e-3"]),
         ("async_steps=1", ["algorithm.tis_cap", "async_steps 1"]),
         ("rollout={partial: true}", ["rollout.partial", "async_steps"]),
         ("seed", ["seed", "key=value"]),
@@ -62,6 +64,13 @@ def test_mistakes_are_named(tmp_path: Path, override: str, words: list[str]) -> 
     for word in words:
         assert word in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_recomputed_experts_have_no_auxiliary_losses(tmp_path: Path) -> None:
+    file = written(tmp_path, parallel={"recompute": "selective", "recompute_modules": ["mlp", "moe"]})
+    config.load(file)
+    with pytest.raises(UserError, match="parallel.recompute_modules: moe .*recompute: full"):
+        config.load(file, ["experts.z_loss_coeff=0.1"])
 
 
 def test_missing_file_and_missing_settings(tmp_path: Path) -> None:

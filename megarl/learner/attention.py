@@ -19,6 +19,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from checkpoints_conv.shape import ModelShape
+from megarl.learner.router import Routing
 
 
 @dataclass
@@ -29,6 +30,7 @@ class PackedRow(PackedSeqParams):
     skip_last: bool = False  # the last segment only fills the row up: nothing reads its output
     cos: Tensor | None = None  # [t, 1, head_dim / 2] at this rank's positions
     sin: Tensor | None = None
+    routing: Routing | None = None  # for the routers of a mixture of experts
 
 
 def inverse_frequencies(shape: ModelShape) -> Tensor:

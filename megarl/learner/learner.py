@@ -27,7 +27,7 @@ from checkpoints_conv.shape import ModelShape, read_shape
 from megarl.algorithms.metrics import summarise
 from megarl.config import Settings
 from megarl.errors import RunError
-from megarl.learner import checkpoint
+from megarl.learner import checkpoint, router
 from megarl.learner import precision as precisions
 from megarl.learner.attention import inverse_frequencies
 from megarl.learner.model import build, transformer_config, unquantised, unwrap, user_buffers
@@ -81,7 +81,8 @@ class Learner:
             log.warning("FP8 (%s) is emulated on this CPU: its numerics, not its speed", settings.precision.recipe)
         self.shape: ModelShape = read_shape(settings.model.path)
         check(settings.parallel, self.shape)
-        self.config = transformer_config(self.shape, settings.parallel, settings.precision)
+        router.check(settings, self.shape)
+        self.config = transformer_config(self.shape, settings.parallel, settings.precision, settings.experts)
         self.frequencies = inverse_frequencies(self.shape)
         self.alignment = Alignment.of(settings.parallel, settings.precision, settings.batch.tokens_per_row)
         self.temperature = settings.rollout.temperature
@@ -110,7 +111,11 @@ class Learner:
         if not math.isfinite(grad_norm):
             raise RunError(f"update {self.version}: the gradient norm is {grad_norm}")
         self.version += 1
-        return {**_figures(self._total(parts)), "grad_norm": float(grad_norm), "lr": rate}
+        figures = {**_figures(self._total(parts)), "grad_norm": float(grad_norm), "lr": rate}
+        if self.settings.experts.auxiliary:
+            chunks = [unwrap(model) for model in self.models]
+            figures |= router.take_losses(chunks, self.shape.layers, self.world.control)
+        return figures
 
     @torch.no_grad()
     def logprobs(
@@ -196,7 +201,7 @@ class Learner:
 
     def _filled(self) -> tuple[list[torch.nn.Module], Weights]:
         """New model chunks with the initial weights, and the map of their parameters."""
-        chunks = build(self.shape, self.config, self.settings.precision)
+        chunks = build(self.shape, self.config, self.settings.precision, self.settings.experts)
         weights = Weights(self.shape, [unwrap(chunk) for chunk in chunks], self.world)
         if self.settings.model.weights == "random":
             weights.draw(self.settings.seed, self.shape.initial_std)
@@ -284,8 +289,9 @@ class Learner:
         if parallel.pp > 1:  # stages agree on shapes beforehand
             lengths = [max(lengths)] * len(lengths)
         here = self.world.cp_rank, parallel.cp, self.world.device
+        tokens = sum(batch.samples[i].input_length for rank in batch.rows for ids in rank for i in ids)
         return [
-            build_row(ids, row, length, self.alignment, self.frequencies, *here)
+            build_row(ids, row, length, self.alignment, self.frequencies, *here, tokens if self.shape.moe else None)
             for ids, row, length in zip(plan, samples, lengths, strict=True)
         ]
 

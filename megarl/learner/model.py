@@ -31,10 +31,10 @@ from torch import Tensor
 
 from checkpoints_conv.layout import padded_vocab
 from checkpoints_conv.rules import Spec
-from checkpoints_conv.shape import Experts, ModelShape
-from megarl.config import Parallel, Precision
+from checkpoints_conv.shape import ModelShape
+from megarl.config import Experts, Parallel, Precision
 from megarl.errors import UserError
-from megarl.learner import cpu, device, emulation
+from megarl.learner import cpu, device, emulation, router
 from megarl.learner import precision as precisions
 from megarl.learner.attention import PackedAttention, PackedRow, inverse_frequencies
 from megarl.learner.logprobs import logprobs_and_entropy
@@ -105,7 +105,9 @@ def spec_kind() -> Spec:
     return "te" if device.transformer_engine() else "local"
 
 
-def transformer_config(shape: ModelShape, parallel: Parallel, precision: Precision) -> TransformerConfig:
+def transformer_config(
+    shape: ModelShape, parallel: Parallel, precision: Precision, experts: Experts | None = None
+) -> TransformerConfig:
     """Megatron's settings for this model and layout."""
     te = spec_kind() == "te"
     settings: dict[str, Any] = {
@@ -146,7 +148,7 @@ def transformer_config(shape: ModelShape, parallel: Parallel, precision: Precisi
         "cpu_offloading_num_layers": parallel.offload_layers,
     }
     if shape.moe:
-        settings |= _expert_settings(shape.moe, te)
+        settings |= _expert_settings(shape, experts or Experts(), te)
     if parallel.vpp > 1:
         settings["virtual_pipeline_model_parallel_size"] = parallel.vpp
     if parallel.pp > 1:
@@ -188,20 +190,21 @@ def user_buffers(config: TransformerConfig, tokens: int) -> None:
     )
 
 
-def _expert_settings(moe: Experts, te: bool) -> dict[str, Any]:
-    """Megatron's settings of a mixture of experts: no token is dropped, no auxiliary loss is added.
+def _expert_settings(shape: ModelShape, experts: Experts, te: bool) -> dict[str, Any]:
+    """Megatron's settings of a mixture of experts: no token is dropped; auxiliary losses are router.py's.
 
     The router works in float32, as transformers' does. Normalised probabilities of the chosen experts are a softmax
     over these alone; not normalised, they are entries of the softmax over all.
     """
+    moe = shape.moe
     return {
         "num_moe_experts": moe.count,
         "moe_router_topk": moe.top_k,
         "moe_ffn_hidden_size": moe.ffn,
         "moe_router_pre_softmax": not moe.normalise or moe.top_k == 1,
-        "moe_router_dtype": "fp32",
+        "moe_router_dtype": experts.router_dtype,
         "moe_router_load_balancing_type": "none",
-        "moe_token_dispatcher_type": "alltoall",
+        "moe_token_dispatcher_type": "alltoall",  # its all-gather takes equally long rows on all ranks
         "moe_grouped_gemm": te,
         "moe_permute_fusion": te,
     }
@@ -224,7 +227,9 @@ def layer_spec(config: TransformerConfig, layers: int) -> TransformerBlockSubmod
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
 
 
-def build(shape: ModelShape, config: TransformerConfig, precision: Precision) -> list[torch.nn.Module]:
+def build(
+    shape: ModelShape, config: TransformerConfig, precision: Precision, experts: Experts | None = None
+) -> list[torch.nn.Module]:
     """This rank's model chunks, parameters not filled. In bf16 each is wrapped in Megatron's Float16Module."""
     vpp = config.virtual_pipeline_model_parallel_size
     chunks = []
@@ -251,6 +256,8 @@ def build(shape: ModelShape, config: TransformerConfig, precision: Precision) ->
             emulation.emulate(model, precision.recipe, layers_in_fp8.start + 1, layers_in_fp8.stop)
         if device.on_cuda():
             model.cuda(torch.cuda.current_device())
+        if shape.moe:
+            router.install(model, experts or Experts())
         chunks.append(Float16Module(config, model) if config.bf16 else model)
     return chunks
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from megarl.config import Parallel, Precision
 from megarl.learner.attention import PackedRow
 from megarl.learner.precision import row_multiple
+from megarl.learner.router import Routing
 from megarl.trajectory import MicroBatch, Sample
 
 
@@ -57,11 +58,13 @@ def build_row(
     cp_rank: int = 0,
     cp_size: int = 1,
     device: torch.device | None = None,
+    routed_tokens: int | None = None,
 ) -> Row:
     """Pack `samples` (whose indices in the batch are `ids`) into a row of `length` positions, this rank's part of it.
 
     Every sample is padded to `alignment.sample`; what is left is one more segment, which trains nothing.
-    `frequencies`: `attention.inverse_frequencies`, [head_dim / 2].
+    `frequencies`: `attention.inverse_frequencies`, [head_dim / 2]. `routed_tokens`: `Routing.tokens`; None where there
+    are no experts.
     """
     segments = [_up(sample.input_length, alignment.sample) for sample in samples]
     if sum(segments) < length:
@@ -70,13 +73,16 @@ def build_row(
     columns = _columns(samples, bounds, length)
     local = _zigzag(segments, cp_rank, cp_size)
     tensors = {name: torch.from_numpy(values if local is None else values[local]) for name, values in columns.items()}
-    response = tensors.pop("response")
+    response, real = tensors.pop("response"), tensors.pop("real")
     scored = (response >= 0).nonzero().squeeze(1)
     position, sequence = response[scored], tensors["sequence"][scored]
     ranges = [(i, (entries := (sequence == k).nonzero().squeeze(1)), position[entries]) for k, i in enumerate(ids)]
     cu_seqlens = torch.from_numpy(bounds.astype(np.int32))
     angles = torch.outer(tensors["positions"].float(), frequencies)[:, None]
     micro = MicroBatch(**tensors, cu_seqlens=cu_seqlens, sample_ids=list(ids))
+    routing = None
+    if routed_tokens is not None:
+        routing = Routing(torch.where(real, tensors["sequence"], -1), len(samples), routed_tokens)
     packed = PackedRow(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
@@ -89,6 +95,7 @@ def build_row(
         skip_last=len(segments) > len(samples) > 0,
         cos=angles.cos(),
         sin=angles.sin(),
+        routing=routing,
     )
     row = Row(micro, packed, scored, ranges)
     return row if device is None or device.type == "cpu" else _to(row, device)
@@ -128,7 +135,8 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 def _columns(samples: Sequence[Sample], bounds: np.ndarray, length: int) -> dict[str, np.ndarray]:
-    """The row's arrays [length], and `response`: the index of the response token predicted there, -1 where none is."""
+    """The row's arrays [length]; `response`, the index of the response token predicted there, -1 where none is; `real`,
+    where there is no padding."""
     columns = {
         "tokens": np.zeros(length, np.int64),
         "labels": np.zeros(length, np.int64),
@@ -141,6 +149,7 @@ def _columns(samples: Sequence[Sample], bounds: np.ndarray, length: int) -> dict
         "old_logprobs": np.full(length, np.nan, np.float32),
         "ref_logprobs": np.full(length, np.nan, np.float32),
         "response": np.full(length, -1, np.int64),
+        "real": np.zeros(length, bool),
     }
     for k, sample in enumerate(samples):
         start, n = bounds[k], sample.input_length
@@ -149,6 +158,7 @@ def _columns(samples: Sequence[Sample], bounds: np.ndarray, length: int) -> dict
         columns["labels"][used] = sample.token_ids[1:]
         columns["positions"][whole] = np.arange(bounds[k + 1] - start)
         columns["sequence"][whole] = k
+        columns["real"][used] = True
         scored = slice(start + sample.response_start - 1, start + n)
         columns["response"][scored] = np.arange(len(sample.token_ids) - sample.response_start)
         columns["scale"][scored] = sample.scale
@@ -178,7 +188,7 @@ def _zigzag(segments: Sequence[int], rank: int, size: int) -> np.ndarray | None:
 
 
 def _to(row: Row, device: torch.device) -> Row:
-    for part in (row.micro, row.packed):
+    for part in (row.micro, row.packed, *([row.packed.routing] if row.packed.routing else [])):
         for field in fields(part):
             value = getattr(part, field.name)
             if isinstance(value, Tensor):

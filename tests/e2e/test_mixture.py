@@ -30,9 +30,13 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize(("layout", "ranks"), [("parallel={}", 1), ("parallel={ep: 2}", 2)])
-def test_the_embedded_engine_rolls_out_a_mixture_of_experts(folder: Path, layout: str, ranks: int) -> None:
+AUXILIARY = "experts={router_load_balancing_type: seq_aux_loss, aux_loss_coeff: 0.01, z_loss_coeff: 1e-3}"
+
+
+@pytest.mark.parametrize(("more", "ranks"), [([], 1), (["parallel.ep=2", AUXILIARY], 2)])
+def test_the_embedded_engine_rolls_out_a_mixture_of_experts(folder: Path, more: list[str], ranks: int) -> None:
     """What is sampled is what is trained, also after an update that moved the weights: log-probs differ by rounding."""
-    for line in runs.run(settings(folder, layout), ranks):
+    for line in runs.run(settings(folder, *more), ranks):
+        assert ("load_balance" in line and 0.8 < line["load_balance"] < 4) == (AUXILIARY in more)
         assert line["mismatch_max"] < 1e-4 and line["tokens_trained"] > 100 and line["grad_norm"] > 0, line
         assert line["accuracy"] not in (0, 1)

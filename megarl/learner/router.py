@@ -1,0 +1,128 @@
+"""The router of a mixture of experts: Megatron's, told which row passes through it.
+
+Megatron takes its auxiliary losses over whatever a rank's micro-batch holds, padding included, and leaves it to a later
+division by a token count, which this learner does not do. Here their denominator is fixed beforehand: the input tokens
+of the whole update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
+
+from checkpoints_conv.shape import ModelShape
+from megarl.config import Experts, Settings
+from megarl.errors import UserError
+
+
+@dataclass(slots=True)
+class Routing:
+    """What the routers must know of a row."""
+
+    sequence: (
+        Tensor  # int64 [t], at this context-parallel rank's positions: the sample's index in the row; -1 = padding
+    )
+    sequences: int  # in the row
+    tokens: int  # input tokens of the whole update, over all rows and ranks
+
+
+class Router(TopKRouter):
+    """`install` makes Megatron's routers ones of these."""
+
+    options: Experts
+    row: Routing | None
+    sums: Tensor  # float32 [2]: this rank's part of the load-balancing and the z-loss since `take_losses`
+
+    def routing(self, logits: Tensor, padding_mask: None = None) -> tuple[Tensor, Tensor]:
+        """Logits [t, 1, experts] of this rank's tokens → probabilities and which experts are chosen, [t, experts]."""
+        probs, chosen = super().routing(logits)
+        options = self.options
+        if not (self.training and torch.is_grad_enabled() and options.auxiliary):
+            return probs, chosen
+        logits = logits.flatten(0, 1).float()
+        sequence = self._part(self.row.sequence)
+        real = sequence >= 0
+        balance = z = logits.new_zeros(())
+        if options.router_load_balancing_type != "none":
+            whole_row = options.router_load_balancing_type == "aux_loss"
+            groups = torch.zeros_like(sequence) if whole_row else sequence
+            balance = load_balance(
+                logits[real].softmax(-1), chosen[real], groups[real], self.row.sequences, self.topk, self.tp_cp_group
+            )
+        if options.z_loss_coeff:
+            z = logits[real].logsumexp(-1).square().sum()
+        self.sums += torch.stack([balance, z]).detach() / self.row.tokens
+        loss = (options.aux_loss_coeff * balance + options.z_loss_coeff * z) / self.row.tokens
+        return MoEAuxLossAutoScaler.apply(probs, loss), chosen
+
+    def _part(self, values: Tensor) -> Tensor:
+        """Of the row's positions, those that pass this tensor-parallel rank's router."""
+        if not self.config.sequence_parallel:
+            return values
+        return values.chunk(self.tp_group.size())[self.tp_group.rank()]
+
+
+def load_balance(
+    scores: Tensor, chosen: Tensor, groups: Tensor, count: int, top_k: int, ranks: dist.ProcessGroup
+) -> Tensor:
+    """The load-balancing loss (Switch Transformer, arXiv 2101.03961) of each group of tokens times its tokens, summed.
+
+    `scores` and `chosen` [t, E]: the softmax over all experts, and which `top_k` were taken; `groups` int64 [t], below
+    `count`. A group's loss is E times the sum over experts of the share of choices that fell on it and its mean score:
+    1 when balanced. Groups are spread over `ranks`; this is the rank's part, and the parts add up.
+    """
+    experts = scores.shape[1]
+    counts = scores.new_zeros(count, experts).index_add(0, groups, chosen.to(scores.dtype))
+    if ranks.size() > 1:
+        dist.all_reduce(counts, group=ranks)
+    tokens = counts.sum(1) / top_k
+    mass = scores.new_zeros(count, experts).index_add(0, groups, scores)
+    return (experts / top_k * (counts * mass).sum(1) / tokens.clamp(min=1)).sum()
+
+
+def check(settings: Settings, shape: ModelShape) -> None:
+    """Raise UserError, naming the setting and a valid value, for what the model's routers cannot do."""
+    experts, parallel = settings.experts, settings.parallel
+    if not shape.moe:
+        for name in ("aux_loss_coeff", "z_loss_coeff"):
+            if value := getattr(experts, name):
+                raise UserError(f"experts.{name}: {value:g}: the model has no experts; nearest valid value: 0")
+    elif parallel.tp > 1 and not parallel.sequence_parallel:
+        raise UserError(
+            f"parallel.sp: false: Megatron trains experts at tp {parallel.tp} with sequence parallelism only; "
+            "nearest valid value: true"
+        )
+
+
+def install(chunk: torch.nn.Module, options: Experts) -> None:
+    """Let the routers of a model chunk be `Router`s."""
+    for layer in chunk.decoder.layers:
+        router = layer.mlp.router
+        router.__class__ = Router
+        router.options, router.row = options, None
+        router.sums = torch.zeros(2, device=router.weight.device)
+        layer.register_forward_pre_hook(_tell, with_kwargs=True)
+
+
+def _tell(layer: torch.nn.Module, _: tuple, arguments: dict[str, Any]) -> None:
+    """Before a layer's forward pass, recomputed ones included: the router learns of the row."""
+    layer.mlp.router.row = arguments["packed_seq_params"].routing
+
+
+def take_losses(chunks: Iterable[torch.nn.Module], layers: int, group: dist.ProcessGroup) -> dict[str, float]:
+    """The auxiliary losses since the last call, means over tokens and over the model's `layers` layers. Collective."""
+    routers = [layer.mlp.router for chunk in chunks for layer in chunk.decoder.layers]
+    sums = torch.stack([router.sums for router in routers]).sum(0).cpu()
+    for router in routers:
+        router.sums.zero_()
+    if group.size() > 1:
+        dist.all_reduce(sums, group=group)
+    balance, z = (sums / layers).tolist()
+    return {"load_balance": balance, "z_loss": z}
