@@ -255,6 +255,9 @@ class Rollout(Section):
     """Largest |engine - learner| log-prob of a canary token after a weight sync; beyond it the run stops. For tokens
     below -1 nat it grows in proportion to their log-prob, as rounding does. A learner in FP8 computes the canary in
     bf16, as engines do."""
+    replay_routing: bool = False
+    """Train every token through the experts that it passed through in the rollout (mixture-of-experts models, embedded
+    engine). Takes 2 bytes a token, layer and chosen expert in every learner rank's memory."""
     early_exit: EarlyExit = EarlyExit()
     servers: Servers = Servers()
 
@@ -447,10 +450,22 @@ class Settings(Section):
                 f"experts.aux_loss_coeff: {x.aux_loss_coeff:g} with router_load_balancing_type "
                 f"{x.router_load_balancing_type}; valid: 0 with none, above 0 (e.g. 1e-3) with aux_loss or seq_aux_loss"
             )
-        if x.auxiliary and "moe" in self.parallel.recomputed:
+        replay = self.rollout.replay_routing
+        if (x.auxiliary or replay) and "moe" in self.parallel.recomputed:
             raise ValueError(
-                "parallel.recompute_modules: moe loses track of the row that experts' auxiliary losses are taken over; "
-                "take it out, or set recompute: full"
+                "parallel.recompute_modules: moe loses track of the row that auxiliary losses and replayed routing are "
+                "of; take it out, or set recompute: full"
+            )
+        if replay and not self.rollout.embedded:
+            engine = "a served local engine" if self.rollout.engine == "local" else self.rollout.engine
+            raise ValueError(
+                f"rollout.replay_routing: true, but {engine} does not report its experts; set rollout.engine: local "
+                "without servers.addresses, or false"
+            )
+        if replay and self.rollout.partial:
+            raise ValueError(
+                "rollout.replay_routing: true, but with rollout.partial one completion has the experts of several "
+                "weights; set one of them to false"
             )
         if self.optimizer.min_lr > self.optimizer.lr:
             raise ValueError(f"optimizer.min_lr: {self.optimizer.min_lr:g} is above lr; at most {self.optimizer.lr:g}")

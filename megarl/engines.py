@@ -56,6 +56,7 @@ class Engines:
                 dtype=torch.float32 if settings.precision.dtype == "fp32" else torch.bfloat16,
                 batch_slots=settings.rollout.local_batch,
                 max_length=early_exit.longest_sequence(settings),
+                keep_experts=settings.rollout.replay_routing,
             )
         elif world.is_controller:
             pool = fleet.build(settings, Vocabulary(tokenizer))

@@ -140,6 +140,7 @@ class Experience:
             advantage=c.advantage,
             sampled=c.origin == Origin.SAMPLED,
             rollout_logprobs=c.logprobs,
+            experts=c.experts,
         )
 
 

@@ -82,6 +82,11 @@ def replay(run: Path, step: int, overrides: list[str] | None, nproc: int | None)
     from megarl.bench.record import show_rows
 
     settings = config.load(run / "config.yaml", [*(overrides or []), f"run={run}"])
+    if settings.rollout.replay_routing:
+        raise UserError(
+            f"rollout.replay_routing: true: {run} does not record its rollouts' experts, so that no step can be "
+            "replayed bit by bit; add rollout.replay_routing=false to replay it through the learner's own routers"
+        )
     start = recorded.find(run, step)
     ranks = environment.read(run).get("ranks", settings.parallel.model_ranks)
     world_size = parallel.launch_info().world_size if parallel.under_launcher() else nproc or ranks

@@ -75,6 +75,7 @@ class Completion:
     probes: list[Probe] = field(default_factory=list)
     discarded_tokens: int = 0  # sampled after the step at which it exited (the marker, a continuation given up)
     text: str = ""  # decoded without the end-of-text token
+    experts: np.ndarray | None = None  # int16, see Sample; None = not asked for
 
     verdict: Verdict | None = None
     score: float = 0.0  # the grader's, 1 = right
@@ -113,6 +114,9 @@ class Sample:
     rollout_logprobs: np.ndarray | None = None  # float32 [n]; nan where inserted
     old_logprobs: np.ndarray | None = None  # float32 [n]; None = the policy's own, detached (exactly on-policy)
     ref_logprobs: np.ndarray | None = None  # float32 [n]; None = no KL term
+    # int16 [prompt + n - 1, layers, top_k]: the experts of every input in the rollout, for the learner to take too; -1
+    # where the engine was never fed the token. None = all left to the learner's router.
+    experts: np.ndarray | None = None
 
     @property
     def input_length(self) -> int:

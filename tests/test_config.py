@@ -52,6 +52,11 @@ def test_dump_is_what_was_loaded(tmp_path: Path) -> None:
         ("optimizer.min_lr=1", ["optimizer.min_lr", "at most"]),
         ("experts.aux_loss_coeff=0.1", ["experts.aux_loss_coeff", "0.1", "none", "seq_aux_loss"]),
         ("experts.router_load_balancing_type=aux_loss", ["experts.aux_loss_coeff", "aux_loss", "1e-3"]),
+        ("rollout={replay_routing: true, engine: vllm}", ["rollout.replay_routing", "vllm", "engine: local"]),
+        (
+            "rollout={replay_routing: true, servers: {addresses: ['http://a:1']}}",
+            ["rollout.replay_routing", "served", "servers.addresses"],
+        ),
         ("async_steps=1", ["algorithm.tis_cap", "async_steps 1"]),
         ("rollout={partial: true}", ["rollout.partial", "async_steps"]),
         ("seed", ["seed", "key=value"]),
@@ -66,11 +71,20 @@ def test_mistakes_are_named(tmp_path: Path, override: str, words: list[str]) -> 
     assert "\n" not in str(caught.value)
 
 
-def test_recomputed_experts_have_no_auxiliary_losses(tmp_path: Path) -> None:
+def test_recomputed_experts_have_no_auxiliary_losses_and_no_replay(tmp_path: Path) -> None:
     file = written(tmp_path, parallel={"recompute": "selective", "recompute_modules": ["mlp", "moe"]})
     config.load(file)
     with pytest.raises(UserError, match="parallel.recompute_modules: moe .*recompute: full"):
         config.load(file, ["experts.z_loss_coeff=0.1"])
+    with pytest.raises(UserError, match="parallel.recompute_modules: moe .*recompute: full"):
+        config.load(file, ["rollout.replay_routing=true"])
+
+
+def test_replayed_routing_has_no_partial_rollouts(tmp_path: Path) -> None:
+    file = written(tmp_path, async_steps=1, algorithm={"tis_cap": 2.0}, rollout={"partial": True})
+    config.load(file)
+    with pytest.raises(UserError, match="rollout.replay_routing: .*rollout.partial"):
+        config.load(file, ["rollout.replay_routing=true"])
 
 
 def test_missing_file_and_missing_settings(tmp_path: Path) -> None:

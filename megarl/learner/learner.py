@@ -89,6 +89,9 @@ class Learner:
         if settings.parallel.overlap_tp:
             user_buffers(self.config, self.alignment.row)
         chunks, self.weights = self._filled()
+        if settings.rollout.replay_routing:
+            for chunk in chunks:
+                router.replay(unwrap(chunk))
         self.models = self._distributed(chunks)
         self.optimizer = get_megatron_optimizer(self._optimizer_config(), self.models, use_gloo_process_groups=False)
         self.reference = self._frozen() if settings.algorithm.kl.coef > 0 else None

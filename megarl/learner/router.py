@@ -1,5 +1,8 @@
 """The router of a mixture of experts: Megatron's, told which row passes through it.
 
+With `rollout.replay_routing` the policy's routers take the experts that the rollout took, and weigh them by their own
+scores: rounding cannot send a token near the border between two experts to another one than in the rollout.
+
 Megatron takes its auxiliary losses over whatever a rank's micro-batch holds, padding included, and leaves it to a later
 division by a token count, which this learner does not do. Here their denominator is fixed beforehand: the input tokens
 of the whole update.
@@ -7,7 +10,7 @@ of the whole update.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +34,7 @@ class Routing:
     )
     sequences: int  # in the row
     tokens: int  # input tokens of the whole update, over all rows and ranks
+    experts: Tensor | None = None  # int16 [t, layers, top_k] to take, -1 = the router's own choice; None: nowhere given
 
 
 class Router(TopKRouter):
@@ -69,6 +73,31 @@ class Router(TopKRouter):
         return values.chunk(self.tp_group.size())[self.tp_group.rank()]
 
 
+class Replay:
+    """What Megatron calls a router replay: asked for a token's experts, it names those of the rollout."""
+
+    def __init__(self, router: Router) -> None:
+        self._router = router
+
+    def get_replay_topk(
+        self, scores: Tensor, topk: int, num_groups: int | None, group_topk: int | None, own: Callable[..., Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Scores [t, experts] → those of the `topk` experts taken, and which they are, [t, topk]."""
+        values, chosen = own(scores, topk, num_groups, group_topk)
+        router = self._router
+        if router.row.experts is None:
+            return values, chosen
+        wanted = router._part(router.row.experts[:, router.layer_number - 1]).long()
+        chosen = torch.where(wanted >= 0, wanted, chosen)
+        return scores.gather(1, chosen), chosen
+
+
+def replay(chunk: torch.nn.Module) -> None:
+    """Let a model chunk's routers take the experts that rows name."""
+    for layer in chunk.decoder.layers:
+        layer.mlp.router.router_replay = Replay(layer.mlp.router)
+
+
 def load_balance(
     scores: Tensor, chosen: Tensor, groups: Tensor, count: int, top_k: int, ranks: dist.ProcessGroup
 ) -> Tensor:
@@ -94,6 +123,8 @@ def check(settings: Settings, shape: ModelShape) -> None:
         for name in ("aux_loss_coeff", "z_loss_coeff"):
             if value := getattr(experts, name):
                 raise UserError(f"experts.{name}: {value:g}: the model has no experts; nearest valid value: 0")
+        if settings.rollout.replay_routing:
+            raise UserError("rollout.replay_routing: true: the model has no experts; nearest valid value: false")
     elif parallel.tp > 1 and not parallel.sequence_parallel:
         raise UserError(
             f"parallel.sp: false: Megatron trains experts at tp {parallel.tp} with sequence parallelism only; "

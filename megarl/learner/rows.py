@@ -82,7 +82,10 @@ def build_row(
     micro = MicroBatch(**tensors, cu_seqlens=cu_seqlens, sample_ids=list(ids))
     routing = None
     if routed_tokens is not None:
-        routing = Routing(torch.where(real, tensors["sequence"], -1), len(samples), routed_tokens)
+        experts = _experts(samples, bounds, length)
+        if experts is not None:
+            experts = torch.from_numpy(experts if local is None else experts[local])
+        routing = Routing(torch.where(real, tensors["sequence"], -1), len(samples), routed_tokens, experts)
     packed = PackedRow(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
@@ -171,6 +174,18 @@ def _columns(samples: Sequence[Sample], bounds: np.ndarray, length: int) -> dict
     if len(bounds) > len(samples) + 1:
         columns["positions"][bounds[-2] :] = np.arange(bounds[-1] - bounds[-2])
     return columns
+
+
+def _experts(samples: Sequence[Sample], bounds: np.ndarray, length: int) -> np.ndarray | None:
+    """Those of the row's positions, int16 [length, layers, top_k]; -1 where none are given. None: of no sample."""
+    shapes = {sample.experts.shape[1:] for sample in samples if sample.experts is not None}
+    if not shapes:
+        return None
+    row = np.full((length, *shapes.pop()), -1, np.int16)
+    for sample, start in zip(samples, bounds, strict=False):
+        if sample.experts is not None:
+            row[start : start + sample.input_length] = sample.experts
+    return row
 
 
 def _zigzag(segments: Sequence[int], rank: int, size: int) -> np.ndarray | None:

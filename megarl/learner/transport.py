@@ -32,7 +32,7 @@ def share(batch: Batch | None, world: World) -> Batch:
 
 def encode(batch: Batch) -> bytes:
     """As an npz archive: token arrays end to end, one entry a sample for the rest."""
-    assert {f.name for f in fields(Sample)} == {"token_ids", *PER_SAMPLE, *PER_TOKEN}
+    assert {f.name for f in fields(Sample)} == {"token_ids", "experts", *PER_SAMPLE, *PER_TOKEN}
     samples = batch.samples
     arrays = {
         "lengths": np.array([len(s.token_ids) for s in samples], np.int64),
@@ -48,6 +48,9 @@ def encode(batch: Batch) -> bytes:
         values = [getattr(s, name) for s in samples]
         arrays[f"has_{name}"] = np.array([v is not None for v in values], bool)
         arrays[name] = _joined([v for v in values if v is not None], bool if name == "sampled" else np.float32)
+    routed = [s.experts for s in samples if s.experts is not None]
+    arrays["has_experts"] = np.array([s.experts is not None for s in samples], bool)
+    arrays["experts"] = _joined(routed, np.int16)
     file = io.BytesIO()
     np.savez(file, **arrays)
     return file.getvalue()
@@ -61,9 +64,9 @@ def decode(data: bytes) -> Batch:
     tokens = np.split(arrays["token_ids"], np.cumsum(lengths)[:-1]) if len(lengths) else []
     columns = {name: arrays[name].tolist() for name in PER_SAMPLE}
     responses = lengths - arrays["response_start"] if len(lengths) else lengths
-    for name in PER_TOKEN:
+    for name, sizes in (*((name, responses) for name in PER_TOKEN), ("experts", lengths - 1)):
         has = arrays[f"has_{name}"]
-        parts = iter(np.split(arrays[name], np.cumsum(responses[has])[:-1]) if has.any() else [])
+        parts = iter(np.split(arrays[name], np.cumsum(sizes[has])[:-1]) if has.any() else [])
         columns[name] = [next(parts) if present else None for present in has]
     samples = [
         Sample(token_ids=ids, **{name: column[i] for name, column in columns.items()}) for i, ids in enumerate(tokens)

@@ -145,9 +145,19 @@ class _Layer:
 class Decoder:
     """The model and its KV cache. Tensors named [R, T] hold T new tokens for each of R sequences."""
 
-    def __init__(self, shape: Shape, device: torch.device, dtype: torch.dtype, slots: int, columns: int) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        device: torch.device,
+        dtype: torch.dtype,
+        slots: int,
+        columns: int,
+        keep_experts: bool = False,
+    ) -> None:
+        """`keep_experts`: those that each token passes through are kept in the cache."""
         self.shape, self.device, self.dtype = shape, device, dtype
-        self.cache = KVCache(shape.layers, slots, shape.groups, shape.head_dim, columns, device, dtype)
+        self._top_k = shape.experts.top_k if keep_experts and shape.experts else 0
+        self.cache = KVCache(shape.layers, slots, shape.groups, shape.head_dim, columns, device, dtype, self._top_k)
         self._layers = [_Layer(shape, device, dtype) for _ in range(shape.layers)]
         self._embedding = torch.zeros(shape.vocabulary, shape.hidden, device=device, dtype=dtype)
         self._norm = torch.zeros(shape.hidden, device=device, dtype=dtype)
@@ -228,7 +238,7 @@ class Decoder:
         bias = bias[:, None, None]  # [R, 1, 1, T, width]
         zero = bias.new_zeros(1)
         x = self._embedding[tokens.flatten()]
-        for layer, keys, values in zip(self._layers, self.cache.keys, self.cache.values, strict=True):
+        for i, (layer, keys, values) in enumerate(zip(self._layers, self.cache.keys, self.cache.values, strict=True)):
             h = F.rms_norm(x, (shape.hidden,), layer.norm1, shape.eps)
             qkv = F.linear(h, layer.qkv, layer.qkv_bias).view(R * T, H + 2 * KV, D)
             qk = qkv[:, : H + KV]
@@ -246,7 +256,9 @@ class Decoder:
             x = _add_linear(x, mixed, layer.out, layer.out_bias)
             h = F.rms_norm(x, (shape.hidden,), layer.norm2, shape.eps)
             if layer.mixture:
-                x = layer.mixture.add(x, h)
+                x, chosen = layer.mixture.add(x, h)
+                if self._top_k:
+                    self.cache.experts[rows, columns, i] = chosen.view(R, T, -1).to(torch.int16)
                 continue
             gate, up = F.linear(h, layer.gate_up, layer.gate_up_bias).chunk(2, -1)
             x = _add_linear(x, F.silu(gate) * up, layer.down, layer.down_bias)

@@ -21,6 +21,7 @@ class Draft:
         self._origin: list[Origin] = []
         self._logprobs: list[float] = []
         self._versions: list[int] = []
+        self._experts: np.ndarray | None = None  # int16 [tokens, layers, top_k] of the first tokens, prompt included
         self._version = -1  # of the newest sampled token, kept or cut
 
     def __len__(self) -> int:
@@ -40,6 +41,8 @@ class Draft:
         self.token_ids += generation.token_ids
         self._logprobs += generation.logprobs
         self._origin += [Origin.SAMPLED] * len(generation.token_ids)
+        if generation.experts is not None:
+            self._experts = generation.experts
         for span in generation.spans:
             self._version = span.version
             self._versions += [span.version] * (span.end - span.start)
@@ -57,6 +60,8 @@ class Draft:
         del self.token_ids[self._prompt + length :]
         for values in (self._logprobs, self._origin, self._versions):
             del values[length:]
+        if self._experts is not None:
+            self._experts = self._experts[: self._prompt + length]
 
     def completion(self, prompt_uid: str, index: int, finish: Finish, exit_reason: str, text: str) -> Completion:
         """The finished response."""
@@ -72,7 +77,17 @@ class Draft:
             probes=self.probes,
             discarded_tokens=self.discarded,
             text=text,
+            experts=self._inputs_experts(),
         )
+
+    def _inputs_experts(self) -> np.ndarray | None:
+        """Those of every token but the last, as in `Completion`; None where no engine was asked."""
+        if self._experts is None:
+            return None
+        inputs = len(self.token_ids) - 1
+        known = self._experts[:inputs]
+        unknown = np.full((inputs - len(known), *known.shape[1:]), -1, np.int16)
+        return np.concatenate([known, unknown])
 
     def _spans(self) -> list[Span]:
         """Runs of one weight version; inserted tokens count with what was sampled before them."""

@@ -64,6 +64,7 @@ class Plan:
             top_p=rollout.top_p,
             top_k=rollout.top_k,
             stop_token_ids=vocabulary.end_ids,
+            experts=rollout.replay_routing,
         )
         think_end = vocabulary.encode(exits.think_end)
         # Several tokens may be cut differently when sampled (">" and a line end in one token): match their text.
@@ -306,6 +307,7 @@ class _Thinker:
             seed=derive_seed(self.seed, "probe", len(self.draft.probes)),
             offset=len(question) - len(self.draft.prefix(0)),
             scratch=True,
+            experts=False,
         )
         trial = await self.engine.generate(question, sampling, self._request("probe"))
         confidence = self._confidence(trial)

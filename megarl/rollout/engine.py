@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from megarl.trajectory import Finish, Span
@@ -32,6 +33,7 @@ class Sampling:
     stop_words: tuple[str, ...] = ()  # stand-alone words of the response: no ASCII letter directly before or after
     stop_texts: tuple[str, ...] = ()  # strings anywhere in the response, inside words too
     scratch: bool = False  # the result will not be continued (a probe): an engine need not keep its cache
+    experts: bool = False  # report the experts that every token passed through
 
 
 @dataclass(slots=True)
@@ -44,6 +46,8 @@ class Generation:
     sampled token, when it begins in the response given. A token that completes several stops reports the first of:
     token id, token sequence, text or word (the one that begins first).
     `logprobs[i]` is log p(token_ids[i]) at `temperature` (at 1 where it is 0), before top-p and top-k.
+    `experts`, if asked for, int16 [tokens, layers, top_k], are those that each token of the whole sequence passed
+    through, from its first on; the newest was not an input yet.
     """
 
     token_ids: list[int]
@@ -52,6 +56,7 @@ class Generation:
     matched_stop: int | tuple[int, ...] | str | None = None
     stop_start: int | None = None
     spans: list[Span] = field(default_factory=list)
+    experts: np.ndarray | None = None
 
 
 def lineage(request_id: str) -> str:

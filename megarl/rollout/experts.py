@@ -49,8 +49,11 @@ class Mixture:
                 yield f"{prefix}.experts.{i}.{name}_proj.weight", part
             yield f"{prefix}.experts.{i}.down_proj.weight", down
 
-    def add(self, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-        """x + the experts' output for h, both [n, hidden]. The router works in float32, as the learner's does."""
+    def add(self, x: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x + the experts' output for h, both [n, hidden]; and the experts chosen, int64 [n, top_k].
+
+        The router works in float32, as the learner's does.
+        """
         experts = self.experts
         share, chosen = F.linear(h.float(), self.router.float()).softmax(-1).topk(experts.top_k, -1)  # [n, top_k]
         if experts.normalise:
@@ -64,4 +67,4 @@ class Mixture:
                 gate, up = F.linear(part, self.gate_up[i]).chunk(2, -1)
                 outputs.append(F.linear(F.silu(gate) * up, self.down[i]))
         weighted = torch.cat(outputs) * share.to(h.dtype).flatten()[order, None]
-        return x.index_add(0, tokens, weighted)
+        return x.index_add(0, tokens, weighted), chosen

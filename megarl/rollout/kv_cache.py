@@ -10,7 +10,8 @@ class KVCache:
 
     Keys are [slots, groups, head_dim, columns] and values [slots, groups, columns, head_dim]: the layouts in which both
     products of attention read memory in order. `bias` [slots, columns] is added to the scores: 0 where a sequence sees
-    the column, -inf elsewhere. Column `spare`, the last, takes what padding writes and is never read.
+    the column, -inf elsewhere. `experts` int16 [slots, columns, layers, top_k] are those that a token passed through,
+    where they are kept. Column `spare`, the last, takes what padding writes and is never read.
     """
 
     def __init__(
@@ -22,7 +23,9 @@ class KVCache:
         columns: int,
         device: torch.device,
         dtype: torch.dtype,
+        top_k: int = 0,
     ) -> None:
+        """`top_k` experts a token and layer are kept; 0 = none."""
         self.spare = columns
         self.keys = [
             torch.zeros(slots, groups, head_dim, columns + 1, device=device, dtype=dtype) for _ in range(layers)
@@ -30,6 +33,7 @@ class KVCache:
         self.values = [
             torch.zeros(slots, groups, columns + 1, head_dim, device=device, dtype=dtype) for _ in range(layers)
         ]
+        self.experts = torch.zeros(slots, columns + 1, layers, top_k, device=device, dtype=torch.int16)
         self.bias = torch.full((slots, columns + 1), float("-inf"), device=device, dtype=dtype)
         self.bias[:, 0] = 0  # an idle slot sees something: its scores stay finite
 
@@ -45,3 +49,4 @@ class KVCache:
         for keys, values in zip(self.keys, self.values, strict=True):
             keys[target, :, :, :end] = keys[source, :, :, :end]
             values[target, :, :end] = values[source, :, :end]
+        self.experts[target, :end] = self.experts[source, :end]

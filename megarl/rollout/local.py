@@ -53,14 +53,20 @@ class LocalEngine:
         dtype: torch.dtype = torch.float32,
         batch_slots: int = 64,
         max_length: int = 4096,
+        keep_experts: bool = False,
     ) -> None:
-        """`batch_slots` sequences are decoded at a time, of at most `max_length` tokens, prompt included."""
+        """`batch_slots` sequences are decoded at a time, of at most `max_length` tokens, prompt included.
+
+        `keep_experts`: requests may ask for the experts that their tokens passed through.
+        """
         shape = model if isinstance(model, Shape) else Shape.read(model)
         self.max_length = max_length
         self.version = -1
         self._vocabulary = tokenizer if isinstance(tokenizer, Vocabulary) else Vocabulary(tokenizer)
         self._device = torch.device(device)
-        self._decoder = Decoder(shape, self._device, dtype, batch_slots + 1, max_length)  # the last slot is for score()
+        # The last slot is for score().
+        self._decoder = Decoder(shape, self._device, dtype, batch_slots + 1, max_length, keep_experts)
+        self._keeps_experts = keep_experts and shape.experts is not None
         self._slots = Slots(batch_slots, max_length)
         self._stops: dict[tuple, int] = {}
         self._stop_table: list[Stops] = []
@@ -93,6 +99,8 @@ class LocalEngine:
                 f"max_length: {len(token_ids)} tokens and {sampling.max_tokens} new ones exceed the local engine's "
                 f"{self.max_length}; at least {len(token_ids) + sampling.max_tokens}"
             )
+        if sampling.experts and not self._keeps_experts:
+            raise UserError("experts: this engine keeps none; it needs keep_experts and a mixture of experts")
         if request_id in self._ids:
             raise RunError(f"local engine: request {request_id!r} is already running")
         request = _Request(np.asarray(token_ids, np.int32), sampling, self._stops_index(sampling), asyncio.Future())
@@ -233,6 +241,7 @@ class LocalEngine:
             matched_stop=match.what if match else None,
             stop_start=match.start - born if match else None,
             spans=self._spans(request, end),
+            experts=self._experts(slot) if request.sampling.experts else None,
         )
         if not np.isfinite(slots.logprobs[slot, born:end]).all():
             raise RunError("local engine: the model's logits are not finite")
@@ -257,6 +266,14 @@ class LocalEngine:
         start = request.spans[-1].end if request.spans else 0
         count = end - request.born
         return [*request.spans, Span(self.version, start, count)] if count > start else list(request.spans)
+
+    def _experts(self, slot: int) -> np.ndarray:
+        """Those that the sequence's tokens passed through, as far as they were fed; see `Generation`."""
+        slots = self._slots
+        gap, fed = int(slots.gap[slot]), int(slots.fed[slot])
+        trunk = int(slots.trunk_end[slot]) - gap  # of a branch, the tokens before it forks
+        kept = self._decoder.cache.experts[slot]
+        return (torch.cat([kept[:trunk], kept[trunk + gap : fed]]) if gap else kept[:fed]).cpu().numpy().copy()
 
     # ---- entering the batch
 

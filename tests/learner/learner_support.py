@@ -34,6 +34,7 @@ def random_samples(seed: int, count: int, vocab: int = 50) -> list[Sample]:
                 float(rng.normal()),
                 rng.random(n) < 0.7 if rng.random() < 0.5 else None,
                 *logprobs,
+                experts=rng.integers(-1, 300, (prompt + n - 1, 3, 2)).astype(np.int16) if rng.random() < 0.5 else None,
             )
         )
     return samples

@@ -25,7 +25,7 @@ def test_round_trip(seed: int, count: int, replicas: int, depth: int) -> None:
     for a, b in zip(found.samples, samples, strict=True):
         assert (a.response_start, a.scale, a.advantage) == (b.response_start, b.scale, b.advantage)
         np.testing.assert_array_equal(a.token_ids, b.token_ids)
-        for name in ("sampled", "rollout_logprobs", "old_logprobs", "ref_logprobs"):
+        for name in ("sampled", "rollout_logprobs", "old_logprobs", "ref_logprobs", "experts"):
             left, right = getattr(a, name), getattr(b, name)
             assert (left is None) == (right is None)
             if right is not None:

@@ -111,6 +111,7 @@ def test_auxiliary_losses_are_the_formulas_under_every_layout(tmp_path: Path, ra
             {"experts": {"aux_loss_coeff": 0.1, "router_load_balancing_type": "aux_loss"}},
             "aux_loss_coeff: .* no experts",
         ),
+        ("qwen3", {"rollout": {"replay_routing": True}}, "rollout.replay_routing: .* no experts.*valid value: false"),
         ("qwen3_moe", {"parallel": {"tp": 2, "sp": False}}, "parallel.sp: .*valid value: true"),
     ],
 )

@@ -45,6 +45,7 @@ def test_every_position_is_what_it_should_be(seed: int, count: int, multiple: in
             assert micro.sampled[start + t].item() == (sample.sampled is None or bool(sample.sampled[i]))
         start += -(-sample.input_length // multiple) * multiple
         assert micro.cu_seqlens[k + 1] == start
+    assert row.packed.routing is None
     assert torch.equal(row.scored, learned.nonzero().squeeze(1))
     assert not micro.scale[~learned].any()
     assert not micro.sampled[~learned].any()
@@ -78,6 +79,31 @@ def test_context_parallel_ranks_share_a_row_out(seed: int, count: int, cp: int) 
             assert (found[positions] == -1).all()
             found[positions] = part.micro.labels[part.scored[entries]]
         assert found.tolist() == sample.token_ids[sample.response_start :].tolist()
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), count=st.integers(0, 5), cp=st.sampled_from([1, 2, 4]))
+def test_routers_are_told_of_every_token(seed: int, count: int, cp: int) -> None:
+    """On every context-parallel rank each position has its token's sequence and experts; padding has neither."""
+    samples = random_samples(seed, count)
+    alignment = Alignment(2 * cp, 2 * cp)
+    length = alignment.row_length(samples)
+    real = 0
+    for rank in range(cp):
+        row = build_row(range(count), samples, length, alignment, FREQUENCIES, rank, cp, None, 77)
+        routing = row.packed.routing
+        assert (routing.sequences, routing.tokens) == (count, 77)
+        assert (routing.experts is None) == all(sample.experts is None for sample in samples)
+        for t, (sequence, k, position) in enumerate(
+            zip(routing.sequence.tolist(), row.micro.sequence.tolist(), row.micro.positions.tolist(), strict=True)
+        ):
+            there = k < count and position < samples[k].input_length
+            assert sequence == (k if there else -1)
+            real += there
+            if routing.experts is not None:
+                known = samples[k].experts if there else None
+                np.testing.assert_array_equal(routing.experts[t], -1 if known is None else known[position])
+    assert real == sum(sample.input_length for sample in samples)
 
 
 @settings(max_examples=30, deadline=None)
