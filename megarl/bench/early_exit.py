@@ -2,7 +2,8 @@
 
 The quick start's reasoner solves held-out problems, all at once. `declined` sets the threshold to 1, which no
 confidence exceeds: every probe is asked for nothing, and the thought goes on with the tokens that plain generation
-draws. `trained` is the quick start's own threshold. Each run is followed by two plain ones that make, request for
+draws. `once` is the same with one probe a completion: this model writes a marker every nine tokens, large ones every
+few hundred. `trained` is the quick start's own threshold. Each run is followed by two plain ones that make, request for
 request, as many tokens: `overhead` is against those of the completions, so that it holds the probes' own tokens;
 `machinery` against all that were decoded (completions, trial answers, and what was thrown away), so that it holds what
 stopping, forking, asking and going on cost, and not how often this model's thoughts have markers.
@@ -33,7 +34,11 @@ from megarl.rollout.local import LocalEngine
 from megarl.trajectory import Completion, Prompt, derive_seed
 
 CONFIG = Path("examples/quickstart/train.yaml")
-THRESHOLDS = {"declined": 1.0, "trained": None}
+PROBES = {
+    "declined": ["rollout.early_exit.threshold=1"],
+    "once": ["rollout.early_exit.threshold=1", "rollout.early_exit.max_probes=1"],
+    "trained": [],
+}
 
 
 def main(
@@ -48,18 +53,15 @@ def main(
     if not CONFIG.is_file():
         raise UserError(f"early_exit: {CONFIG} does not exist; run this benchmark from the repository's root")
     rows = []
-    for threshold in THRESHOLDS:
+    for probes in PROBES:
         for schedule in ("blocking", "speculative"):
             with asyncio.Runner() as runner:
-                rows.append(runner.run(_measure(schedule, threshold, batch, repeats)))
+                rows.append(runner.run(_measure(schedule, probes, batch, repeats)))
             record.publish("early_exit", rows, json, threads=torch.get_num_threads(), batch=batch)
 
 
-async def _measure(schedule: str, threshold: str, batch: int, repeats: int) -> dict[str, Any]:
-    overrides = [f"rollout.early_exit.schedule={schedule}"]
-    if (value := THRESHOLDS[threshold]) is not None:
-        overrides.append(f"rollout.early_exit.threshold={value}")
-    settings = config.load(CONFIG, overrides)
+async def _measure(schedule: str, probes: str, batch: int, repeats: int) -> dict[str, Any]:
+    settings = config.load(CONFIG, [f"rollout.early_exit.schedule={schedule}", *PROBES[probes]])
     tokenizer = load_tokenizer(settings.model.path)
     vocabulary = vocabulary_of(tokenizer, settings.model.path)
     table, _ = read_prompts(settings.data.eval, tokenizer, settings.data, setting="data.eval")
@@ -106,7 +108,7 @@ async def _measure(schedule: str, threshold: str, batch: int, repeats: int) -> d
     await engine.close()
     return {
         "schedule": schedule,
-        "probes": threshold,
+        "probes": probes,
         "overhead": _overhead(seconds["early"], seconds["same"]),
         "cpu_overhead": _overhead(cpu["early"], cpu["same"]),
         "machinery": _overhead(seconds["early"], seconds["decoded"]),

@@ -16,8 +16,9 @@ def test_declined_probes_change_nothing_but_time(tmp_path: Path, monkeypatch: py
     early_exit.main(tmp_path / "early_exit.json", batch=4, repeats=1)
     rows = json.loads((tmp_path / "early_exit.json").read_text())["rows"]
     kinds = [(row["probes"], row["schedule"]) for row in rows]
-    assert kinds == [(p, s) for p in ("declined", "trained") for s in ("blocking", "speculative")]
+    assert kinds == [(p, s) for p in ("declined", "once", "trained") for s in ("blocking", "speculative")]
     blocking, speculative = rows[:2]
     assert blocking["exits"] == speculative["exits"] == 0
     assert blocking["probes_each"] == speculative["probes_each"] > 0
     assert blocking["tokens"] == speculative["tokens"]
+    assert all(row["exits"] == 0 and row["probes_each"] <= 1 for row in rows[2:4])
