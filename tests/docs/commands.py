@@ -1,4 +1,4 @@
-"""How each command of the documentation is executed: here (test_documented.py), by another test, or not at all, and why.
+"""How each command of the documentation is executed: here (by test_documented.py), by another test, or not, and why.
 
 A run that takes minutes or hours is made short by further settings, which `more` holds: the command is the documented
 one, the work is one step of a few tokens. `run` says what stands in where a command names many nodes, or only a part of
