@@ -1,4 +1,4 @@
-"""Every setting with its type, default and documentation, read from config.py: `megarl settings`."""
+"""Every setting with its type, default and documentation, read from config/: `megarl settings`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PREFACE = """\
 # Settings
 
 One YAML file and `key=value` overrides. An unknown key is refused, and the nearest known one named. This page is what
-`megarl settings` prints, read from [config.py](../megarl/config.py); `megarl settings NAME` prints a part of it.
+`megarl settings` prints, read from [megarl/config](../megarl/config); `megarl settings NAME` prints a part of it.
 
 """
 _BOUNDS: dict[type, Sequence[tuple[str, str]]] = {

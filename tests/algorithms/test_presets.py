@@ -16,7 +16,7 @@ def switches(max_response_tokens: int = 512, updates_per_step: int = 2, **settin
 
 
 def test_the_table_has_exactly_the_presets_that_can_be_configured():
-    """Proves that no preset of config.py lacks its row, nor a row its preset."""
+    """Proves that no preset of config/algorithm.py lacks its row, nor a row its preset."""
     assert set(PRESETS) == set(get_args(config.Algorithm.model_fields["preset"].annotation))
 
 
