@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 import traceback
+import urllib.request
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -44,6 +45,8 @@ def execute(words: list[str]) -> None:
     elif words[:2] == ["python", "-m"]:
         sys.argv = rest[1:]
         runpy.run_module(rest[1], run_name="__main__", alter_sys=True)
+    elif program == "tensorboard":
+        serve_tensorboard(rest)
     else:
         if program == "torchrun":
             words = [sys.executable, "-m", "torch.distributed.run", *rest]
@@ -51,6 +54,16 @@ def execute(words: list[str]) -> None:
         done = subprocess.run(words, env=alone, capture_output=True, text=True)
         print(done.stdout, done.stderr)
         raise SystemExit(done.returncode)
+
+
+def serve_tensorboard(words: list[str]) -> None:
+    """Start its server, in a thread that ends with this process, and ask it what it serves."""
+    from tensorboard.program import TensorBoard
+
+    server = TensorBoard()
+    server.configure(argv=["tensorboard", *words])
+    with urllib.request.urlopen(f"{server.launch()}data/environment", timeout=60) as answer:
+        print(answer.read().decode())
 
 
 def become_the_only_rank() -> None:
