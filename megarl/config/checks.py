@@ -41,11 +41,11 @@ def routing(settings: Settings) -> None:
             "parallel.recompute_modules: moe loses track of the row that auxiliary losses and replayed routing are "
             "of; take it out, or set recompute: full"
         )
-    if replay and not rollout.embedded:
+    if replay and not (rollout.embedded or rollout.engine == "sglang"):
         engine = "a served local engine" if rollout.engine == "local" else rollout.engine
         raise ValueError(
-            f"rollout.replay_routing: true, but {engine} does not report its experts; set rollout.engine: local "
-            "without servers.addresses, or false"
+            f"rollout.replay_routing: true, but {engine} does not report its experts; set rollout.engine: sglang, "
+            "or local without servers.addresses, or false"
         )
     if replay and rollout.partial:
         raise ValueError(

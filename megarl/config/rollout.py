@@ -114,8 +114,8 @@ class Rollout(Section):
     below -1 nat it grows in proportion to their log-prob, as rounding does. A learner in FP8 computes the canary in
     bf16, as engines do."""
     replay_routing: bool = False
-    """Train every token through the experts that it passed through in the rollout (mixture-of-experts models, embedded
-    engine). Takes 2 bytes a token, layer and chosen expert in every learner rank's memory."""
+    """Train every token through the experts that it passed through in the rollout (mixture-of-experts models; SGLang
+    and the embedded engine). Takes 2 bytes a token, layer and chosen expert in every learner rank's memory."""
     early_exit: EarlyExit = EarlyExit()
     servers: Servers = Servers()
 

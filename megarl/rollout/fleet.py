@@ -15,6 +15,7 @@ from megarl.config import Rollout, Servers, Settings
 from megarl.errors import UserError
 from megarl.rollout import early_exit, served, sglang, vllm
 from megarl.rollout.detokenize import Vocabulary
+from megarl.rollout.in_engine import megarl_sglang
 from megarl.rollout.pool import Pool
 from megarl.rollout.remote import RemoteEngine
 from megarl.rollout.servers import Server
@@ -67,6 +68,7 @@ def build(settings: Settings, vocabulary: Vocabulary) -> Pool:
     config = json.loads((model.path / "config.json").read_text())
     transport = choose_transport(rollout, model.path, dtype_of(settings), settings.run / "weights")
     kind, *_ = ENGINES[rollout.engine]
+    routed = (config["num_hidden_layers"], config["num_experts_per_tok"]) if "num_experts_per_tok" in config else None
     places: Sequence[str | Server] = servers.addresses or [
         server(settings, i, f"{rollout.engine}-{i}") for i in range(servers.count)
     ]
@@ -77,6 +79,7 @@ def build(settings: Settings, vocabulary: Vocabulary) -> Pool:
             vocabulary,
             servers,
             vocab_size=int(config["vocab_size"]),
+            routed=routed,
             transport=transport,
             api_key=api_key_of(servers),
         )
@@ -92,6 +95,7 @@ def server(settings: Settings, index: int, name: str, port: int = 0) -> Server:
     _, command, environment = ENGINES[rollout.engine]
     flags = list(servers.flags)
     flags += ["--host", "0.0.0.0"] if port else []
+    flags += [megarl_sglang.EXPERTS_FLAG] if rollout.engine == "sglang" and rollout.replay_routing else []
     if rollout.engine == "local":
         longest = early_exit.longest_sequence(settings)
         flags += ["--slots", str(rollout.local_batch), "--max-length", str(longest)]

@@ -42,6 +42,7 @@ class Segment:
     token_ids: list[int]
     logprobs: list[float]
     finish: Literal["stop", "length", "abort"]
+    experts: np.ndarray | None = None  # as in `Generation`, of the whole sequence; None = not reported
 
 
 class Digests(Protocol):
@@ -63,11 +64,12 @@ class RemoteEngine(ABC):
         servers: Servers,
         *,
         vocab_size: int,
+        routed: tuple[int, int] | None = None,
         transport: Transport | None = None,
         api_key: str | None = None,
     ) -> None:
         """`address`: of a running server, or a `Server` that megarl starts, restarts and ends. `vocab_size`: the
-        model's; the tokenizer's may be smaller."""
+        model's; the tokenizer's may be smaller. `routed`: a mixture of experts' layers and experts chosen a token."""
         self.name = name
         self.server = address if isinstance(address, Server) else None
         self.settings = servers
@@ -78,6 +80,7 @@ class RemoteEngine(ABC):
         self._vocabulary = vocabulary
         self._stops: dict[tuple, Stops] = {}
         self._vocab_size = vocab_size
+        self._routed = routed
         self._open = asyncio.Event()  # clear while weights change
         self._open.set()
         self._segments: dict[str, asyncio.Task[Segment]] = {}  # request id → the segment in flight
@@ -233,10 +236,11 @@ class RemoteEngine(ABC):
         spans: list[Span] = []
         pending = sampling.offset > 0  # the text so far may end with a word that the next token confirms
         confirm = False
+        experts: np.ndarray | None = None
         for number in range(2 * sampling.max_tokens + 2):
             await self._open.wait()
             if request_id in self._aborted:
-                return Generation(tokens[given:], logprobs, "abort", spans=spans)
+                return Generation(tokens[given:], logprobs, "abort", spans=spans, experts=experts)
             made = len(tokens) - given
             room = 1 if confirm else sampling.max_tokens - made
             part = replace(sampling, max_tokens=room, offset=sampling.offset + made)
@@ -246,15 +250,17 @@ class RemoteEngine(ABC):
             scanned = len(tokens)
             tokens += segment.token_ids
             logprobs += segment.logprobs
+            experts = experts if segment.experts is None else segment.experts
             _mark(spans, self.version or 0, made, len(tokens) - given)
             match, end, pending = _find(stops, tokens, first, scanned, pending)
             if match is not None:
                 kept = end - given
                 spans = [Span(s.version, s.start, min(s.end, kept)) for s in spans if s.start < kept]
                 start = None if isinstance(match.what, int) else match.start - given
-                return Generation(tokens[given:end], logprobs[:kept], "stop", match.what, start, spans)
+                experts = None if experts is None else experts[: end - 1]
+                return Generation(tokens[given:end], logprobs[:kept], "stop", match.what, start, spans, experts)
             if len(tokens) - given >= sampling.max_tokens:
-                return Generation(tokens[given:], logprobs, "length", spans=spans)
+                return Generation(tokens[given:], logprobs, "length", spans=spans, experts=experts)
             if segment.finish == "abort" and self._open.is_set() and request_id not in self._aborted:
                 raise ServerError(f"{self.name}: the server aborted '{request_id}' by itself")
             confirm = pending

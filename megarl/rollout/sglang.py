@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -10,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from megarl.errors import RunError
@@ -172,12 +175,10 @@ class SGLangEngine(RemoteEngine):
         if sampling.max_tokens > 1:
             parameters["stop"] = texts
             parameters["stop_regex"] = [word_pattern(word) for word in sampling.stop_words]
-        answer = await self._post(
-            "/generate",
-            {"input_ids": token_ids, "sampling_params": parameters, "return_logprob": True, "rid": server_id},
-            f"answer '{server_id}'",
-            self.settings.attempt_deadline,
-        )
+        payload = {"input_ids": token_ids, "sampling_params": parameters, "return_logprob": True, "rid": server_id}
+        if sampling.experts:
+            payload["return_routed_experts"] = True
+        answer = await self._post("/generate", payload, f"answer '{server_id}'", self.settings.attempt_deadline)
         made = field(answer, "output_ids")
         meta = field(answer, "meta_info")
         rows = meta.get("output_token_logprobs") or []
@@ -185,7 +186,20 @@ class SGLangEngine(RemoteEngine):
         if [row[1] for row in rows] != made or finish not in ("stop", "length", "abort"):
             raise ServerError(f"{self.name}: an answer that does not add up: {len(made)} tokens, finish '{finish}'")
         self._check_version([meta.get("weight_version")] if made else [])
-        return Segment(made, [float(row[0]) for row in rows], finish)
+        experts = None
+        if sampling.experts and finish != "abort":
+            experts = self._experts(meta.get("routed_experts"), len(token_ids) + len(made) - 1)
+        return Segment(made, [float(row[0]) for row in rows], finish, experts)
+
+    def _experts(self, encoded: str | None, tokens: int) -> np.ndarray:
+        """The server's int32 [tokens, layers, top_k] in base64, as int16."""
+        if encoded is None or self._routed is None:
+            raise ServerError(f"{self.name}: reports no experts; start the server with {megarl_sglang.EXPERTS_FLAG}")
+        values = np.frombuffer(base64.b64decode(encoded), np.int32)
+        shape = (tokens, *self._routed)
+        if len(values) != math.prod(shape):
+            raise ServerError(f"{self.name}: reports {len(values)} experts, not {math.prod(shape)} = {shape}")
+        return values.reshape(shape).astype(np.int16)
 
     async def _abort(self, server_id: str) -> None:
         await self._tell("/abort_request", {"rid": server_id}, "abort a request")

@@ -1,6 +1,6 @@
 """Real SGLang and vLLM servers on the CPU: tokens, log-probs, stops, seeds, aborts, and weights that really arrive.
 
-Nothing here says anything about CUDA kernels, several tensor-parallel ranks, or mixtures of experts.
+Nothing here says anything about CUDA kernels or several tensor-parallel ranks.
 """
 
 from __future__ import annotations

@@ -207,3 +207,9 @@ def test_scores() -> None:
         assert await engine.score(prompt) == [-1.0 - 0.001 * token for token in prompt[1:]]
 
     with_fake("hello", body)
+
+
+def test_a_server_that_reports_no_experts_is_told_on() -> None:
+    """One that somebody else started without the flag for them."""
+    with pytest.raises(ServerError, match="no experts; start the server with --enable-return-routed-experts"):
+        generate("abc", experts=True)

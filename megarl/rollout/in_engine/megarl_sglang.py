@@ -10,10 +10,12 @@ from __future__ import annotations
 import logging
 import os
 import runpy
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 KEY_VARIABLE = "MEGARL_ENGINE_KEY"  # empty or absent: no key
+EXPERTS_FLAG = "--enable-return-routed-experts"
 HIDDEN = "***"
 
 
@@ -46,6 +48,17 @@ def add_to_arguments(key: str) -> None:
     server_args.prepare_server_args = prepare_with_key
 
 
+def hold_experts_in_plain_memory() -> None:
+    """SGLang keeps the experts that it reports in host memory registered with CUDA, even where there is none."""
+    import torch
+    from sglang.srt.mem_cache.pool_host import common
+
+    def plain(dims: tuple[int, ...], dtype: Any, device: str, **_: Any) -> Any:
+        return torch.empty(dims, dtype=dtype, device=device)
+
+    common.ALLOC_MEMORY_FUNCS["cpu"] = plain
+
+
 def main() -> None:
     if key := os.environ.pop(KEY_VARIABLE, ""):
         hide_in_logs(key)
@@ -53,5 +66,7 @@ def main() -> None:
     runpy.run_module("sglang.launch_server", run_name="__main__")
 
 
-if __name__ == "__main__":  # SGLang's other processes import this file too
+if __name__ == "__main__":  # SGLang's other processes import this file too, by another name
     main()
+elif __name__ == "__mp_main__" and EXPERTS_FLAG in sys.argv and "cpu" in sys.argv:
+    hold_experts_in_plain_memory()
