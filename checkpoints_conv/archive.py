@@ -1,4 +1,4 @@
-"""Tensors as torch.save writes them, at any place of a file: mapped one by one, written without copies in between.
+"""Tensors as torch.save writes them, at any place of a file: described one by one, written as they are read.
 
 torch.save's archive is a zip file: records that describe the tensor, one record that is its bytes, a directory. All but
 the bytes depends on type and shape only, so torch.save makes it once for each type and shape.
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from checkpoints_conv.tensor_io import mapped, pwrite, tensor_bytes
+from checkpoints_conv.tensor_io import describe, pwrite, write
 from megarl.errors import UserError
 
 ALIGNMENT = 64  # bytes, of an archive in its file; the tensor's bytes are aligned like this in the archive
@@ -45,7 +45,7 @@ class ArchiveWriter:
         frame = self._frame(first.dtype, shape)
         end = pwrite(fd, memoryview(frame.head), start)
         for block in (first, *rest):
-            end = pwrite(fd, tensor_bytes(block), end)
+            end = write(fd, block, end)
         return pwrite(fd, memoryview(frame.tail), end)
 
     def _frame(self, dtype: torch.dtype, shape: tuple[int, ...]) -> Frame:
@@ -64,14 +64,14 @@ class ArchiveWriter:
 
 
 def read_archive(path: Path, start: int, length: int) -> Tensor:
-    """The tensor of the archive in bytes [start, start + length) of a file; UserError when it is damaged."""
+    """The description of the tensor in the archive in bytes [start, start + length); UserError when it is damaged."""
     try:
         with open(path, "rb", buffering=0) as file:
             tensor = described(io.BufferedReader(_Window(file, start, length)))
     except (RuntimeError, pickle.UnpicklingError, EOFError) as e:
         reason = str(e).splitlines()[0]
         raise UserError(f"{path}: damaged at byte {start} ({reason})") from None
-    return filled(tensor, path, start)
+    return placed(tensor, path, start)
 
 
 def described(archive: Any, **options: Any) -> Any:
@@ -84,17 +84,9 @@ def data_start(tensor: Tensor) -> int:
     return tensor.untyped_storage()._checkpoint_offset
 
 
-def filled(tensor: Tensor, path: Path, start: int = 0) -> Tensor:
-    """A `described` tensor with its data: mapped from the archive at byte `start` of a file.
-
-    Only what lies between its first value and its last: the storage may be that of many tensors.
-    """
-    sides = list(zip(tensor.shape, tensor.stride(), strict=True))
-    count = 1 + sum((size - 1) * stride for size, stride in sides) if tensor.numel() else 0
-    first = start + data_start(tensor) + tensor.storage_offset() * tensor.dtype.itemsize
-    with open(path, "rb", buffering=0) as file:
-        flat = mapped(file.fileno(), path, tensor.dtype, (count,), first)
-    return flat.as_strided(tensor.shape, tensor.stride())
+def placed(tensor: Tensor, path: Path, start: int = 0) -> Tensor:
+    """A `described` tensor that knows where it lies: in the archive at byte `start` of a file."""
+    return describe(tensor, path, start + data_start(tensor))
 
 
 class _Window(io.RawIOBase):

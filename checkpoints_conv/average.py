@@ -11,6 +11,7 @@ from torch import Tensor
 from checkpoints_conv.checkpoint import Checkpoint
 from checkpoints_conv.rules import Rule
 from checkpoints_conv.shape import ModelShape
+from checkpoints_conv.tensor_io import loaded
 from megarl.errors import UserError
 
 
@@ -42,12 +43,9 @@ class Average:
         total: dict[str, Tensor] = {}
         for member in self.members:
             for name, tensor in member.parts(rule).items():
-                total[name] = total[name].add_(tensor) if name in total else tensor.to(torch.float32, copy=True)
+                values = loaded(tensor)
+                total[name] = total[name].add_(values) if name in total else values.to(torch.float32, copy=True)
         return {name: tensor.div_(len(self.members)).to(self.dtype(rule)) for name, tensor in total.items()}
 
     def files(self) -> list[Path]:
         return [file for member in self.members for file in member.files()]
-
-    def close(self) -> None:
-        for member in self.members:
-            member.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from checkpoints_conv.layout import Layout
 from checkpoints_conv.rules import Rule
 from checkpoints_conv.shape import ModelShape
+from checkpoints_conv.tensor_io import Joined, Values
 from megarl.config import load as load_settings
 from megarl.errors import UserError
 
@@ -38,15 +39,16 @@ class Checkpoint(Protocol):
         """The type that the parts of `rule` are stored in; UserError if they differ."""
         ...
 
-    def parts(self, rule: Rule) -> Mapping[str, Tensor]:
-        """The Hugging Face tensors of `rule`, unsharded and unpadded. Rules of either layer spec may be asked for."""
+    def parts(self, rule: Rule) -> Mapping[str, Values]:
+        """The Hugging Face tensors of `rule`, unsharded and unpadded; where they lie in files, described.
+
+        Rules of either layer spec may be asked for.
+        """
         ...
 
     def files(self) -> list[Path]:
         """The files that hold the weights."""
         ...
-
-    def close(self) -> None: ...
 
 
 def open_checkpoint(path: Path, config: Path | None = None, allow_pickle: bool = False) -> Checkpoint:
@@ -69,6 +71,17 @@ def open_checkpoint(path: Path, config: Path | None = None, allow_pickle: bool =
     if config is not None:
         raise UserError(f"{path}: is no Megatron checkpoint (no .metadata, no mp_rank_00*), so config does not apply")
     return HfWeights(path, allow_pickle=allow_pickle)
+
+
+def parts_of(rule: Rule, shards: Sequence[Tensor]) -> dict[str, Values]:
+    """The Hugging Face tensors in the shards of a Megatron tensor."""
+    if rule.partition == 1 and len(shards) > 1:
+        return {rule.hf[0]: Joined(shards, 1)}
+    found: dict[str, list[Tensor]] = {name: [] for name in rule.hf}
+    for rank, shard in enumerate(shards):
+        for name, blocks in rule.rows_of(shard, rank, len(shards)).items():
+            found[name].extend(blocks)
+    return {name: blocks[0] if len(blocks) == 1 else Joined(blocks) for name, blocks in found.items()}
 
 
 def megatron_folders(path: Path) -> list[Path]:

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from checkpoints_conv.archive import data_start, described, filled
-from checkpoints_conv.checkpoint import RELEASE, TRACKER, megatron_arguments, megatron_folders
+from checkpoints_conv.archive import data_start, described, placed
+from checkpoints_conv.checkpoint import RELEASE, TRACKER, megatron_arguments, megatron_folders, parts_of
 from checkpoints_conv.families import rules
 from checkpoints_conv.layout import Layout, chunks, local_rules, padded_vocab
 from checkpoints_conv.rules import Rule, Spec
 from checkpoints_conv.shape import ModelShape, read_shape
-from checkpoints_conv.tensor_io import pwrite, tensor_bytes
+from checkpoints_conv.tensor_io import Values, bands, in_one_piece, pwrite, tensor_bytes
 from checkpoints_conv.unit import Unit
 from megarl.errors import UserError
 
@@ -63,7 +63,7 @@ class Classic:
     """The model weights of a classic checkpoint, put together from the files of all ranks (a `Checkpoint`).
 
     Layout and layer spec are read off the files. Opening reads what describes the tensors (nothing but tensors and
-    arguments is unpickled); each tensor is mapped when it is asked for.
+    arguments is unpickled); what a tensor holds is read when it is asked for.
     """
 
     format = "Megatron classic"
@@ -106,15 +106,12 @@ class Classic:
     def dtype(self, rule: Rule) -> torch.dtype:
         return self._described(rule)[0][1].dtype
 
-    def parts(self, rule: Rule) -> dict[str, Tensor]:
+    def parts(self, rule: Rule) -> dict[str, Values]:
         own = self._own[rule.hf]
-        return own.split(own.unshard([filled(tensor, path) for path, tensor in self._described(rule)]))
+        return parts_of(own, [placed(tensor, path) for path, tensor in self._described(rule)])
 
     def files(self) -> list[Path]:
         return self._paths
-
-    def close(self) -> None:
-        """Files are opened for each read only."""
 
     def _described(self, rule: Rule) -> list[tuple[Path, Tensor]]:
         """Each shard's file, and the shard without its data."""
@@ -172,21 +169,41 @@ class ClassicWriter:
                 for name, tensor in tensors.items():
                     self._starts[Place(rank, chunk, name)] = data_start(tensor)
 
-    def write(self, unit: Unit, tensors: Iterable[tuple[Rule, Mapping[str, Tensor]]]) -> list:
+    def write(self, unit: Unit, tensors: Iterable[tuple[Rule, Mapping[str, Values]]]) -> list:
         touched: set[Rank] = set()
-        for rule, parts in tensors:
+        for rule, values in tensors:
+            parts = {name: in_one_piece(part) for name, part in values.items()}
             shards = self._places[rule.megatron]
-            for number, held in enumerate(shards):
-                pieces = {name: parts[name][index] for name, index in rule.slices(number, len(shards)).items()}
-                offset = 0  # of the shard's rows; padding stays a hole in the file, which reads as zeros
-                for block in map(tensor_bytes, rule.blocks(pieces, len(shards))):
-                    for place in held:
-                        pwrite(self._fds[place.rank], block, self._starts[place] + offset)
-                    offset += len(block)
-                touched.update(place.rank for place in held)
+            if rule.partition == 1:
+                self._write_columns(shards, *parts.values())
+            else:
+                self._write_rows(shards, rule, parts)
+            touched.update(place.rank for held in shards for place in held)
         for rank in touched:
             os.fdatasync(self._fds[rank])  # now, while other threads read
         return []
+
+    def _write_rows(self, shards: list[list[Place]], rule: Rule, parts: Mapping[str, Tensor]) -> None:
+        for number, held in enumerate(shards):
+            pieces = {name: parts[name][index] for name, index in rule.slices(number, len(shards)).items()}
+            offset = 0  # of the shard's rows; padding stays a hole in the file, which reads as zeros
+            for block in rule.blocks(pieces, len(shards)):
+                for band in bands(block):
+                    offset = self._write_at(held, band, offset)
+
+    def _write_columns(self, shards: list[list[Place]], part: Tensor) -> None:
+        """Each band of rows goes to all shards, so that it is read once."""
+        offset = 0
+        for band in bands(part):
+            for held, columns in zip(shards, band.chunk(len(shards), 1), strict=True):
+                end = self._write_at(held, columns, offset)
+            offset = end
+
+    def _write_at(self, held: list[Place], values: Tensor, offset: int) -> int:
+        data = tensor_bytes(values)
+        for place in held:
+            pwrite(self._fds[place.rank], data, self._starts[place] + offset)
+        return offset + len(data)
 
     def finish(self, units: list[Unit], records: Mapping[int, list]) -> None:
         (self._folder / TRACKER).write_text(RELEASE)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -19,6 +17,7 @@ from checkpoints_conv.families import rules
 from checkpoints_conv.hf import HfWriter
 from checkpoints_conv.layout import Layout
 from checkpoints_conv.rules import Spec
+from checkpoints_conv.tensor_io import loaded
 from checkpoints_conv.torch_dist import TorchDistWriter
 from checkpoints_conv.unit import Writer
 from checkpoints_conv.verify import Comparison, compare, misplaced
@@ -39,12 +38,12 @@ def hf_to_megatron(
     allow_pickle: bool = False,
 ) -> None:
     """Convert a model folder to torch_dist, checked to load under `layout`, or to classic files of `layout`."""
-    with opened(open_checkpoint(source, allow_pickle=allow_pickle)) as checkpoint:
-        layout.check(checkpoint.model)
-        writer: Writer = TorchDistWriter(checkpoint.model)
-        if classic:
-            writer = ClassicWriter(checkpoint.model, layout, spec)
-        run(plan(checkpoint, writer, destination, DTYPES[dtype] if dtype else None), workers, dry_run)
+    checkpoint = open_checkpoint(source, allow_pickle=allow_pickle)
+    layout.check(checkpoint.model)
+    writer: Writer = TorchDistWriter(checkpoint.model)
+    if classic:
+        writer = ClassicWriter(checkpoint.model, layout, spec)
+    run(plan(checkpoint, writer, destination, DTYPES[dtype] if dtype else None), workers, dry_run)
 
 
 def megatron_to_hf(
@@ -57,9 +56,9 @@ def megatron_to_hf(
     dry_run: bool = False,
 ) -> None:
     """Convert a Megatron checkpoint of either format and any layout to a model folder."""
-    with opened(open_checkpoint(source, config)) as checkpoint:
-        writer = HfWriter(checkpoint.model, shard_bytes)
-        run(plan(checkpoint, writer, destination, DTYPES[dtype] if dtype else None), workers, dry_run)
+    checkpoint = open_checkpoint(source, config)
+    writer = HfWriter(checkpoint.model, shard_bytes)
+    run(plan(checkpoint, writer, destination, DTYPES[dtype] if dtype else None), workers, dry_run)
 
 
 def reshard(
@@ -72,15 +71,13 @@ def reshard(
     dry_run: bool = False,
 ) -> None:
     """Convert any checkpoint to classic files of another layout."""
-    with opened(open_checkpoint(source, config)) as checkpoint:
-        run(plan(checkpoint, ClassicWriter(checkpoint.model, layout, spec), destination), workers, dry_run)
+    checkpoint = open_checkpoint(source, config)
+    run(plan(checkpoint, ClassicWriter(checkpoint.model, layout, spec), destination), workers, dry_run)
 
 
 def verify(a: Path, b: Path, config: Path | None = None) -> bool:
     """Compare two checkpoints bit by bit, print what differs, and say whether they are equal."""
-    with ExitStack() as stack:
-        first, second = (stack.enter_context(opened(_open(path, config))) for path in (a, b))
-        compared = list(compare(first, second))
+    compared = list(compare(_open(a, config), _open(b, config)))
     differing = [c for c in compared if not c.equal]
     console = _wide_console()
     if differing:
@@ -98,26 +95,25 @@ def inspect(source: Path, config: Path | None = None) -> None:
     """Print every tensor's name, Megatron name, shape, type, bytes and norm, and the sums."""
     table = Table("tensor", "Megatron", "shape", "type", "bytes", "norm")
     count = total = 0
-    with opened(open_checkpoint(source, config)) as checkpoint:
-        checkpoint.check_whole()
-        for rule in (rule for rule in rules(checkpoint.model) if not rule.copy):
-            for name, tensor in checkpoint.parts(rule).items():
-                kind, norm = str(tensor.dtype).removeprefix("torch."), tensor.float().norm().item()
-                table.add_row(name, rule.megatron, str(list(tensor.shape)), kind, f"{tensor.nbytes:,}", f"{norm:.6g}")
-                count, total = count + 1, total + tensor.nbytes
-        console = _wide_console()
-        console.print(table)
-        console.print(
-            f"{source}: {checkpoint.format}, {checkpoint.model.family}, {checkpoint.model.parameters:,} parameters in "
-            f"{count} tensors, {total:,} bytes in {len(checkpoint.files())} files"
-        )
+    checkpoint = open_checkpoint(source, config)
+    checkpoint.check_whole()
+    for rule in (rule for rule in rules(checkpoint.model) if not rule.copy):
+        for name, values in checkpoint.parts(rule).items():
+            tensor = loaded(values)
+            kind, norm = str(tensor.dtype).removeprefix("torch."), tensor.float().norm().item()
+            table.add_row(name, rule.megatron, str(list(tensor.shape)), kind, f"{tensor.nbytes:,}", f"{norm:.6g}")
+            count, total = count + 1, total + tensor.nbytes
+    console = _wide_console()
+    console.print(table)
+    console.print(
+        f"{source}: {checkpoint.format}, {checkpoint.model.family}, {checkpoint.model.parameters:,} parameters in "
+        f"{count} tensors, {total:,} bytes in {len(checkpoint.files())} files"
+    )
 
 
 def compare_all(a: Path, b: Path, config: Path | None = None) -> None:
     """Print how far every tensor of two checkpoints is from the other."""
-    with ExitStack() as stack:
-        first, second = (stack.enter_context(opened(_open(path, config))) for path in (a, b))
-        compared = list(compare(first, second))
+    compared = list(compare(_open(a, config), _open(b, config)))
     console = _wide_console()
     console.print(difference_table(compared))
     furthest = max(compared, key=lambda c: c.max_difference)
@@ -131,10 +127,8 @@ def average(
     sources: list[Path], destination: Path, config: Path | None = None, workers: int = 2, dry_run: bool = False
 ) -> None:
     """Write the mean of checkpoints of one model as a model folder."""
-    with ExitStack() as stack:
-        members = [stack.enter_context(opened(_open(path, config))) for path in sources]
-        mean = Average(members)
-        run(plan(mean, HfWriter(mean.model), destination), workers, dry_run)
+    mean = Average([_open(path, config) for path in sources])
+    run(plan(mean, HfWriter(mean.model), destination), workers, dry_run)
 
 
 def parse_layout(words: list[str]) -> Layout:
@@ -177,15 +171,6 @@ def difference_table(differing: list[Comparison]) -> Table:
         row = (c.name, c.megatron, str(list(c.shape)), f"{c.differing:,}", f"{c.max_difference:.3g}")
         table.add_row(*row, guesses.get(c.name, ""))
     return table
-
-
-@contextmanager
-def opened(checkpoint: Checkpoint) -> Iterator[Checkpoint]:
-    """The checkpoint, closed at the end."""
-    try:
-        yield checkpoint
-    finally:
-        checkpoint.close()
 
 
 def _wide_console() -> Console:

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from checkpoints_conv.checkpoint import Checkpoint
 from checkpoints_conv.rules import Rule
+from checkpoints_conv.tensor_io import Values, loaded
 from checkpoints_conv.unit import Unit, Writer, units_of
 from megarl.errors import UserError
 
@@ -67,8 +67,9 @@ def plan(source: Checkpoint, writer: Writer, destination: Path, dtype: torch.dty
 def convert(plan: Plan, workers: int = 2, advance: Callable[[int], None] = lambda nbytes: None) -> int:
     """Run the plan; returns how many units an earlier, interrupted run had already written.
 
-    Memory: each of the `workers` threads holds a few times the largest tensor. `advance` is told the bytes of each
-    tensor done. Interrupted at any point, nothing exists at the destination, and the next run takes up what is there.
+    Memory: each of the `workers` threads holds a few bands of rows, and a tensor where its type changes. `advance` is
+    told the bytes of each tensor done. Interrupted at any point, nothing exists at the destination, and the next run
+    takes up what is there.
     """
     plan.partial.mkdir(parents=True, exist_ok=True)
     with _journal(plan) as journal, _disk_errors(plan):
@@ -87,7 +88,7 @@ def convert(plan: Plan, workers: int = 2, advance: Callable[[int], None] = lambd
         finally:
             plan.writer.close()
         _copy_companions(plan)
-        _sync(plan.partial)
+        sync(plan.partial)
         journal.remove()
     if plan.destination.exists():
         plan.destination.rmdir()
@@ -95,9 +96,10 @@ def convert(plan: Plan, workers: int = 2, advance: Callable[[int], None] = lambd
     return len(done)
 
 
-def _tensors(plan: Plan, unit: Unit, advance: Callable[[int], None]) -> Iterator[tuple[Rule, Mapping[str, Tensor]]]:
+def _tensors(plan: Plan, unit: Unit, advance: Callable[[int], None]) -> Iterator[tuple[Rule, Mapping[str, Values]]]:
     for rule, dtype in unit.items():
-        yield rule, {name: tensor.to(dtype) for name, tensor in plan.source.parts(rule).items()}
+        parts = plan.source.parts(rule)
+        yield rule, {name: t if t.dtype == dtype else loaded(t).to(dtype) for name, t in parts.items()}
         advance(sum(tensor_size(part.shape) for part in rule.parts) * dtype.itemsize)
 
 
@@ -108,7 +110,8 @@ def tensor_size(shape: tuple[int, ...]) -> int:
 def _run(work: Callable[[Unit], None], units: list[Unit], workers: int) -> None:
     """`work` on each unit in threads; the first failure stops the rest and is raised."""
     with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(work, unit) for unit in units]
+        # Largest first, so that no thread is left with one alone at the end.
+        futures = [pool.submit(work, unit) for unit in sorted(units, key=lambda unit: -unit.nbytes)]
         try:
             finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
         finally:
@@ -197,7 +200,7 @@ def _set_dtype(config: Path, dtype: torch.dtype) -> None:
         config.write_text(json.dumps({**values, key: name}, indent=2) + "\n")
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
     """Make sure that what is about to get its final name is on the disk."""
     for path in (*folder.rglob("*"), folder):
         fd = os.open(path, os.O_RDONLY)

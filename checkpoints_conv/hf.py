@@ -11,11 +11,13 @@ from threading import Lock
 import torch
 from torch import Tensor
 
+from checkpoints_conv.archive import described, placed
 from checkpoints_conv.families import rules
 from checkpoints_conv.layout import Layout
 from checkpoints_conv.rules import Rule
-from checkpoints_conv.safetensors_file import SafetensorsFile, SafetensorsWriter
+from checkpoints_conv.safetensors_file import SafetensorsWriter, described_tensors
 from checkpoints_conv.shape import ModelShape, read_shape
+from checkpoints_conv.tensor_io import Values, loaded
 from checkpoints_conv.unit import Unit
 from megarl.errors import UserError, nearest
 
@@ -24,48 +26,42 @@ PICKLED_INDEX, PICKLED_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.b
 
 
 class HfWeights:
-    """The weights of one model folder (a `Checkpoint`). Files are opened when first needed, and read by slices."""
+    """The weights of one model folder (a `Checkpoint`). What is in a file is looked up when first needed."""
 
     format = "Hugging Face"
 
     def __init__(self, folder: Path, allow_pickle: bool = False) -> None:
         self.folder = folder
-        self._opened: dict[str, SafetensorsFile | PickledFile] = {}
+        self._files: dict[str, dict[str, Tensor]] = {}  # file name → its tensors, described
         self._lock = Lock()
-        self.names = _index(folder, allow_pickle, self._open)  # tensor name → file name
-
-    def __enter__(self) -> HfWeights:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        self.names = _index(folder, allow_pickle, self._in_file)  # tensor name → file name
 
     @cached_property
     def model(self) -> ModelShape:
         return read_shape(self.folder)
 
-    def tensor_shape(self, name: str) -> tuple[int, ...]:
-        return self._file(name).entries[name].shape
-
-    def tensor_dtype(self, name: str) -> torch.dtype:
-        return self._file(name).entries[name].dtype
-
-    def read(self, name: str, index: tuple[slice, ...] | None = None) -> Tensor:
-        """The tensor, or the part of it that `index` selects; rows outside it are not read from disk."""
-        return self._file(name).read(name, index)
+    def tensor(self, name: str) -> Tensor:
+        """The tensor's description."""
+        if name not in self.names:
+            raise UserError(f"{self.folder}: tensor {name} is missing{nearest(name, self.names)[:200]}")
+        tensors = self._in_file(self.names[name])
+        if name not in tensors:
+            path = self.folder / self.names[name]
+            raise UserError(f"{path}: tensor {name} is missing, though the index lists it there")
+        return tensors[name]
 
     def parts(self, rule: Rule) -> dict[str, Tensor]:
-        return {name: self.read(name) for name in rule.hf}
+        return {name: self.tensor(name) for name in rule.hf}
 
     def dtype(self, rule: Rule) -> torch.dtype:
         first, *rest = rule.hf
         for name in rest:
-            if self.tensor_dtype(name) != self.tensor_dtype(first):
+            if self.tensor(name).dtype != self.tensor(first).dtype:
                 raise UserError(
-                    f"{name}: is {self.tensor_dtype(name)} but {first} is {self.tensor_dtype(first)}, and both go into "
+                    f"{name}: is {self.tensor(name).dtype} but {first} is {self.tensor(first).dtype}, and both go into "
                     f"{rule.megatron}; choose one type with --dtype"
                 )
-        return self.tensor_dtype(first)
+        return self.tensor(first).dtype
 
     def check_whole(self) -> None:
         self.check(rules(self.model))
@@ -74,9 +70,9 @@ class HfWeights:
         """Raise UserError unless the folder holds exactly the tensors of `rules`, each in its shape."""
         parts = {part.name: (part, rule) for rule in rules for part in rule.parts}
         for name, (part, rule) in parts.items():
-            if self.tensor_shape(name) != part.shape:
+            if self.tensor(name).shape != part.shape:
                 raise UserError(
-                    f"{name}: shape {list(self.tensor_shape(name))} on disk, {list(part.shape)} by the rule of "
+                    f"{name}: shape {list(self.tensor(name).shape)} on disk, {list(part.shape)} by the rule of "
                     f"{rule.megatron}"
                 )
         extra = self.names.keys() - parts.keys()
@@ -91,42 +87,12 @@ class HfWeights:
     def files(self) -> list[Path]:
         return [self.folder / name for name in sorted(set(self.names.values()))]
 
-    def close(self) -> None:
-        for file in self._opened.values():
-            file.close()
-        self._opened.clear()
-
-    def _file(self, name: str) -> SafetensorsFile | PickledFile:
-        if name not in self.names:
-            raise UserError(f"{self.folder}: tensor {name} is missing{nearest(name, self.names)[:200]}")
-        file = self._open(self.names[name])
-        if name not in file.entries:
-            raise UserError(f"{file.path}: tensor {name} is missing, though the index lists it there")
-        return file
-
-    def _open(self, file: str) -> SafetensorsFile | PickledFile:
+    def _in_file(self, name: str) -> dict[str, Tensor]:
         with self._lock:
-            if file not in self._opened:
-                kind = SafetensorsFile if file.endswith(".safetensors") else PickledFile
-                self._opened[file] = kind(self.folder / file)
-            return self._opened[file]
-
-
-class PickledFile:
-    """A `*.bin` file of tensors, mapped into memory; only tensors are unpickled, nothing in it is run."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self.entries: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as e:  # torch.load raises many kinds; all mean that this is not a file of tensors
-            raise UserError(f"{path}: not a file of tensors ({str(e).splitlines()[0]})") from None
-
-    def read(self, name: str, index: tuple[slice, ...] | None = None) -> Tensor:
-        return self.entries[name][index or ...].clone()
-
-    def close(self) -> None:
-        self.entries = {}
+            if name not in self._files:
+                read = described_tensors if name.endswith(".safetensors") else _pickled_tensors
+                self._files[name] = read(self.folder / name)
+            return self._files[name]
 
 
 class HfWriter:
@@ -161,10 +127,10 @@ class HfWriter:
             self._files |= {unit.index: file for unit in shard}
         self._total = self.nbytes(units)
 
-    def write(self, unit: Unit, tensors: Iterable[tuple[Rule, Mapping[str, Tensor]]]) -> list:
+    def write(self, unit: Unit, tensors: Iterable[tuple[Rule, Mapping[str, Values]]]) -> list:
         for _, parts in tensors:
-            for name, tensor in parts.items():
-                self._files[unit.index].write(name, tensor)
+            for name, values in parts.items():
+                self._files[unit.index].write(name, values)
         self._files[unit.index].sync()  # now, while other threads read
         return []
 
@@ -189,7 +155,7 @@ def load_shards(
     for name, rule in rules.items():
         size = layout.shards(rule)
         rank = tp_rank if rule.expert is None or expert_tp_rank is None else expert_tp_rank
-        pieces = {hf: weights.read(hf, index) for hf, index in rule.slices(rank, size).items()}
+        pieces = {hf: loaded(weights.tensor(hf)[index]) for hf, index in rule.slices(rank, size).items()}
         yield name, rule.fuse(pieces, size)
 
 
@@ -209,7 +175,7 @@ def _index(folder: Path, allow_pickle: bool, opener: Callable) -> dict[str, str]
         )
     if not files:
         raise UserError(f"{folder}: holds no *.safetensors")
-    return {name: file for file in files for name in opener(file).entries}
+    return {name: file for file in files for name in opener(file)}
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -221,3 +187,11 @@ def _weight_map(index: Path) -> dict[str, str]:
         if Path(file).name != file:
             raise UserError(f"{index}: weight_map: {file!r} is not a file of this folder")
     return found
+
+
+def _pickled_tensors(path: Path) -> dict[str, Tensor]:
+    """Name → description, of a `*.bin` file; only tensors are unpickled, nothing in it is run."""
+    try:
+        return {name: placed(tensor, path) for name, tensor in described(path).items()}
+    except Exception as e:  # torch.load raises many kinds; all mean that this is not a file of tensors
+        raise UserError(f"{path}: not a file of tensors ({str(e).splitlines()[0]})") from None

@@ -102,6 +102,16 @@ class Rule:
         groups = self._groups(size)
         return [rows for group in zip(*(piece.chunk(groups) for piece in pieces), strict=True) for rows in group]
 
+    def rows_of(self, shard: Tensor, rank: int = 0, size: int = 1) -> dict[str, Sequence[Tensor]]:
+        """The rows of each part in shard `rank` of `size`, as views of it one after another; the inverse of `blocks`.
+
+        Padding is left out.
+        """
+        groups = self._groups(size)
+        heights = {name: (i[0].stop - i[0].start) // groups for name, i in self.slices(rank, size).items()}
+        blocks = shard[: groups * sum(heights.values())].split([*heights.values()] * groups)
+        return {name: blocks[number :: len(heights)] for number, name in enumerate(heights)}
+
     def split(self, full: Tensor) -> dict[str, Tensor]:
         """The Hugging Face tensors inside a full Megatron tensor, padding cut off. Views where possible."""
         return {

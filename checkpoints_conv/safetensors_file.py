@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints_conv.tensor_io import mapped, pwrite, tensor_bytes
+from checkpoints_conv.tensor_io import Values, describe, pwrite, write
 from megarl.errors import UserError
 
 DTYPES = {
@@ -38,71 +37,32 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 HEADER_LIMIT = 100_000_000  # bytes, as in the library
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One tensor of a file; `start` counts from the beginning of the file."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
-
-
-class SafetensorsFile:
-    """A file open for reading; safe to share between threads. UserError unless it is whole and well-formed."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self._fd = os.open(path, os.O_RDONLY)
-        except OSError as e:
-            raise UserError(f"{path}: {e.strerror}") from None
-        try:
-            self.entries = self._read_header()
-        except BaseException:
-            os.close(self._fd)
-            raise
-
-    def read(self, name: str, index: tuple[slice, ...] | None = None) -> Tensor:
-        """The tensor, or the part that `index` (one slice a dim, step 1) selects. Rows outside it are not read.
-
-        Mapped: it stays valid after `close`, and its memory is given back with it.
-        """
-        entry = self.entries[name]
-        if index is None or not entry.shape:
-            return mapped(self._fd, self.path, entry.dtype, entry.shape, entry.start)
-        rows, *columns = (range(*i.indices(n)) for i, n in zip(index, entry.shape, strict=True))
-        row_bytes = prod(entry.shape[1:]) * entry.dtype.itemsize
-        shape, start = (len(rows), *entry.shape[1:]), entry.start + rows.start * row_bytes
-        block = mapped(self._fd, self.path, entry.dtype, shape, start)
-        return block[(slice(None), *(slice(c.start, c.stop) for c in columns))]
-
-    def close(self) -> None:
-        os.close(self._fd)
-
-    def _read_header(self) -> dict[str, Entry]:
-        size = os.fstat(self._fd).st_size
-        length = int.from_bytes(os.pread(self._fd, 8, 0), "little")
-        if not 2 <= length <= min(HEADER_LIMIT, size - 8):
-            raise UserError(f"{self.path}: not a safetensors file, or truncated inside its header")
-        try:
-            header = json.loads(os.pread(self._fd, length, 8))
-            header.pop("__metadata__", None)
-            entries, end = {}, 0
-            for name, fact in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-                entry = Entry(DTYPES[fact["dtype"]], tuple(fact["shape"]), 8 + length + fact["data_offsets"][0])
-                if fact["data_offsets"] != [end, end + entry.nbytes]:
-                    raise ValueError(f"tensor {name} does not lie where its shape says")
-                end += entry.nbytes
-                entries[name] = entry
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise UserError(f"{self.path}: not a safetensors file ({e})") from None
-        if size != 8 + length + end:
-            raise UserError(f"{self.path}: truncated or overlong: {size} bytes, {8 + length + end} by its header")
-        return entries
+def described_tensors(path: Path) -> dict[str, Tensor]:
+    """Name → description of a file's tensors, in their order there. UserError unless it is whole and well-formed."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= min(HEADER_LIMIT, size - 8):
+                raise UserError(f"{path}: not a safetensors file, or truncated inside its header")
+            text = file.read(length)
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}") from None
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        tensors, end = {}, 0
+        for name, fact in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            tensor = torch.empty(fact["shape"], dtype=DTYPES[fact["dtype"]], device="meta")
+            if fact["data_offsets"] != [end, end + tensor.nbytes]:
+                raise ValueError(f"tensor {name} does not lie where its shape says")
+            tensors[name] = describe(tensor, path, 8 + length + end)
+            end += tensor.nbytes
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:
+        raise UserError(f"{path}: not a safetensors file ({e})") from None
+    if size != 8 + length + end:
+        raise UserError(f"{path}: truncated or overlong: {size} bytes, {8 + length + end} by its header")
+    return tensors
 
 
 class SafetensorsWriter:
@@ -122,8 +82,8 @@ class SafetensorsWriter:
         pwrite(self._fd, memoryview(len(header).to_bytes(8, "little") + header), 0)
         os.truncate(self._fd, 8 + len(header) + end)
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        pwrite(self._fd, tensor_bytes(tensor), self._starts[name])
+    def write(self, name: str, values: Values) -> None:
+        write(self._fd, values, self._starts[name])
 
     def sync(self) -> None:
         """Wait until what is written is on the disk."""

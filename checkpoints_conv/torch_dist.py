@@ -32,12 +32,13 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from checkpoints_conv.archive import ALIGNMENT, OVERHEAD, ArchiveWriter, read_archive
-from checkpoints_conv.checkpoint import RELEASE, TRACKER, megatron_arguments, megatron_folders
+from checkpoints_conv.checkpoint import RELEASE, TRACKER, megatron_arguments, megatron_folders, parts_of
 from checkpoints_conv.families import rules
 from checkpoints_conv.layout import Layout
 from checkpoints_conv.rules import Rule
 from checkpoints_conv.safetensors_file import DTYPES, NAMES
 from checkpoints_conv.shape import ModelShape, read_shape
+from checkpoints_conv.tensor_io import Values, in_one_piece, read
 from checkpoints_conv.unit import Unit
 from megarl.errors import UserError
 
@@ -116,16 +117,13 @@ class TorchDist:
     def dtype(self, rule: Rule) -> torch.dtype:
         return self._facts[self._find(self._own[rule.hf]).key].properties.dtype
 
-    def parts(self, rule: Rule) -> dict[str, Tensor]:
+    def parts(self, rule: Rule) -> dict[str, Values]:
         own = self._own[rule.hf]
         full = self._read(self._find(own))
-        return (own if own.rows is None else replace(own, rows=len(full))).split(full)
+        return parts_of(own if own.rows is None else replace(own, rows=len(full)), [full])
 
     def files(self) -> list[Path]:
         return [self.weights / name for name in sorted(self._ends())]
-
-    def close(self) -> None:
-        """Files are opened for each read only."""
 
     def _find(self, rule: Rule) -> Key:
         keys = stored_keys(rule, self.model)
@@ -135,7 +133,7 @@ class TorchDist:
         raise UserError(f"{self.weights}: holds no {keys[0].key}, where {rule.megatron} should be")
 
     def _read(self, key: Key) -> Tensor:
-        """The tensor at `key.at`, put together from its chunks."""
+        """The tensor at `key.at`: described, or put together in memory where it is stored in several chunks."""
         n, facts = len(key.at), self._facts[key.key]
         full = None
         for chunk in self._chunks[key.key, key.at]:
@@ -144,7 +142,8 @@ class TorchDist:
                 return stored
             if full is None:
                 full = torch.empty(facts.size[n:], dtype=facts.properties.dtype)
-            full[tuple(slice(o, o + s) for o, s in zip(chunk.offsets[n:], chunk.sizes[n:], strict=True))] = stored
+            place = tuple(slice(o, o + s) for o, s in zip(chunk.offsets[n:], chunk.sizes[n:], strict=True))
+            read(stored, full[place])
         assert full is not None, "check_whole counts the values of every key"
         return full
 
@@ -208,14 +207,15 @@ class TorchDistWriter:
                     "choose one type with --dtype"
                 )
 
-    def write(self, unit: Unit, tensors: Iterable[tuple[Rule, Mapping[str, Tensor]]]) -> list:
+    def write(self, unit: Unit, tensors: Iterable[tuple[Rule, Mapping[str, Values]]]) -> list:
         record: list = []
         name, end = f"__{unit.index}_0.distcp", 0
         with open(self.folder / name, "wb", buffering=0) as file:
             for (rule, parts), dtype in zip(tensors, unit.dtypes, strict=True):
                 start = -(-end // ALIGNMENT) * ALIGNMENT
                 leading = len(stored_keys(rule, self.model)[0].at)
-                end = self._archives.write(file.fileno(), start, (*(1,) * leading, *rule.shape()), rule.blocks(parts))
+                blocks = rule.blocks({name: in_one_piece(part) for name, part in parts.items()})
+                end = self._archives.write(file.fileno(), start, (*(1,) * leading, *rule.shape()), blocks)
                 record.append([rule.megatron, NAMES[dtype], name, start, end - start])
             os.fdatasync(file.fileno())  # now, while other threads read
         return record

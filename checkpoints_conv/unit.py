@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from checkpoints_conv.rules import Rule
+from checkpoints_conv.tensor_io import Values
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Writer(Protocol):
         """Prepare the files; called again, with the same arguments, when an interrupted run resumes."""
         ...
 
-    def write(self, unit: Unit, tensors: Iterable[tuple[Rule, Mapping[str, Tensor]]]) -> list:
+    def write(self, unit: Unit, tensors: Iterable[tuple[Rule, Mapping[str, Values]]]) -> list:
         """Write every tensor of the unit; returns a JSON record that `finish` gets back, even by a later process."""
         ...
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from checkpoints_conv.checkpoint import Checkpoint
 from checkpoints_conv.families import rules
-from checkpoints_conv.tensor_io import tensor_bytes
+from checkpoints_conv.tensor_io import INTEGERS, loaded, tensor_bytes
 from megarl.errors import UserError
 
 
@@ -47,7 +47,7 @@ def compare(a: Checkpoint, b: Checkpoint) -> Iterator[Comparison]:
             continue
         other = b.parts(rule)
         for name, tensor in a.parts(rule).items():
-            yield _compare(name, rule.megatron, tensor, other[name])
+            yield _compare(name, rule.megatron, loaded(tensor), loaded(other[name]))
 
 
 def misplaced(differences: list[Comparison]) -> dict[str, str]:
@@ -65,7 +65,7 @@ def _compare(name: str, megatron: str, a: Tensor, b: Tensor) -> Comparison:
     dtypes = a.dtype, b.dtype
     narrow = min(dtypes, key=lambda dtype: dtype.itemsize)
     a, b = a.to(narrow), b.to(narrow)
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[narrow.itemsize]
+    bits = INTEGERS[narrow.itemsize]
     differing = int((a.contiguous().view(bits) != b.contiguous().view(bits)).sum())
     if not differing:
         return Comparison(name, megatron, tuple(a.shape), dtypes, 0, 0.0, ("", ""), False)

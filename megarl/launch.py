@@ -173,9 +173,9 @@ def weights(settings: Settings, shape: ModelShape) -> str:
     """Where the first weights come from. Raises UserError unless the files hold what the map of names says."""
     if settings.model.weights == "random":
         return "drawn from the seed"
-    with HfWeights(settings.model.path) as files:
-        files.check(rules(shape))
-        return f"{len(files.names)} tensors in {len(files.files())} files, each with its rule in the map"
+    files = HfWeights(settings.model.path)
+    files.check(rules(shape))
+    return f"{len(files.names)} tensors in {len(files.files())} files, each with its rule in the map"
 
 
 def prompts(settings: Settings) -> dict[str, str]:

@@ -55,14 +55,15 @@ class Weights:
                     set_tensor_model_parallel_attributes(own[name], True, rule.partition, stride=1)
         self.places = self._places(shape)
 
+    @torch.no_grad()
     def read(self, folder: Path) -> None:
         """Fill the parameters from a folder of safetensors; each rank reads only what it holds."""
-        with HfWeights(folder) as files, torch.no_grad():
-            files.check(self.rules)
-            for chunk, rules in self.local:
-                own = dict(chunk.named_parameters())
-                for name, tensor in load_shards(files, rules, self.layout, self.world.tp_rank, self._expert_tp_rank()):
-                    own[name].copy_(tensor)
+        files = HfWeights(folder)
+        files.check(self.rules)
+        for chunk, rules in self.local:
+            own = dict(chunk.named_parameters())
+            for name, tensor in load_shards(files, rules, self.layout, self.world.tp_rank, self._expert_tp_rank()):
+                own[name].copy_(tensor)
 
     @torch.no_grad()
     def draw(self, seed: int, std: float) -> None:

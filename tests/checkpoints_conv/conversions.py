@@ -44,11 +44,7 @@ def convert_folder(
     **options,
 ) -> int:
     """Convert, whatever the source's format."""
-    checkpoint = open_checkpoint(source, config)
-    try:
-        return convert(plan(checkpoint, writer, destination, dtype), **options)
-    finally:
-        checkpoint.close()
+    return convert(plan(open_checkpoint(source, config), writer, destination, dtype), **options)
 
 
 def read_all(folder: Path) -> dict[str, Tensor]:

@@ -119,7 +119,8 @@ def test_a_checkpoint_of_a_run_needs_no_config(
 def test_inspect_compare_average(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Norms and differences are torch's; the mean of two folders lies half way; other models are refused."""
+    """Norms and differences are torch's, and the same in every format; the mean of two checkpoints lies half way; other
+    models are refused."""
     a, b = (write_model(tmp_path / name, "qwen3", torch.float32) for name in "ab")
     changed = read_all(b)["model.norm.weight"] + 0.5
     rewrite(b, model__norm__weight=changed)
@@ -134,11 +135,18 @@ def test_inspect_compare_average(
         f"{read_all(a)['model.norm.weight'].norm():.6g}",
     ):
         assert word in row
+    assert invoke(monkeypatch, "hf-to-megatron", a, tmp_path / "dist") == 0
+    assert invoke(monkeypatch, "hf-to-megatron", a, tmp_path / "classic", "--format", "classic", "tp=2", "pp=2") == 0
+    for converted in ("dist", "classic"):
+        capsys.readouterr()
+        assert invoke(monkeypatch, "inspect", tmp_path / converted) == 0
+        *rows, _ = capsys.readouterr().out.splitlines()
+        assert rows == shown.splitlines()[:-1], converted
     assert invoke(monkeypatch, "compare", a, b) == 0
     shown = capsys.readouterr().out
     assert "1 of 47 tensors differ; largest 0.5: model.norm.weight" in shown
     assert invoke(monkeypatch, "verify", a, b) == 1
-    assert invoke(monkeypatch, "average", a, b, "--to", tmp_path / "mean") == 0
+    assert invoke(monkeypatch, "average", tmp_path / "classic", b, "--to", tmp_path / "mean") == 0
     mean, first, second = (read_all(folder) for folder in (tmp_path / "mean", a, b))
     for name, tensor in mean.items():
         assert torch.equal(tensor, (first[name] + second[name]) / 2), name

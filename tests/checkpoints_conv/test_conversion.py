@@ -19,14 +19,14 @@ from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, tiny
 from torch import Tensor
 
-from checkpoints_conv import safetensors_file
 from checkpoints_conv.checkpoint import open_checkpoint
 from checkpoints_conv.classic import ClassicWriter
 from checkpoints_conv.convert import convert, plan
 from checkpoints_conv.families import rules
 from checkpoints_conv.hf import HfWeights, HfWriter, load_shards
 from checkpoints_conv.layout import Layout, local_rules
-from checkpoints_conv.safetensors_file import SafetensorsFile
+from checkpoints_conv.safetensors_file import described_tensors
+from checkpoints_conv.tensor_io import loaded
 from checkpoints_conv.torch_dist import TorchDistWriter
 from checkpoints_conv.unit import Writer
 from checkpoints_conv.verify import compare, misplaced
@@ -194,24 +194,23 @@ def test_a_rank_reads_only_its_slices(tmp_path: Path, monkeypatch: pytest.Monkey
     """At tp 4, pp 2 a rank's reads are its own rows; of tensors split by columns the rows they lie in."""
     source = write_model(tmp_path / "hf", "qwen3", hidden_size=64)
     shape, read = tiny("qwen3", hidden_size=64), 0
-    original = safetensors_file.mapped
+    original = os.preadv
 
-    def counted(*place) -> Tensor:
+    def counted(*place) -> int:
         nonlocal read
-        tensor = original(*place)
-        read += tensor.nbytes
-        return tensor
+        read += (count := original(*place))
+        return count
 
-    monkeypatch.setattr(safetensors_file, "mapped", counted)
+    monkeypatch.setattr("os.preadv", counted)
     layout = Layout(tp=4, pp=2)
     local = local_rules(rules(shape, vocab_rows=104), shape, layout, pp_rank=1)
-    with HfWeights(source) as files:
-        held = dict(load_shards(files, local, layout, tp_rank=3))
-    whole = {"self_attention.linear_proj.weight", "mlp.linear_fc2.weight"}
-    expected = sum(
-        2 * torch.Size(rule.shape(1 if rule.megatron.split(".", 3)[-1] in whole else 4)).numel()
-        for rule in local.values()
-    )
+    held = dict(load_shards(HfWeights(source), local, layout, tp_rank=3))
+    expected = 0
+    for rule in local.values():
+        rows, *columns = rule.shape(layout.shards(rule))
+        # Of rows that are split, from the first value read to the last: the first row's other columns are not.
+        [(first, *others)] = [rule.shape()] if rule.partition == 1 else [(rows, *columns)]
+        expected += 2 * (first * torch.Size(others).numel() - (others[0] - columns[0] if others else 0))
     # The last vocabulary shard ends in padding, which is not on disk.
     assert read == expected - 2 * 3 * shape.hidden
     for name, rule in local.items():
@@ -377,11 +376,11 @@ def test_safetensors_reader_agrees_with_the_library(tmp_path: Path) -> None:
         "mask": torch.tensor([True, False]),
     }
     save_file(tensors, tmp_path / "x.safetensors")
-    file = SafetensorsFile(tmp_path / "x.safetensors")
+    described = described_tensors(tmp_path / "x.safetensors")
     for name, tensor in tensors.items():
-        read = file.read(name)
+        read = loaded(described[name])
         assert read.dtype == tensor.dtype and read.shape == tensor.shape
         assert torch.equal(read.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
     index = (slice(1, 4), slice(2, 5))
-    assert torch.equal(file.read("matrix", index), tensors["matrix"][index])
-    assert file.read("matrix", (slice(6, 6), slice(0, 5))).shape == (0, 5)
+    assert torch.equal(loaded(described["matrix"][index]), tensors["matrix"][index])
+    assert loaded(described["matrix"][6:6]).shape == (0, 5)

@@ -97,9 +97,9 @@ def check_layouts(layouts: list[Parallel], families: list[str], folder: Path) ->
     for number, parallel in enumerate(layouts):
         world = start(parallel, Precision(dtype="fp32"), seed=0, deadline_s=120)
         for family in families:
-            with HfWeights(folder / family / "hf") as files:
-                chunks = build(files.model, parallel)
-                state = check_loading(files, chunks, parallel, world, folder / family / "dist" / "release")
+            files = HfWeights(folder / family / "hf")
+            chunks = build(files.model, parallel)
+            state = check_loading(files, chunks, parallel, world, folder / family / "dist" / "release")
             if number == 0:
                 if world.is_controller:
                     (folder / family / "saved").mkdir()

@@ -20,6 +20,7 @@ from checkpoints_conv.convert import convert, plan
 from checkpoints_conv.hf import HfWeights
 from checkpoints_conv.rules import Rule
 from checkpoints_conv.shape import read_shape
+from checkpoints_conv.tensor_io import loaded
 from checkpoints_conv.torch_dist import TorchDistWriter
 from megarl.config import Parallel
 from megarl.learner.spawn import spawn
@@ -64,7 +65,7 @@ def swap(parts: dict[str, Tensor]) -> None:
 
 def transpose(parts: dict[str, Tensor]) -> None:
     if O in parts:
-        parts[O] = parts[O].T.contiguous()
+        parts[O] = loaded(parts[O]).T.contiguous()
 
 
 def widened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -105,7 +106,6 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Real:
         folders[spoil.__name__] = place / spoil.__name__
         source = Sabotaged(original, spoil)
         convert(plan(source, TorchDistWriter(source.model), folders[spoil.__name__]))
-        source.close()
     policy = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32)
     prompt = torch.tensor([smollm2.PROMPT])
     ids = policy.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW, do_sample=False)
