@@ -1,10 +1,14 @@
 """Converting a multi-GB checkpoint against copying its files on the same disk, from cold caches; and the peak memory.
 
-The model is random, Qwen3-1.7B's sizes with as many layers as fill the gigabytes asked for. Every round copies the
-Hugging Face files (copy, then fsync of every file) and runs each conversion in a process of its own, timed from opening
-the source to the destination's final name, fsync included, Python's start left out. Before each, all data is written
-back and the sources are dropped from the page cache. The caches inside the disk, or under a virtual one, stay as they
-are.
+The model is random, Qwen3-1.7B's sizes with as many layers as fill the gigabytes asked for. Every round runs each
+conversion in a process of its own, timed from opening the source to the destination's final name, Python's start left
+out; and right before each, copies the Hugging Face files, so that both meet the same machine. Conversion and copy end
+with the same fsync of every file and folder. Before each, all data is written back and every file is dropped from the
+page cache. The caches inside the disk, or under a virtual one, stay as they are.
+
+`of_copy_speed` is the median over the rounds of the copy's seconds by the conversion's, of Hugging Face files in every
+row. The classic files of a model with tied embeddings hold these twice, on the first pipeline stage and on the last:
+`written_gb` says what is written.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
@@ -26,7 +30,7 @@ from torch import Tensor
 
 from checkpoints_conv.checkpoint import open_checkpoint
 from checkpoints_conv.classic import ClassicWriter
-from checkpoints_conv.convert import convert, plan
+from checkpoints_conv.convert import convert, plan, sync
 from checkpoints_conv.families import rules
 from checkpoints_conv.hf import HfWriter
 from checkpoints_conv.layout import Layout
@@ -80,37 +84,53 @@ def main(
     publish("conversion", rows, json, gigabytes=size / 1e9, largest_layer_mb=largest / 1e6, rounds=rounds)
 
 
+class Run(NamedTuple):
+    """What was measured of one conversion, or of one copy."""
+
+    seconds: float
+    cpu_seconds: float  # of all threads, the kernel's work for them included
+    written: int  # bytes
+    rss_before: int  # bytes
+    rss_peak: int
+
+
 def _measure(model: ModelShape, place: Path, rounds: int, workers: int) -> tuple[list[dict[str, Any]], int]:
     """The rows, and the bytes of the weights."""
     _write(model, place / "hf")
     size = sum(unit.nbytes for unit in _units(model))
     largest = max(unit.nbytes for unit in _units(model))
-    copies: list[float] = []
-    runs: dict[str, list[tuple[float, int, int]]] = {name: [] for name in DIRECTIONS}
+    pairs: dict[str, list[tuple[Run, Run]]] = {name: [] for name in DIRECTIONS}
     for _ in range(rounds):
-        _cool(place)
-        copies.append(_copy(place / "hf", place / "copied"))
-        shutil.rmtree(place / "copied")
         for name, (source, destination, _writer) in DIRECTIONS.items():
             _cool(place)
-            runs[name].append(_in_a_process(name, place / source, place / destination, workers))
+            copy = _in_a_process(_copy, place / "hf", place / "copied")
+            shutil.rmtree(place / "copied")
+            _cool(place)
+            pairs[name].append((copy, _in_a_process(_convert, place / source, place / destination, name, workers)))
             if destination == "back":
                 shutil.rmtree(place / "back")
         for left in ("torch_dist", "classic"):
             shutil.rmtree(place / left)
-    copy = statistics.median(copies)
-    rows: list[dict[str, Any]] = [_row("copy and fsync", size, copies, copy)]
-    for name, found in runs.items():
-        base, peak = (statistics.median(run[i] for run in found) for i in (1, 2))
+    rows = [
+        _row("copy and fsync", size, [copy for found in pairs.values() for copy, _ in found]) | {"of_copy_speed": 1.0}
+    ]
+    for name, found in pairs.items():
+        runs = [run for _, run in found]
+        base, peak = (
+            statistics.median(rss) for rss in ([run.rss_before for run in runs], [run.rss_peak for run in runs])
+        )
+        of_copy = {"of_copy_speed": statistics.median(copy.seconds / run.seconds for copy, run in found)}
         memory = {"peak_rss_mb": peak / 1e6, "rss_before_mb": base / 1e6, "rise_in_layers": (peak - base) / largest}
-        rows.append(_row(name, size, [run[0] for run in found], copy) | memory)
+        rows.append(_row(name, size, runs) | of_copy | memory)
     return rows, size
 
 
-def _row(name: str, size: int, seconds: list[float], copy: float) -> dict[str, Any]:
+def _row(name: str, size: int, runs: list[Run]) -> dict[str, Any]:
+    seconds = [run.seconds for run in runs]
     median = statistics.median(seconds)
     spread = {"seconds": median, "fastest": min(seconds), "slowest": max(seconds)}
-    return {"what": name, **spread, "gb_per_s": size / 1e9 / median, "of_copy_speed": copy / median}
+    work = {"cpu_seconds": statistics.median(run.cpu_seconds for run in runs), "written_gb": runs[0].written / 1e9}
+    return {"what": name, **spread, "gb_per_s": size / 1e9 / median, **work}
 
 
 def _model(gigabytes: float) -> ModelShape:
@@ -140,13 +160,14 @@ def _random(shape: tuple[int, ...]) -> Tensor:
     return torch.randint(-(2**15), 2**15, shape, dtype=torch.int16).view(torch.bfloat16)
 
 
-def _copy(source: Path, destination: Path) -> float:
-    begun = time.perf_counter()
+def _copy(source: Path, destination: Path) -> None:
     shutil.copytree(source, destination)
-    for file in destination.iterdir():
-        with open(file, "rb") as copied:
-            os.fsync(copied.fileno())
-    return time.perf_counter() - begun
+    sync(destination)
+
+
+def _convert(source: Path, destination: Path, name: str, workers: int) -> None:
+    checkpoint = open_checkpoint(source)
+    convert(plan(checkpoint, DIRECTIONS[name][2](checkpoint.model), destination), workers)
 
 
 def _cool(place: Path) -> None:
@@ -158,19 +179,17 @@ def _cool(place: Path) -> None:
                 os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _in_a_process(name: str, source: Path, destination: Path, workers: int) -> tuple[float, int, int]:
-    """Seconds, and resident bytes before and at the peak."""
+def _in_a_process(work: Callable[..., None], source: Path, destination: Path, *options: Any) -> Run:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_convert, (name, source, destination, workers))
+        return pool.apply(_run, (work, source, destination, *options))
 
 
-def _convert(name: str, source: Path, destination: Path, workers: int) -> tuple[float, int, int]:
-    writer = DIRECTIONS[name][2]
-    before, begun = _peak_rss(), time.perf_counter()
-    checkpoint = open_checkpoint(source)
-    convert(plan(checkpoint, writer(checkpoint.model), destination), workers)
-    checkpoint.close()
-    return time.perf_counter() - begun, before, _peak_rss()
+def _run(work: Callable[..., None], source: Path, destination: Path, *options: Any) -> Run:
+    before, cpu, begun = _peak_rss(), time.process_time(), time.perf_counter()
+    work(source, destination, *options)
+    seconds, cpu = time.perf_counter() - begun, time.process_time() - cpu
+    written = sum(file.stat().st_size for file in destination.rglob("*") if file.is_file())
+    return Run(seconds, cpu, written, before, _peak_rss())
 
 
 def _peak_rss() -> int:
