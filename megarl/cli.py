@@ -111,12 +111,15 @@ def serve(
     config: Config,
     overrides: Overrides = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Of the first task's server.")] = 30000,
+    idle_deadline: Annotated[
+        float, typer.Option(min=0, help="Seconds without a word from a client after which it ends, code 1; 0: never.")
+    ] = 0.0,
 ) -> None:
     """Run an engine server of this configuration on this node; under srun, one a task (slurm/launch.sh)."""
     from megarl import config as settings_file
     from megarl.rollout.serve import serve as run
 
-    run(settings_file.load(config, overrides), port)
+    run(settings_file.load(config, overrides), port, idle_deadline)
 
 
 @app.command()

@@ -30,7 +30,7 @@ elif [[ -n "${SLURM_GPUS_ON_NODE:-}" ]]; then
     MUST_HAVE=(--gpus "$SLURM_GPUS_ON_NODE")
 fi
 : "${RUN:=runs/$(basename "$CONFIG" .yaml)}" "${GPU:=h100}" "${ENGINE_NODES:=1}" "${SAVE_DEADLINE:=540}"
-: "${TASKS_PER_NODE:=${SLURM_GPUS_ON_NODE:-8}}" "${ENGINES_PER_NODE:=1}"
+: "${TASKS_PER_NODE:=${SLURM_GPUS_ON_NODE:-8}}" "${ENGINES_PER_NODE:=1}" "${IDLE_DEADLINE:=3600}"
 PORT=$((20000 + SLURM_JOB_ID % 10000)) # the rendezvous; the engines' ports follow it
 ATTEMPT=${SLURM_RESTART_COUNT:-0}
 LOGS=$RUN/logs/job-$SLURM_JOB_ID-$ATTEMPT
@@ -70,7 +70,8 @@ tasks() {
 
 LEARNER='' SERVERS='' ASKED=''
 # The time limit is near (USR1, this shell alone: #SBATCH --signal=B:USR1@…): pass it on. At pre-emption Slurm sends TERM
-# to every task itself. Either way the learner saves after the step in hand and leaves.
+# to every task itself, but not to this shell (`asked` asks). Either way the learner saves after the step in hand and
+# leaves; what it cannot save in time is done again.
 trap 'ASKED=USR1; say "the time limit is near: asking the run to save"; [[ -z "$LEARNER" ]] || kill -USR1 "$LEARNER"' USR1
 trap 'ASKED=TERM; say "Slurm asks the job to leave"' TERM
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
@@ -84,6 +85,13 @@ progress() { ls "$RUN"/checkpoints/step_*/manifest.json 2>/dev/null | tail -n 1 
 dismiss() { # the engines end when they are told to, which srun passes on; what does not end is killed at our exit
     [[ -n "$SERVERS" ]] && kill -USR2 "$SERVERS" 2>/dev/null || return 0
     for _ in {1..30}; do kill -0 "$SERVERS" 2>/dev/null || return 0; sleep 1; done
+}
+
+asked() { # whether the job has been asked to leave: told to us, or a pre-emption
+    [[ -n "$ASKED" ]] && return
+    [[ "$(scontrol show job "$SLURM_JOB_ID")" =~ PreemptTime=[0-9] ]] || return
+    ASKED=TERM
+    say "Slurm asks the job to leave: another one needs its nodes"
 }
 
 requeue() {
@@ -101,7 +109,7 @@ requeue() {
 # check NAME PID: wait for a task that looks before anything is loaded; refuse with its words.
 check() {
     wait "$2" && return
-    [[ -z "$ASKED" ]] || requeue
+    if asked; then requeue; fi
     complain
     fail "megarl $1 refuses"
 }
@@ -125,7 +133,7 @@ check doctor "$DOCTOR"
 if [[ ${#ENGINES[@]} != 0 ]]; then
     in_place "${ENGINE_CONTAINER:-${CONTAINER:-}}"
     (tasks ENGINES "$ENGINES_PER_NODE" "$LOGS/engine-%t.log" serve "$CONFIG" "${SETTINGS[@]}" \
-        --port $((PORT + 1))) & SERVERS=$!
+        --port $((PORT + 1)) --idle-deadline "$IDLE_DEADLINE") & SERVERS=$!
     in_place "${CONTAINER:-}"
 fi
 case "$COMMAND" in
@@ -146,9 +154,9 @@ while true; do
         ((OWN == 127)) || CODE=$OWN # 127: it is the one that has just been waited for
         break
     fi
-    if [[ -n "$SERVERS" ]] && ! kill -0 "$SERVERS" 2>/dev/null && [[ -z "$ASKED" ]]; then
-        complain
-        fail "the engines have ended, see $LOGS/engine-*.log; the job ends"
+    if [[ -n "$SERVERS" ]] && ! kill -0 "$SERVERS" 2>/dev/null; then
+        SERVERS=''
+        asked || { complain; fail "the engines have ended, see $LOGS/engine-*.log; the job ends"; }
     fi
     if [[ "$ASKED" == USR1 && -z "$LIMIT" ]]; then # a step that takes too long is done again in the next attempt
         (sleep "$SAVE_DEADLINE" && kill -KILL "$LEARNER") & LIMIT=$!
@@ -158,7 +166,7 @@ done
 if [[ "$CODE" == 0 && "$ASKED" != TERM ]]; then # srun's code tells nothing where Slurm ended its tasks
     dismiss
     say "done: $RUN"
-elif [[ "$CODE" == 75 || -n "$ASKED" ]]; then
+elif asked || [[ "$CODE" == 75 ]]; then
     requeue
 else
     complain

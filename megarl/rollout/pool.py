@@ -278,9 +278,10 @@ class Pool:
             self._serving.set()
 
     async def _watch_health(self) -> None:
+        """Somebody else's server hears from us in any state: by our silence it knows that we are gone, and ends."""
         while True:
             await asyncio.sleep(LOOK)
-            await asyncio.gather(*(self._look(member) for member in self._members if member.state == "up"))
+            await asyncio.gather(*(self._look(m) for m in self._members if m.state == "up" or m.engine.server is None))
 
     async def _look(self, member: Member) -> None:
         try:

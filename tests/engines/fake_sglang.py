@@ -68,6 +68,7 @@ class FakeSGLang:
         await self.listen(int(self.address.rpartition(":")[2]))
 
     async def _models(self, request: web.Request) -> web.Response:
+        self.calls["models"] += 1
         return web.json_response({"data": [{"id": "fake"}]})
 
     async def _info(self, request: web.Request) -> web.Response:

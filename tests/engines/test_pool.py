@@ -12,6 +12,7 @@ from tiny_policy import make_tokenizer
 
 from megarl.config import Servers
 from megarl.errors import DeadlineExceeded, RunError
+from megarl.rollout import pool as pool_module
 from megarl.rollout.detokenize import Vocabulary
 from megarl.rollout.engine import Sampling
 from megarl.rollout.http import Refused
@@ -190,6 +191,20 @@ def test_an_engine_without_the_weights_waits_for_the_next_update() -> None:
         assert len(pool.engines) == 2 and fakes[0].version == "2"
 
     with_pool(2, body, resends=False)
+
+
+def test_running_servers_hear_from_us_in_every_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that waits for weights, as one that was given up: who hears nothing ends (`megarl serve --idle-deadline`)."""
+    monkeypatch.setattr(pool_module, "LOOK", 0.01)
+
+    async def body(pool: Pool, fakes: list[FakeSGLang], labels: Labels) -> None:
+        for state in ("stale", "lost"):
+            pool._members[0].state = state
+            heard = fakes[0].calls["models"]
+            await until(lambda heard=heard: fakes[0].calls["models"] > heard + 1)
+            assert pool._members[0].state == state
+
+    with_pool(2, body)
 
 
 def test_an_engine_lost_during_an_update_is_left_out() -> None:

@@ -108,9 +108,10 @@ class Cluster:
         """Plug a node's network cable in, or pull it."""
         _ip("link", "set", _port(node), "up" if up else "down")
 
-    def processes(self, job: str | None = None) -> list[int]:
-        """Processes of a job, or of any job of this cluster."""
-        mark = f"SLURM_CONF={self.folder}/slurm.conf".encode()
+    def processes(self, job: str | None = None, node: str | None = None) -> list[int]:
+        """Processes of a job, or of any job of this cluster; on a node, or on all."""
+        of = {"SLURM_CONF": f"{self.folder}/slurm.conf", "SLURM_JOB_ID": job, "SLURMD_NODENAME": node}
+        wanted = {f"{name}={value}".encode() for name, value in of.items() if value is not None}
         mine = {os.getpid(), *(daemon.pid for daemon in self._daemons)}
         found = []
         for entry in Path("/proc").iterdir():
@@ -121,8 +122,8 @@ class Cluster:
                 zombie = " Z " in (entry / "stat").read_text()
             except OSError:
                 continue
-            ids = [v for v in variables if v.startswith(b"SLURM_JOB_ID=")]
-            if mark in variables and ids and not zombie and (job is None or ids[0] == f"SLURM_JOB_ID={job}".encode()):
+            of_a_job = any(v.startswith(b"SLURM_JOB_ID=") for v in variables)
+            if of_a_job and wanted <= set(variables) and not zombie:
                 found.append(int(entry.name))
         return found
 

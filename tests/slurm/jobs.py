@@ -16,6 +16,7 @@ from megarl.data.ledger import Ledger
 ROOT = Path(__file__).parents[2]
 SCRIPT = "slurm/train_qwen3_32b.sh"
 DEADLINE = 1200.0  # seconds for a job to come as far as a test waits for; a quiet machine needs a twentieth
+IDLE_DEADLINE = 150  # seconds after which an engine ends that nobody talks to; a learner is there sooner
 # What depends on when requests reached the engine (log-probs to rounding, in another batch) or on the clock.
 UNEQUAL = ("seconds", "mismatch", "canary", "probe_calibration", "memory")
 
@@ -37,6 +38,7 @@ class Job:
         self.output = run.parent / f"{run.name}.out"
         flags = ["--parsable", f"--nodes={nodes}", f"--chdir={ROOT}", f"--output={self.output}", *options]
         variables = {"SIZE": "tiny", "RUN": str(run), "OMP_NUM_THREADS": "1", "SKIP_PLAN": "" if plan else "1"}
+        variables["IDLE_DEADLINE"] = str(IDLE_DEADLINE)
         self.id = cluster.slurm("sbatch", *flags, SCRIPT, *settings, cwd=ROOT, **variables).strip()
 
     def shown(self) -> dict[str, str]:
@@ -45,6 +47,10 @@ class Job:
         shown = self.cluster.slurm("scontrol", "show", "job", "--oneliner", self.id, check=False)
         state = "GONE" if "Invalid job id" in shown else "?"
         return {"JobState": state, "Restarts": ""} | dict(re.findall(r"(\w+)=(\S*)", shown))
+
+    def nodes(self) -> list[str]:
+        """Names of the nodes that it runs on; the engine's is the last."""
+        return self.cluster.slurm("scontrol", "show", "hostnames", self.shown()["NodeList"]).split()
 
     def wait_for_step(self, step: int, attempt: int) -> None:
         """Until attempt number `attempt` has finished training step `step`; returns at once then."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster, wait_for
-from jobs import ROOT, SCRIPT, Job
+from jobs import IDLE_DEADLINE, ROOT, SCRIPT, Job
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(3600)]
 
@@ -59,7 +59,8 @@ def test_wrong_resources_are_refused_at_submit(cluster: Cluster, options: list[s
 def test_disturbed_run_ends_as_the_untouched_one(cluster: Cluster, untouched: Job, folder: Path) -> None:
     """One job gets the signal of its time limit, then `scontrol requeue`, then loses its engine's node (the cable is
     pulled): three times it comes back, and its ledger, losses and every other figure of every step equal the untouched
-    run's. The signal is sent as Slurm sends it, to the batch shell alone; that Slurm does so in time is not shown."""
+    run's. What is left on the lost node, which Slurm cannot reach, ends by itself. The signal is sent as Slurm sends
+    it, to the batch shell alone; that Slurm does so in time is not shown."""
     job = Job(cluster, folder / "disturbed", 2, *SETTINGS)
 
     job.wait_for_step(1, attempt=0)
@@ -74,16 +75,36 @@ def test_disturbed_run_ends_as_the_untouched_one(cluster: Cluster, untouched: Jo
     job.wait_for_attempt(2)
 
     job.wait_for_step(1, attempt=2)
-    engine = cluster.slurm("scontrol", "show", "hostnames", job.shown()["NodeList"]).split()[-1]
-    cluster.link(engine, up=False)
+    lost = job.nodes()[-1]
+    cluster.link(lost, up=False)
     try:
         job.wait_for_attempt(3)
+        job.wait_until_completed()
+        wait_for(lambda: not cluster.processes(job.id, lost), "the lost node's engine to end", 2 * IDLE_DEADLINE)
     finally:
-        cluster.link(engine, up=True)  # it registers while the job runs elsewhere: Slurm ends what it was left with
-    job.wait_until_completed()
-    wait_for(lambda: not cluster.processes(job.id), "the lost node to end what it was left with", 120)
+        cluster.link(lost, up=True)
+    assert "no client has sent anything" in (job.run / "logs" / f"job-{job.id}-2" / "engine-0.log").read_text()
+    assert_ended_as(job, untouched)
 
+
+def test_preempted_run_ends_as_the_untouched_one(cluster: Cluster, untouched: Job, folder: Path) -> None:
+    """A job of a partition of higher priority takes one of the run's nodes: Slurm asks the run to leave, requeues it,
+    and it ends as the untouched one. Whether a real step is saved within a real grace time is not shown."""
+    job = Job(cluster, folder / "preempted", 2, *SETTINGS)
+    job.wait_for_step(1, attempt=0)
+    wanted = ["--partition=urgent", f"--nodelist={job.nodes()[-1]}", "--gpus-per-node=8", "--output=/dev/null"]
+    urgent = cluster.slurm("sbatch", "--parsable", *wanted, "--wrap=true").strip()
+    job.wait_for_attempt(1)
+    assert "JobState=COMPLETED" in cluster.slurm("scontrol", "show", "job", "--oneliner", urgent)
+    assert "Slurm asks the job to leave" in job.output.read_text()
+    job.wait_until_completed()
+    assert_ended_as(job, untouched)
+
+
+def assert_ended_as(job: Job, untouched: Job) -> None:
+    """Every figure of every step, and the ledger, are the untouched run's, and no process of the job is left."""
     untouched.wait_until_completed()
+    wait_for(lambda: not job.cluster.processes(job.id), f"the processes of job {job.id} to end", 60)
     assert [line["step"] for line in job.steps()] == list(range(1, STEPS + 1))
     assert job.steps() == untouched.steps()
     assert job.ledger(STEPS) == untouched.ledger(STEPS)
