@@ -30,9 +30,10 @@ class Span:
 
 
 class PhaseLog:
-    """Writes one rank's phases; opened at the first."""
+    """Writes one rank's phases; opened at the first. The wall clock is looked at once: no later jump of it shows."""
 
     def __init__(self, run: Path, rank: int) -> None:
+        self._epoch = time.time() - time.monotonic()
         self._path = run / FOLDER / f"rank_{rank:05d}.jsonl"
         self._file: IO[str] | None = None
 
@@ -58,7 +59,7 @@ class PhaseLog:
             self._file = self._path.open("a+", buffering=1)
             if self._file.tell() and not self._path.read_bytes().endswith(b"\n"):
                 self._file.write("\n")  # what a crash cut off stays a line of its own
-        self._file.write(json.dumps([kind, phase, step, round(time.time(), 6)]) + "\n")
+        self._file.write(json.dumps([kind, phase, step, round(self._epoch + time.monotonic(), 6)]) + "\n")
 
 
 def read_phases(run: Path) -> list[Span]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,17 @@ def test_a_killed_run_shows_where_it_was_and_a_resumed_one_goes_on(tmp_path: Pat
     again = [(s.phase, s.step, s.end is None) for s in read_phases(tmp_path)]
     assert again.count(("rollout", 2, True)) == 1
     assert again.count(("rollout", 2, False)) == again.count(("train", 2, False)) == 1
+
+
+def test_a_clock_that_jumps_bends_no_phase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An hour back in mid-phase."""
+    log = PhaseLog(tmp_path, 0)
+    with log.span("train", 1):
+        now = time.time()
+        monkeypatch.setattr(time, "time", lambda: now - 3600)
+    log.close()
+    (span,) = read_phases(tmp_path)
+    assert span.end is not None and 0 <= span.end - span.begin < 60
 
 
 def test_a_run_without_phases_is_refused(tmp_path: Path) -> None:

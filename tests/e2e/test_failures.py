@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 import runs
 
-from megarl import config
+from megarl import commit, config
 from megarl.errors import RunError
 from megarl.learner.spawn import spawn
+from megarl.phases import read_phases
+from megarl.rundir import read_metrics
 from megarl.runlock import only_job
 from megarl.train import train
 
 pytestmark = [pytest.mark.e2e, pytest.mark.parallel]
+
+
+SMALL = {
+    "parallel.tp": "1",
+    "steps": "1",
+    "checkpoint.every": "1",
+    "data.eval": "[]",
+    "batch": "{prompts_per_step: 4, completions_per_prompt: 4, tokens_per_row: 512}",
+    "rollout.max_response_tokens": "48",
+    "rollout.servers.api_key_env": "MEGARL_TEST_KEY",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +77,14 @@ def train_with_a_stopped_rank(settings: config.Settings) -> None:
     train(settings)
 
 
+def train_with_a_jumping_clock(settings: config.Settings) -> None:
+    """Every look at the wall clock is two hours off the last, back and forth: longer than any deadline of the run."""
+    original, looks = time.time, itertools.count()
+    time.time = lambda: original() + 7200 * (-1) ** next(looks)
+    train(settings)
+    assert next(looks), "nothing looked at the clock"
+
+
 def train_with_a_dying_engine(settings: config.Settings) -> None:
     """The engine's decoder fails in the second step."""
     from megarl.rollout.decoder import Decoder
@@ -91,6 +114,49 @@ def test_a_rank_that_hangs_ends_the_run_and_is_named(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=f"rank 1 has shown no sign of life for .* it was last at {last}"):
         spawn(train_with_a_stopped_rank, 2, (runs.settings(folder, *patient),), runs.DEADLINE)
     assert "learner.py" in (folder / "logs" / "stacks_rank_0.txt").read_text()
+
+
+def test_a_clock_that_jumps_changes_nothing(tmp_path: Path) -> None:
+    """No deadline passes, nothing takes less than no time, both steps are saved and the run directory is free again.
+
+    What Python code reads is played; C++ code (gloo, the store) is not, which has clocks of its own that never jump.
+    """
+    wanted = runs.settings(tmp_path / "run", "parallel.tp=1", "checkpoint.every=1")
+    begun = time.monotonic()
+    spawn(train_with_a_jumping_clock, 1, (wanted,), runs.DEADLINE)
+    took = time.monotonic() - begun
+    for line in read_metrics(wanted.run):
+        assert all(0 <= value < took for name, value in line.items() if name.startswith("seconds_")), line
+    spans = read_phases(wanted.run)
+    assert spans and all(span.end is not None and 0 <= span.end - span.begin < took for span in spans)
+    assert commit.newest_good(wanted.run / "checkpoints", pytest.fail) == 2
+    with only_job(wanted.run, pytest.fail):
+        pass
+
+
+def test_no_secret_reaches_the_run_directory(tmp_path: Path) -> None:
+    """Keys and tokens of the environment, the engines' key among them: in no log, checkpoint or output of a run.
+
+    What an engine of its own logs is shown in tests/engines/test_keys.py.
+    """
+    folder = tmp_path / "run"
+    secrets = {
+        name: f"secret-{i}-of-megarl"
+        for i, name in enumerate(("MEGARL_TEST_KEY", "HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY"))
+    }
+    small = [f"{name}={value}" for name, value in SMALL.items()]
+    job = subprocess.run(
+        [sys.executable, "-m", "megarl.cli", "train", str(runs.QUICKSTART / "train.yaml"), f"run={folder}", *small],
+        env={**os.environ, **secrets},
+        capture_output=True,
+        timeout=runs.DEADLINE,
+    )
+    assert job.returncode == 0, job.stderr.decode()[-2000:]
+    files = {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert any("checkpoints" in name for name in files) and any("metrics" in name for name in files)
+    said = files | {"stdout": job.stdout, "stderr": job.stderr}
+    leaks = [(name, where) for where, text in said.items() for name, value in secrets.items() if value.encode() in text]
+    assert not leaks
 
 
 def test_an_engine_that_dies_ends_the_run_and_is_named(tmp_path: Path) -> None:
