@@ -16,7 +16,7 @@ from megarl.data.ledger import Ledger
 ROOT = Path(__file__).parents[2]
 SCRIPT = "slurm/train_qwen3_32b.sh"
 DEADLINE = 1200.0  # seconds for a job to come as far as a test waits for; a quiet machine needs a twentieth
-IDLE_DEADLINE = 150  # seconds after which an engine ends that nobody talks to; a learner is there sooner
+IDLE_DEADLINE = 90  # seconds after which an engine ends that nobody talks to; a learner is there sooner
 # What depends on when requests reached the engine (log-probs to rounding, in another batch) or on the clock.
 UNEQUAL = ("seconds", "mismatch", "canary", "probe_calibration", "memory")
 
