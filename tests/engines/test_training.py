@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 from collections import Counter
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 from real_servers import BF16, KEY_VARIABLE
 
 from megarl import config
+from megarl.bench.models import write_model
 from megarl.learner.spawn import spawn
 from megarl.rundir import read_metrics
 from megarl.train import train
@@ -93,6 +95,28 @@ def test_the_loop_trains_in_bf16(engine: str, tmp_path: Path) -> None:
         assert line["canary_difference"] <= BF16
         assert line["mismatch_mean"] <= BF16 / 10
         assert line["grad_norm"] > 0
+
+
+def test_the_loop_replays_the_routing_of_a_real_server(tmp_path: Path) -> None:
+    """Two steps of a random mixture of experts in fp32: the learner takes the experts that SGLang reports, and gives
+    what was sampled the same log-probs, thoughts that were cut and answered among it; so it does after an update.
+
+    That a named expert is taken, whatever the learner's router says, is tests/learner/test_routing_replay.py's.
+    """
+    write_model(tmp_path / "model", "qwen3_moe", vocab_size=36, num_hidden_layers=3)  # SGLang has no tied one
+    for file in (ROOT / "examples" / "quickstart" / "reasoner").glob("*token*"):
+        shutil.copy(file, tmp_path / "model")
+    wanted = settings(
+        tmp_path / "run", "sglang", f"model.path={tmp_path / 'model'}", "rollout.replay_routing=true", "steps=2",
+        "reward.function=tests.e2e.graders:odd", "reward.shaping=none", "rollout.early_exit.threshold=0.01",
+        "rollout.early_exit.strict=false",
+    )  # fmt: skip
+    spawn(train, 1, (wanted,), DEADLINE)
+    metrics = read_metrics(wanted.run)
+    assert [line["weight_version"] for line in metrics] == [0, 1]
+    for line in metrics:
+        assert line["mismatch_max"] <= FP32 and line["tokens_trained"] > 100 and line["grad_norm"] > 0
+    assert sum((check_rollouts(wanted.run, step) for step in (1, 2)), Counter())["confident"] > 0
 
 
 def train_while_servers_die(wanted: config.Settings) -> dict[str, Any]:
