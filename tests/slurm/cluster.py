@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -113,19 +113,15 @@ class Cluster:
         of = {"SLURM_CONF": f"{self.folder}/slurm.conf", "SLURM_JOB_ID": job, "SLURMD_NODENAME": node}
         wanted = {f"{name}={value}".encode() for name, value in of.items() if value is not None}
         mine = {os.getpid(), *(daemon.pid for daemon in self._daemons)}
-        found = []
-        for entry in Path("/proc").iterdir():
-            if not entry.name.isdigit() or int(entry.name) in mine:
-                continue
-            try:
-                variables = (entry / "environ").read_bytes().split(b"\0")
-                zombie = " Z " in (entry / "stat").read_text()
-            except OSError:
-                continue
-            of_a_job = any(v.startswith(b"SLURM_JOB_ID=") for v in variables)
-            if of_a_job and wanted <= set(variables) and not zombie:
-                found.append(int(entry.name))
-        return found
+        return [
+            pid
+            for pid, _, variables in _living()
+            if pid not in mine and wanted <= variables and any(v.startswith(b"SLURM_JOB_ID=") for v in variables)
+        ]
+
+    def _step_daemons(self) -> list[int]:
+        own = f"SLURM_CONF={self.folder}/slurm.conf".encode()
+        return [pid for pid, name, variables in _living() if name == "slurmstepd" and own in variables]
 
     def stop(self) -> None:
         """Cancel every job, end the daemons, remove the network and the folder. Raises when a job left a process."""
@@ -144,6 +140,8 @@ class Cluster:
                 daemon.kill()
                 daemon.wait()
         self._daemons = []
+        for pid in self._step_daemons():  # Slurm 22.05 now and then forgets one of a node that it lost
+            os.kill(pid, signal.SIGKILL)
         _remove_network()
         shutil.rmtree(self.folder)
         if left:
@@ -244,6 +242,20 @@ def install() -> None:
     done = subprocess.run(["unshare", "--mount", "--uts", "--net", "true"], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"test-slurm: needs root with its own namespaces for the nodes: {done.stderr.strip()}")
+
+
+def _living() -> Iterator[tuple[int, str, set[bytes]]]:
+    """Every process but zombies: its id, its name and its environment."""
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            variables = set((entry / "environ").read_bytes().split(b"\0"))
+            name, zombie = (entry / "comm").read_text().strip(), " Z " in (entry / "stat").read_text()
+        except OSError:
+            continue
+        if not zombie:
+            yield int(entry.name), name, variables
 
 
 def _remove_network() -> None:
