@@ -19,6 +19,7 @@ TINY = (
 )
 EIGHT = "data.eval=[examples/quickstart/problems/heldout.jsonl] data.eval_limit=8"
 STUDY = f"steps=1 {EIGHT} rollout.max_response_tokens=24 batch.prompts_per_step=4 batch.completions_per_prompt=4"
+CONFIRMED = " --first-seed 10 --seeds 4 --methods grpo_strong,completions,dppo --rates 0.7"
 PLACES = {"CONFIG": QUICKSTART, "RUN": "runs/quickstart", "RUN2": "runs/grpo", "N": "1", "MODEL": MODEL, "A": MODEL}
 
 
@@ -132,9 +133,10 @@ BENCHMARKS = [
     *(here(f"megarl bench step_grpo --overrides parallel.tp=1{json}", leaves="runs/bench/step_grpo",
            run=f"megarl bench step_grpo --seeds 1 --methods grpo{json} --overrides 'parallel.tp=1 {STUDY}'")
       for json in ("", " --json docs/results/step_grpo.json")),
-    *(here(f"megarl bench dppo{json}", leaves="runs/bench/dppo",
+    *(here(f"megarl bench dppo{options}{json}", leaves="runs/bench/dppo",
            run=f"megarl bench dppo --seeds 1 --methods grpo{json} --overrides '{STUDY} evaluation.samples=1'")
-      for json in ("", " --json docs/results/dppo.json")),
+      for options, json in (("", " --json docs/results/dppo.json"), (CONFIRMED, ""),
+                            (CONFIRMED, " --json docs/results/dppo_confirmed.json"))),
     elsewhere("megarl bench parity", "tests/parallel/test_parity.py", "parity.compare", "102 layouts"),
     elsewhere("megarl bench invariance", "tests/parallel/test_parity.py", "invariance.measure("),
     elsewhere("megarl bench unbiased", "tests/algorithms/test_unbiased.py", "measure(case)"),
