@@ -135,11 +135,12 @@ BENCHMARKS = [
       for json in ("", " --json docs/results/step_grpo.json")),
     *(here(f"megarl bench dppo{options}{json}", leaves="runs/bench/dppo",
            run=f"megarl bench dppo --seeds 1 --methods grpo{json} --overrides '{STUDY} evaluation.samples=1'")
-      for options, json in (("", " --json docs/results/dppo.json"), (CONFIRMED, ""),
+      for options, json in (("", ""), ("", " --json docs/results/dppo.json"), (CONFIRMED, ""),
                             (CONFIRMED, " --json docs/results/dppo_confirmed.json"))),
     elsewhere("megarl bench parity", "tests/parallel/test_parity.py", "parity.compare", "102 layouts"),
     elsewhere("megarl bench invariance", "tests/parallel/test_parity.py", "invariance.measure("),
     elsewhere("megarl bench unbiased", "tests/algorithms/test_unbiased.py", "measure(case)"),
+    elsewhere("megarl bench conversion", "tests/bench/test_conversion_bench.py", "conversion.main("),
     elsewhere("megarl bench learner", "tests/bench/test_learner_bench.py", "learner.main("),
     elsewhere("megarl bench rollout*", "tests/bench/test_rollout_bench.py", "rollout.main("),
     elsewhere("megarl bench early_exit", "tests/bench/test_early_exit_bench.py", "early_exit.main("),
