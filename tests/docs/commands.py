@@ -146,6 +146,7 @@ BENCHMARKS = [
     elsewhere("megarl bench early_exit", "tests/bench/test_early_exit_bench.py", "early_exit.main("),
     elsewhere("megarl bench planner*", "tests/planner/test_published.py", "bench.main(runs=",
               "the published runs are not in the repository"),
+    elsewhere("megarl bench precision", "tests/bench/test_precision_bench.py", "precision.main("),
     elsewhere("megarl bench memory", "tests/bench/test_memory_bench.py", "compare(", "processes of a known size"),
     elsewhere("megarl bench report", "tests/report/test_browser.py", "bench_report(", "needs Chromium"),
     elsewhere("megarl bench kill_anywhere*", "tests/bench/test_kill_anywhere.py", "main(", "each kill is a run"),
