@@ -38,14 +38,7 @@ from megarl.learner import cpu, device, emulation, router
 from megarl.learner import precision as precisions
 from megarl.learner.attention import PackedAttention, PackedRow, inverse_frequencies
 from megarl.learner.logprobs import logprobs_and_entropy
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """Megatron's torch norm refuses sequence parallelism; this one marks its weight, whose gradient is then summed."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **_: Any) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel
+from megarl.learner.norm import RMSNorm
 
 
 class ScoringLayer(ColumnParallelLinear):

@@ -121,7 +121,7 @@ def _stage(
         parts["activations"] = whole * (1 - away)
     shard = layout.tp if software.sequence_parallel else 1
     t, h = layout.tokens, shape.hidden
-    if stage == 0 and not software.cpu:  # there it is the first norm's input
+    if stage == 0 and not software.cpu:  # there no operator keeps it
         parts["embedding"] = min(flight, layout.pp) * 2.0 * t * h / shard
     # The widest backward moment: gathered inputs and the gradients of the MLP's or the attention's tensors.
     width = max(shape.ffn if dense else 0, shape.moe_ffn * shape.topk if moe else 0) * shape.mlp_matrices
@@ -129,8 +129,8 @@ def _stage(
     if stage == layout.pp - 1:
         if software.chunked_loss:  # its moment is over before the layers' begins
             parts["logits"] = _chunked_loss(shape, layout, software)
-            # Also kept: the last norm's three tensors, and the positions of its output that are scored.
-            parts["logits"] += _wide(software) * t * h * (3 / shard + 1) if software.cpu else 0.0
+            # Also kept: the last norm's two tensors, and the positions of its output that are scored.
+            parts["logits"] += _wide(software) * t * h * (2 / shard + 1) if software.cpu else 0.0
             workspace = max(0.0, workspace - parts["logits"])
         else:
             parts["logits"] = 2.0 * t * h + (1 + shape.mtp) * t * shape.vocab * _logit_bytes(layout, software)
@@ -243,11 +243,11 @@ def _cpu_layer(shape: Shape, layout: Layout, software: Software, moe: bool) -> f
     t, tp, wide = layout.tokens, layout.tp, _wide(software)
     shard = t / tp if software.sequence_parallel else t
     query, kv = shape.query_width, shape.kv_width
-    norms = 2 * 3 * wide * shard * shape.hidden  # input, normalised, output
+    norms = 2 * 2 * wide * shard * shape.hidden  # normalised, output
     # The fused projection; queries and keys turned to their positions; the output and its statistics.
     attention = t / tp * (wide * ((query + kv) + (query + kv / 2) + shape.value_width) + 4.0 * shape.heads)
-    if shape.qk_norm:  # a contiguous copy of the queries, both normalised
-        attention += t / tp * wide * (2 * query + kv / 2)
+    if shape.qk_norm:  # both normalised
+        attention += t / tp * wide * (query + kv / 2)
     copies = 5 if shape.gated else 2  # gate and up, activation, a shifted copy of up, their product
 
     def mlp(rows: float, width: float) -> float:
