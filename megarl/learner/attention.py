@@ -75,17 +75,16 @@ class PackedAttention(MegatronModule):
         if size > 1:
             key, value = _gather(torch.stack([key, value], 1), row.segments, self.cp).unbind(1)
         query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # [1, heads, t, d]
+        # Split, not sliced: the gradients of all parts are then put together once.
+        queries = query.split([length // size for length in row.segments], 2)
+        keys, values = key.split(row.segments, 2), value.split(row.segments, 2)
         outputs = []
-        start = 0
         last = len(row.segments) - 1
-        for i, length in enumerate(row.segments):
-            q = query[:, :, start // size : (start + length) // size]
+        for i, (q, k, v) in enumerate(zip(queries, keys, values, strict=True)):
             if i == last and row.skip_last:
                 outputs.append(torch.zeros_like(q))
             else:
-                k, v = key[:, :, start : start + length], value[:, :, start : start + length]
-                outputs.append(self._segment(q, k, v, length))
-            start += length
+                outputs.append(self._segment(q, k, v, row.segments[i]))
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
         return output[0].transpose(0, 1)
 
@@ -126,8 +125,12 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    out = torch.empty_like(x)
     x1, x2 = x.chunk(2, -1)
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1)
+    out1, out2 = out.chunk(2, -1)
+    torch.mul(x1, cos, out=out1).addcmul_(x2, sin, value=-1)
+    torch.mul(x2, cos, out=out2).addcmul_(x1, sin)
+    return out
 
 
 def _rotate(x: Tensor, row: PackedRow) -> Tensor:
