@@ -55,8 +55,11 @@ class _LogProbs(torch.autograd.Function):
         for start in range(0, n if real else 0, chunk):
             part = slice(start, start + chunk)
             logits = _logits(hidden[part], weight, temperature)
-            stats[0, part] = logits.logsumexp(-1)
-            stats[1, part] = ((logits - stats[0, part, None]).exp_() * logits).sum(-1)
+            peak = logits.amax(-1, keepdim=True)
+            weights = (logits - peak).exp_()
+            sums = weights.sum(-1)
+            stats[0, part] = sums.log().add_(peak[:, 0])
+            stats[1, part] = torch.linalg.vecdot(weights, logits).div_(sums)
             stats[2, part] = logits.gather(-1, local[part, None]).squeeze(-1).where(owned[part], 0.0)
             if keep:
                 kept.append(logits)
