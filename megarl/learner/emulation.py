@@ -21,7 +21,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
-from megarl.learner.quantise import FORMATS, DelayedScale, Recipe, Role, quantise
+from megarl.learner.quantise import DelayedScale, Recipe, Role, formats, quantise
 
 
 class Scaling:
@@ -32,7 +32,8 @@ class Scaling:
         self.recipe = recipe
         self.group = group
         self.paused = False
-        self.delayed = {role: DelayedScale(fmt) for role, fmt in FORMATS.items()} if recipe == "delayed" else {}
+        roles = formats(recipe) if recipe == "delayed" else {}
+        self.delayed = {role: DelayedScale(fmt) for role, fmt in roles.items()}
 
     def __call__(self, x: Tensor, role: Role, dim: int) -> Tensor:
         """The matrix `x` as a product over its dimension `dim` reads it, in float32."""

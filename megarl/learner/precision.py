@@ -13,7 +13,7 @@ from checkpoints_conv.shape import ModelShape
 from megarl.config import Precision
 from megarl.errors import UserError
 from megarl.learner import device
-from megarl.learner.quantise import FORMATS, HISTORY, block_shape
+from megarl.learner.quantise import E4M3, HISTORY, block_shape, formats
 
 RECIPES = {"delayed": "delayed", "tensorwise": "tensorwise", "blockwise": "blockwise", "mxfp8": "mxfp8"}
 """Setting → Megatron's `fp8_recipe`."""
@@ -44,10 +44,10 @@ def manifest(precision: Precision, shape: ModelShape) -> dict[str, Any]:
     found: dict[str, Any] = {"dtype": precision.dtype}
     if precision.dtype != "fp8":
         return found
-    layers = fp8_layers(precision, shape.layers)
+    layers, roles = fp8_layers(precision, shape.layers), formats(precision.recipe)
     found |= {
         "recipe": precision.recipe,
-        "formats": {role: fmt.name for role, fmt in FORMATS.items()},
+        "formats": {role: fmt.name for role, fmt in roles.items()},
         "first_layer": layers.start,
         "last_layer": layers.stop - 1,
         "high_precision": ["embedding", "norms", "router", "output_layer"],
@@ -56,7 +56,7 @@ def manifest(precision: Precision, shape: ModelShape) -> dict[str, Any]:
     if precision.recipe == "delayed":
         found["history"] = HISTORY
     if precision.recipe in ("blockwise", "mxfp8"):
-        found["blocks"] = {role: list(block_shape(precision.recipe, role, 1)) for role in FORMATS}
+        found["blocks"] = {role: list(block_shape(precision.recipe, role, 1)) for role in roles}
     return found
 
 
@@ -94,7 +94,8 @@ def transformer_settings(precision: Precision) -> dict[str, Any]:
     dtype = parameter_dtype(precision)
     settings: dict[str, Any] = {"params_dtype": dtype, "pipeline_dtype": dtype, "bf16": dtype == torch.bfloat16}
     if precision.dtype == "fp8" and not emulated(precision):
-        settings |= {"fp8": "hybrid", "fp8_recipe": RECIPES[precision.recipe]}
+        gradients = formats(precision.recipe)["gradient"]
+        settings |= {"fp8": "e4m3" if gradients is E4M3 else "hybrid", "fp8_recipe": RECIPES[precision.recipe]}
         if precision.recipe == "delayed":
             settings |= {"fp8_amax_history_len": HISTORY, "fp8_amax_compute_algo": "max"}
         if precision.high_precision_layers:

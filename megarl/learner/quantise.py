@@ -7,7 +7,9 @@ does on the GPU: what is too large, infinities included, becomes the largest fin
 delayed    one scale a tensor, from the largest magnitude of earlier steps (Micikevicius et al., arXiv 2209.05433)
 tensorwise one scale a tensor, from its own largest magnitude ("current scaling")
 blockwise  one scale a 1 x 128 tile of activations and gradients and a 128 x 128 tile of weights, powers of two
-mxfp8      one scale 32 values along the summed dimension, a power of two (OCP Microscaling Formats, v1.0)
+mxfp8      one scale 32 values along the summed dimension, a power of two (OCP Microscaling Formats, v1.0), rounded so
+           that nothing overflows, as NVIDIA's kernels do, where OCP's own conversion saturates (Mishra et al., arXiv
+           2506.08027); gradients are e4m3 too: a block's own scale leaves them no need of e5m2's range
 """
 
 from __future__ import annotations
@@ -39,7 +41,12 @@ class Format:
 
 E4M3 = Format("e4m3", torch.float8_e4m3fn, 448.0)
 E5M2 = Format("e5m2", torch.float8_e5m2, 57344.0)
-FORMATS: dict[Role, Format] = {"input": E4M3, "weight": E4M3, "gradient": E5M2}  # the "hybrid" assignment
+HYBRID: dict[Role, Format] = {"input": E4M3, "weight": E4M3, "gradient": E5M2}
+
+
+def formats(recipe: Recipe) -> dict[Role, Format]:
+    """What each operand is rounded to, as Megatron's own recipes have it: "e4m3" for mxfp8, "hybrid" for the others."""
+    return {**HYBRID, "gradient": E4M3} if recipe == "mxfp8" else HYBRID
 
 
 def round_to(x: Tensor, fmt: Format) -> Tensor:
@@ -108,7 +115,7 @@ def block_shape(recipe: Recipe, role: Role, dim: int) -> tuple[int, int]:
 
 def quantise(x: Tensor, recipe: Recipe, role: Role, dim: int, delayed: DelayedScale | None = None) -> Tensor:
     """The matrix `x` as a product that sums over its dimension `dim` reads it. `delayed`: the recipe's state."""
-    fmt = FORMATS[role]
+    fmt = formats(recipe)[role]
     if recipe == "delayed":
         if delayed is None:
             raise ValueError("delayed scaling needs its state")

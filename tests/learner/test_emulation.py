@@ -90,6 +90,20 @@ def test_the_manifest_names_layers_formats_and_blocks(tmp_path):
     assert '"tensorwise"' in file.read_text()
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_gradients_are_e5m2_save_under_mxfp8(tmp_path, monkeypatch, recipe):
+    """In the emulation, in the manifest, and in what megarl asks of Megatron on a GPU. Runs no GPU."""
+    wanted = "e4m3" if recipe == "mxfp8" else "e5m2"
+    write_model(tmp_path)
+    chosen = Precision(dtype="fp8", recipe=recipe)
+    assert precisions.manifest(chosen, read_shape(tmp_path))["formats"] == {
+        "input": "e4m3", "weight": "e4m3", "gradient": wanted,
+    }  # fmt: skip
+    monkeypatch.setattr(precisions.device, "on_cuda", lambda: True)
+    settings = precisions.transformer_settings(chosen)
+    assert (settings["fp8"], settings["fp8_recipe"]) == ("e4m3" if recipe == "mxfp8" else "hybrid", recipe)
+
+
 def test_an_engine_that_quantises_otherwise_is_refused(tmp_path):
     write_model(tmp_path)
     shape = read_shape(tmp_path)
