@@ -3,8 +3,12 @@
 First supervised fine-tuning from random weights on the quick start's lesson: the loss of the last tenth of the updates,
 the same demonstrations in the same order for all. Then reinforcement learning from the shipped reasoner: accuracy on
 the held-out problems at temperature 1, where learning shows most. FP8 is emulated on a CPU, and there the engine
-computes in bf16 (under fp32 in float32). Rollouts differ from the first differing token on, so accuracies are compared
-by their standard error over problems; what differs between two trainings comes on top, and several seeds show it.
+computes in bf16 (under fp32 in float32).
+
+What two trainings differ by although their arithmetic is the same is measured too: `bf16_again` is bf16 from other
+random weights on the same demonstrations, and in reinforcement learning with other draws. A precision that differs from
+bf16 by no more than that has not been told apart from it. Losses are averaged over seeds, each against bf16's of the
+same seed; accuracies are compared by their standard error over problems, to which the same chance adds.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from math import sqrt
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Annotated, Any
 
 import typer
@@ -22,12 +26,14 @@ import typer
 from megarl.bench import _study, record
 from megarl.errors import UserError, nearest
 
-REFERENCE = "bf16"
+REFERENCE, AGAIN = "bf16", "bf16_again"
 PRECISIONS = {
     REFERENCE: "{dtype: bf16}",
+    AGAIN: "{dtype: bf16}",
     "fp32": "{dtype: fp32}",
     **{recipe: f"{{dtype: fp8, recipe: {recipe}}}" for recipe in ("delayed", "tensorwise", "blockwise", "mxfp8")},
 }
+OTHER_SEEDS = 1000  # where those of AGAIN begin; the lesson is the reference's
 LESSON = Path("examples/quickstart/sft.yaml")
 LESSON_RANKS = 2  # data parallel
 LESSON_DEADLINE = 300.0  # seconds to write the demonstrations
@@ -40,7 +46,8 @@ def main(
     precisions: Annotated[str, typer.Option(help="Comma-separated; bf16 is always among them.")] = ",".join(PRECISIONS),
     sft_steps: Annotated[int, typer.Option(min=1, help="Updates of supervised fine-tuning.")] = 400,
     rl_steps: Annotated[int, typer.Option(min=0, help="Steps of reinforcement learning; 0 leaves it out.")] = 16,
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds per precision: 0, 1, …")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of supervised fine-tuning: 0, 1, …")] = 3,
+    rl_seeds: Annotated[int, typer.Option(min=0, help="So many of them for reinforcement learning too.")] = 1,
     overrides: Annotated[str, typer.Option(help="Settings of every run, separated by spaces.")] = "",
     runs: Annotated[Path, typer.Option(help="Where the runs go; finished ones are not repeated.")] = Path(
         "runs/bench/precision"
@@ -56,7 +63,7 @@ def main(
     for seed in range(seeds):
         for name in chosen:
             row: Row = {"precision": name, "seed": seed, **teach(name, seed, sft_steps, runs, overrides.split())}
-            if rl_steps:
+            if rl_steps and seed < rl_seeds:
                 row |= train(name, seed, rl_steps, runs, overrides.split())
             rows.append(row)
             record.show_rows("so far", rows)
@@ -70,7 +77,7 @@ def teach(precision: str, seed: int, steps: int, runs: Path, overrides: Sequence
     settings = _study.settings(
         LESSON,
         runs / f"sft-{precision}-{steps}-{seed}",
-        seed,
+        _seed(precision, seed),
         [f"data.train=[{lesson}]", f"steps={steps}", f"precision={PRECISIONS[precision]}",
          f"optimizer.warmup_steps={min(50, steps // 4)}", *overrides],
     )  # fmt: skip
@@ -87,7 +94,7 @@ def train(precision: str, seed: int, steps: int, runs: Path, overrides: Sequence
     settings = _study.settings(
         _study.QUICKSTART,
         runs / f"rl-{precision}-{steps}-{seed}",
-        seed,
+        _seed(precision, seed),
         [*WARM, f"steps={steps}", f"precision={PRECISIONS[precision]}", *overrides],
     )
     metrics = _study.trained(settings)
@@ -105,28 +112,39 @@ def train(precision: str, seed: int, steps: int, runs: Path, overrides: Sequence
 
 
 def summary(rows: Sequence[Row]) -> list[Row]:
-    """Per precision: loss over bf16's (mean over seeds), and accuracy minus bf16's with that difference's error."""
+    """Per precision: loss over bf16's of the same seed, its mean, extremes and standard error over seeds; and accuracy
+    minus bf16's with that difference's error, over the seeds that were trained."""
     groups = {name: [row for row in rows if row["precision"] == name] for name in PRECISIONS}
-    groups = {name: group for name, group in groups.items() if group}
+    bases = {row["seed"]: row for row in groups[REFERENCE]}
     result = []
     for name, group in groups.items():
-        pairs = [(row, base) for row in group for base in groups[REFERENCE] if base["seed"] == row["seed"]]
+        if not group:
+            continue
+        over = [row["sft_loss"] / bases[row["seed"]]["sft_loss"] - 1 for row in group]
         line: Row = {
             "precision": name,
             "seeds": len(group),
             "sft_loss": mean(row["sft_loss"] for row in group),
-            "sft_over_bf16": mean(row["sft_loss"] / base["sft_loss"] - 1 for row, base in pairs),
+            "sft_over_bf16": mean(over),
+            "sft_over_bf16_least": min(over),
+            "sft_over_bf16_most": max(over),
         }
-        if "accuracy" in group[0]:
+        if len(group) > 1:
+            line["sft_over_bf16_se"] = stdev(over) / sqrt(len(over))
+        if pairs := [(row, bases[row["seed"]]) for row in group if "accuracy" in row]:
             error = sqrt(sum(row["accuracy_se"] ** 2 + base["accuracy_se"] ** 2 for row, base in pairs)) / len(pairs)
             line |= {
-                "accuracy_before": mean(row["accuracy_before"] for row in group),
-                "accuracy": mean(row["accuracy"] for row in group),
+                "accuracy_before": mean(row["accuracy_before"] for row, _ in pairs),
+                "accuracy": mean(row["accuracy"] for row, _ in pairs),
                 "over_bf16": mean(row["accuracy"] - base["accuracy"] for row, base in pairs),
                 "over_bf16_se": error,
             }
         result.append(line)
     return result
+
+
+def _seed(precision: str, seed: int) -> int:
+    return seed + OTHER_SEEDS if precision == AGAIN else seed
 
 
 def _lesson(folder: Path, count: int, seed: int) -> None:
