@@ -31,22 +31,23 @@ def test_two_precisions_are_taught_and_trained_and_not_again(tmp_path: Path) -> 
     assert 0 < off < chance
     assert mxfp8["sft_loss"] == pytest.approx(bf16["sft_loss"], rel=0.02)
     assert all(row["completions"] == 8 and 0 <= row["accuracy"] <= 1 for row in once["rows"])
-    assert [line["sft_over_bf16"] == 0 for line in once["summary"]] == [True, False, False]
+    assert [line["sft_loss_over_bf16"] == 0 for line in once["summary"]] == [True, False, False]
 
 
 def test_seeds_are_compared_in_pairs() -> None:
     """Losses by ratio within a seed; accuracies with the standard error of a mean difference over the seeds."""
     same = {"accuracy_before": 0.5, "accuracy_se": 0.02}
     rows = [
-        {"precision": name, "seed": seed, "sft_loss": loss, "accuracy": acc, **same}
+        {"precision": name, "seed": seed, "sft_loss_half": 2 - loss / 2, "sft_loss": loss, "accuracy": acc, **same}
         for name, seed, loss, acc in [
             ("bf16", 0, 1.0, 0.70), ("delayed", 0, 1.1, 0.72), ("bf16", 1, 2.0, 0.60), ("delayed", 1, 2.0, 0.64),
         ]
     ]  # fmt: skip
     bf16, delayed = precision.summary(rows)
-    assert (bf16["sft_over_bf16"], bf16["over_bf16"]) == (0, 0)
-    assert delayed["sft_over_bf16"] == delayed["sft_over_bf16_se"] == pytest.approx(0.05)
-    assert (delayed["sft_over_bf16_least"], delayed["sft_over_bf16_most"]) == (0, pytest.approx(0.1))
+    assert (bf16["sft_loss_over_bf16"], bf16["over_bf16"]) == (0, 0)
+    assert delayed["sft_loss_over_bf16"] == pytest.approx(0.05)
+    assert delayed["sft_loss_half_over_bf16"] == pytest.approx(-1 / 60)
+    assert (delayed["sft_loss_over_bf16_least"], delayed["sft_loss_over_bf16_most"]) == (0, pytest.approx(0.1))
     assert delayed["over_bf16"] == pytest.approx(0.03)
     assert delayed["over_bf16_se"] == pytest.approx(sqrt(4 * 0.02**2) / 2)
 
@@ -60,13 +61,13 @@ def test_accuracies_are_those_of_the_seeds_that_were_trained() -> None:
     """The second seed was taught only: it counts for the loss, and not for the accuracy."""
     trained = {"accuracy_before": 0.5, "accuracy": 0.7, "accuracy_se": 0.02}
     rows = [
-        {"precision": name, "seed": seed, "sft_loss": loss, **more}
+        {"precision": name, "seed": seed, "sft_loss_half": 1.0, "sft_loss": loss, **more}
         for name, seed, loss, more in [
             ("bf16", 0, 1.0, trained), ("mxfp8", 0, 1.2, {**trained, "accuracy": 0.8}),
             ("bf16", 1, 1.0, {}), ("mxfp8", 1, 1.0, {}),
         ]
     ]  # fmt: skip
     _, mxfp8 = precision.summary(rows)
-    assert (mxfp8["seeds"], mxfp8["sft_over_bf16"]) == (2, pytest.approx(0.1))
+    assert (mxfp8["seeds"], mxfp8["sft_loss_over_bf16"]) == (2, pytest.approx(0.1))
     assert mxfp8["over_bf16"] == pytest.approx(0.1)
     assert mxfp8["over_bf16_se"] == pytest.approx(sqrt(2) * 0.02)
