@@ -52,7 +52,10 @@ def test_dump_is_what_was_loaded(tmp_path: Path) -> None:
         ("optimizer.min_lr=1", ["optimizer.min_lr", "at most"]),
         ("experts.aux_loss_coeff=0.1", ["experts.aux_loss_coeff", "0.1", "none", "seq_aux_loss"]),
         ("experts.router_load_balancing_type=aux_loss", ["experts.aux_loss_coeff", "aux_loss", "1e-3"]),
-        ("rollout={replay_routing: true, engine: vllm}", ["rollout.replay_routing", "vllm", "engine: sglang"]),
+        (
+            "rollout={replay_routing: true, engine: vllm}",
+            ["rollout.replay_routing", "vllm", "Triton", "engine: sglang"],
+        ),
         (
             "rollout={replay_routing: true, servers: {addresses: ['http://a:1']}}",
             ["rollout.replay_routing", "served", "servers.addresses"],

@@ -42,10 +42,13 @@ def routing(settings: Settings) -> None:
             "of; take it out, or set recompute: full"
         )
     if replay and not (rollout.embedded or rollout.engine == "sglang"):
-        engine = "a served local engine" if rollout.engine == "local" else rollout.engine
+        engine = {
+            "local": "a served local engine does not report its experts",
+            "vllm": "vllm reports its experts only with Triton, which no CPU here has, and was never asked for them",
+        }[rollout.engine]
         raise ValueError(
-            f"rollout.replay_routing: true, but {engine} does not report its experts; set rollout.engine: sglang, "
-            "or local without servers.addresses, or false"
+            f"rollout.replay_routing: true, but {engine}; set rollout.engine: sglang, or local without "
+            "servers.addresses, or false"
         )
     if replay and rollout.partial:
         raise ValueError(

@@ -32,6 +32,8 @@ class VLLMEngine(RemoteEngine):
     Log-probs: at the sampling temperature and *after* top-p and top-k, which the contract does not mean: with either
     in force they are nan. Training needs top_p = 1 and top_k = 0 here; see `check`.
     Stops: a stand-alone word is confirmed by a request for one more token.
+    Experts are not asked for: `--enable-return-routed-experts` needs vLLM's model runner V2, and that one a Triton for
+    the device, which our CPU environment has not ("Model Runner V2 requires Triton"); what it answers is untried.
     """
 
     kind = "vllm"
