@@ -2,6 +2,9 @@
 
 from setuptools import find_packages, setup
 
+# Where figures go besides, by the setting `trackers`; mlflow's full package is its server's.
+WANDB, MLFLOW = ["wandb>=0.19"], ["mlflow-skinny>=3"]
+
 setup(
     name="megarl",
     version="0.1.0",
@@ -36,11 +39,10 @@ setup(
         # Engines live in environments of their own (their torch pins differ): these extras name what goes there.
         "sglang": ["sglang==0.5.23"],
         "vllm": ["vllm==0.32.0"],
-        # Where figures go besides, by the setting `trackers`; mlflow's full package is its server's.
-        "wandb": ["wandb>=0.19"],
-        "mlflow": ["mlflow-skinny>=3"],
+        "wandb": WANDB,
+        "mlflow": MLFLOW,
         # gguf reads the real weights that the conversion is tested with.
-        "dev": ["gguf", "pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "selenium>=4.20"],
+        "dev": [*WANDB, *MLFLOW, "gguf", "pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "selenium>=4.20"],
     },
     entry_points={"console_scripts": ["megarl=megarl.cli:main"]},
 )
