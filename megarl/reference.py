@@ -124,7 +124,8 @@ def _kind(annotation: Any, metadata: Any = ()) -> str:
         name = " or ".join(_kind(a) for a in arguments if a is not type(None))
     elif origin in (list, tuple):
         inner = [a for a in arguments if a is not Ellipsis]
-        name = f"list of {_kind(inner[0])}s" if origin is list else f"{len(inner)} {_kind(inner[0])}s"
+        plural = _kind(inner[0]) + ("" if get_origin(inner[0]) is Literal else "s")
+        name = f"list of {plural}" if origin is list else f"{len(inner)} {plural}"
     else:
         name = {Path: "path", str: "text", bool: "bool", int: "integer", float: "number"}.get(
             annotation, getattr(annotation, "__name__", str(annotation))
