@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 STUBS = {
     "scontrol": 'case "$1 $2" in "show hostnames") printf "n1\\nn2\\nn3\\nn4\\n" ;; esac',
     "squeue": "echo RUNNING",
+    "sbatch": 'echo "$RUN $*" >>"$STARTED.jobs"; wc -l <"$STARTED.jobs"',
     # Notes what is run on which nodes. A server stays until it is told to leave; the learner comes after it.
     "srun": """
         trap 'exit 0' USR2
@@ -90,6 +91,25 @@ def test_eval_takes_a_run_directory(run, tmp_path: Path) -> None:
     assert f"megarl.cli eval {folder} run={folder} " in started["eval"]
     assert started["eval"].endswith("--temperature 0.6")
     assert f"serve {folder}/config.yaml" in started["serve"]
+
+
+def test_convert_passes_its_arguments_on(run) -> None:
+    wanted = "hf-to-megatron models/Qwen3-32B converted/Qwen3-32B tp=4 pp=4"
+    code, output, started = run("slurm/convert.sh", *wanted.split())
+    assert code == 0, output
+    assert [line.strip() for line in started.values()] == [f"megarl.cli convert {wanted}"]
+
+
+def test_scaling_submits_a_job_for_each_number_of_nodes_and_their_table(run, tmp_path: Path) -> None:
+    folder = tmp_path / "scaling"
+    code, output, _ = run("slurm/scaling.sh", "slurm/train_qwen3_32b.sh", "4", "6", "seed=1", FOLDER=str(folder))
+    assert code == 0, output
+    four, six, table = (tmp_path / "started.jobs").read_text().splitlines()
+    for line, nodes in ((four, 4), (six, 6)):
+        assert line.startswith(f"{folder}/nodes-{nodes} ") and f"--nodes={nodes} " in line
+        assert "slurm/train_qwen3_32b.sh steps=6 " in line and line.endswith(" seed=1")
+    assert "--dependency=afterany:1:2 " in table and f"bench scaling {folder} --json {folder}/table.json" in table
+    assert run("slurm/scaling.sh", "slurm/train_qwen3_32b.sh", FOLDER=str(folder))[0] == 2
 
 
 def test_too_few_nodes_are_refused(run) -> None:
