@@ -1,7 +1,7 @@
 """Write the quick start's files: the problems of each split and, on request, the lesson for supervised fine-tuning.
 
     python -m examples.quickstart.make_problems examples/quickstart/problems
-    python -m examples.quickstart.make_problems runs/quickstart/lesson --lesson 72000
+    python -m examples.quickstart.make_problems runs/lesson --lesson 96000
 
 The same arguments write the same bytes.
 """
