@@ -68,7 +68,9 @@ DIRECTIONS: dict[str, tuple[str, str, Callable[[ModelShape], Writer]]] = {
 
 def main(
     json: Annotated[Path | None, typer.Option(help="Write the rows to this file.")] = None,
-    gigabytes: Annotated[float, typer.Option(min=0.8, help="Size of the checkpoint.")] = 2.5,
+    gigabytes: Annotated[
+        float, typer.Option(min=0.001, help="Size of the checkpoint; two layers, .8 GB, are the least.")
+    ] = 2.5,
     rounds: Annotated[int, typer.Option(min=1, help="Times everything is repeated; medians are reported.")] = 3,
     workers: Annotated[int, typer.Option(min=1, help="Threads of a conversion.")] = 2,
     folder: Annotated[Path | None, typer.Option(help="Where to write; default: the system's temporary folder.")] = None,

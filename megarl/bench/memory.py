@@ -18,6 +18,7 @@ import typer
 
 from checkpoints_conv.shape import read_shape
 from megarl.bench import record
+from megarl.bench._choice import chosen
 from megarl.bench.models import write_model
 from megarl.bench.parity import settings
 from megarl.config import Parallel
@@ -49,9 +50,12 @@ MIB = 2**20
 MMAP_THRESHOLD = -3  # mallopt's M_MMAP_THRESHOLD
 
 
-def main(json: Annotated[Path | None, typer.Option(help="Write the rows to this file.")] = None) -> None:
+def main(
+    json: Annotated[Path | None, typer.Option(help="Write the rows to this file.")] = None,
+    layout: Annotated[list[str] | None, typer.Option(help="Only this layout; may be given again.")] = None,
+) -> None:
     """Peak memory of CPU ranks, planned and measured, layout by layout."""
-    rows = compare(list(LAYOUTS))
+    rows = compare(chosen(layout or LAYOUTS, LAYOUTS, "layout"))
     worst = max(abs(row["error"]) for row in rows)
     record.publish("memory", rows, json, summary={"worst_error": worst})
     print(f"worst error: {worst:.1%}")

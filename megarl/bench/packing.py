@@ -42,7 +42,7 @@ QWEN3_8B = Cost.of_model(
 
 def main(
     json: Annotated[Path | None, typer.Option(help="Write the result here.")] = None,
-    sequences: Annotated[int, typer.Option(help="Sequences to pack.")] = 100_000,
+    sequences: Annotated[int, typer.Option(min=STEP, help="Sequences to pack.")] = 100_000,
     capacity: Annotated[int, typer.Option(help="Tokens per row.")] = 16_384,
     window: Annotated[int, typer.Option(help="Pending sequences that dense packing looks at.")] = 256,
     ranks: Annotated[int, typer.Option(help="Data-parallel ranks.")] = 8,

@@ -13,6 +13,7 @@ import typer
 
 from megarl import config
 from megarl.bench import record
+from megarl.bench._choice import chosen
 from megarl.bench.models import Family, write_model
 from megarl.learner.spawn import spawn
 from megarl.trajectory import Batch, Sample
@@ -82,9 +83,13 @@ def cases() -> list[Case]:
     return found
 
 
-def main(json: Annotated[Path | None, typer.Option(help="Write the rows to this file.")] = None) -> None:
+def main(
+    json: Annotated[Path | None, typer.Option(help="Write the rows to this file.")] = None,
+    layout: Annotated[list[str] | None, typer.Option(help="Only this layout; may be given again.")] = None,
+) -> None:
     """Loss and every gradient of the learner against transformers, in float32, for every layout."""
-    record.publish("parity", compare(cases()), json)
+    wanted = chosen(layout or {**LAYOUTS, **EXPERT_LAYOUTS}, {**LAYOUTS, **EXPERT_LAYOUTS}, "layout")
+    record.publish("parity", compare([case for case in cases() if case.layout in wanted]), json)
 
 
 def compare(wanted: list[Case]) -> list[dict[str, Any]]:

@@ -24,9 +24,10 @@ import typer
 from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 from megarl.bench import record
+from megarl.bench._choice import chosen
 from megarl.bench.models import write_model
 from megarl.config import parse
-from megarl.errors import UserError, nearest
+from megarl.errors import UserError
 from megarl.rollout import fleet
 from megarl.rollout.detokenize import Vocabulary
 from megarl.rollout.engine import Engine, Sampling
@@ -85,9 +86,9 @@ def main(
     the processor time that this process used for them, for machines that are busy with something else (servers are
     processes of their own, so they have none).
     """
-    names = _chosen(engines, [*ENGINES, *SERVERS], "engines")
+    names = chosen(engines, [*ENGINES, *SERVERS], "engines")
     rows: list[dict[str, Any]] = []
-    for model in _chosen(models, MODELS, "models"):
+    for model in chosen(models, MODELS, "models"):
         with (
             tempfile.TemporaryDirectory() as scratch,
             MODELS[model](Path(scratch)) as folder,
@@ -97,14 +98,6 @@ def main(
             for size in _sizes(batches):
                 rows += _measure(model, folder, names, size, repeats, runner, servers)
                 record.publish("rollout", rows, json, threads=torch.get_num_threads())  # what is there outlives a stop
-
-
-def _chosen(given: str, known: Any, option: str) -> list[str]:
-    names = [name.strip() for name in given.split(",")]
-    for name in names:
-        if name not in known:
-            raise UserError(f"--{option}: {name!r} is none of {', '.join(known)}{nearest(name, known)}")
-    return names
 
 
 def _sizes(given: str) -> list[int]:

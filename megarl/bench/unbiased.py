@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import permutations, product
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from megarl.algorithms.loss import policy_loss, token_scale, within_row
 from megarl.algorithms.presets import PRESETS, Aggregation, Switches
 from megarl.algorithms.pruning import Draw, History, Selection, completion_weights, prompt_weights
 from megarl.bench import record
+from megarl.bench._choice import chosen
 from megarl.errors import RunError
 from megarl.trajectory import MicroBatch
 
@@ -45,6 +46,7 @@ Estimator = Literal[
     "unweighted_kl",  # the weight on the advantage, not on the whole term
     "advantages_recomputed",  # from the kept completions
 ]
+ESTIMATORS: tuple[str, ...] = get_args(Estimator)
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,13 @@ class Case:
         return RATES[level] if self.level in (level, "both") else 0.0
 
 
-def main(json: Annotated[Path | None, typer.Option(help="Write the result to this file.")] = None) -> None:
+def main(
+    json: Annotated[Path | None, typer.Option(help="Write the result to this file.")] = None,
+    estimators: Annotated[str, typer.Option(help="Only the rows of these, comma-separated.")] = ",".join(ESTIMATORS),
+) -> None:
     """Enumerate every pruning of a small batch; compare the expected gradient with the unpruned one."""
-    rows = [measure(case) for case in cases()]
+    wanted = chosen(estimators, ESTIMATORS, "estimators")
+    rows = [measure(case) for case in cases() if case.estimator in wanted]
     record.publish("unbiased", rows, json)
     wrong = [f"{r['estimator']}/{r['preset']}/{r['draw']}/{r['level']}" for r in rows if not as_expected(r)]
     if wrong:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,13 @@ SMALL = {
 }
 
 
-def test_every_direction_has_its_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_direction_has_its_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bench: Callable[..., None]
+) -> None:
     """A few layers of a small model: all weights are converted there and back."""
     monkeypatch.setattr(conversion, "CONFIG", {**conversion.CONFIG, **SMALL})
-    conversion.main(tmp_path / "conversion.json", gigabytes=0.001, rounds=1, workers=2, folder=tmp_path)
+    small = ("--gigabytes", 0.001, "--rounds", 1, "--folder", tmp_path)
+    bench("conversion", "--json", tmp_path / "conversion.json", *small)
     copy, *rows = json.loads((tmp_path / "conversion.json").read_text())["rows"]
     assert copy["of_copy_speed"] == 1
     assert [row["what"] for row in rows] == list(conversion.DIRECTIONS)

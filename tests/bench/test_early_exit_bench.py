@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from megarl.bench import early_exit
 
-
-def test_declined_probes_change_nothing_but_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_declined_probes_change_nothing_but_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bench: Callable[..., None]
+) -> None:
     """Four problems, both schedules: at threshold 1 probes are asked and none exits; at the trained one some may."""
     monkeypatch.chdir(Path(__file__).parents[2])
-    early_exit.main(tmp_path / "early_exit.json", batch=4, repeats=1)
+    bench("early_exit", "--json", tmp_path / "early_exit.json", "--batch", 4, "--repeats", 1)
     rows = json.loads((tmp_path / "early_exit.json").read_text())["rows"]
     kinds = [(row["probes"], row["schedule"]) for row in rows]
     assert kinds == [(p, s) for p in ("declined", "once", "trained") for s in ("blocking", "speculative")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,9 @@ from megarl.bench import learner
 
 
 @pytest.mark.parallel
-def test_trainers_compute_the_same(tmp_path: Path) -> None:
+def test_trainers_compute_the_same(tmp_path: Path, bench: Callable[..., None]) -> None:
     """Four trainings of 6 sequences: first losses equal to 1e-4 (the benchmark refuses otherwise), all rates there."""
-    learner.main(tmp_path / "learner.json", sequences=6, repeats=1)
+    bench("learner", "--json", tmp_path / "learner.json", "--sequences", 6, "--repeats", 1)
     rows = json.loads((tmp_path / "learner.json").read_text())["rows"]
     assert [(row["trainer"], row["work"]) for row in rows] == [
         ("megarl", "packed"), ("transformers", "packed"), ("megarl", "padded"), ("transformers", "padded"),

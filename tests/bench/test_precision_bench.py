@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from math import sqrt
 from pathlib import Path
 
@@ -14,15 +15,16 @@ from megarl.errors import UserError
 
 @pytest.mark.parallel
 @pytest.mark.timeout(600)
-def test_two_precisions_are_taught_and_trained_and_not_again(tmp_path: Path) -> None:
+def test_two_precisions_are_taught_and_trained_and_not_again(tmp_path: Path, bench: Callable[..., None]) -> None:
     """4 updates and 1 step, 8 problems: bf16 comes first, its loss over its own is 0, and FP8 differs from it by
     little, bf16 from other weights by more. A second call takes what is there."""
     problems = Path("examples/quickstart/problems/heldout.jsonl").read_text().splitlines()
     (tmp_path / "few.jsonl").write_text("\n".join(problems[:8]) + "\n")
     small = f"batch.prompts_per_step=4 data.eval=[{tmp_path / 'few.jsonl'}] rollout.max_response_tokens=64"
-    asked = {"precisions": "bf16_again,mxfp8", "sft_steps": 4, "rl_steps": 1, "seeds": 1, "overrides": small}
-    precision.main(tmp_path / "once.json", **asked, runs=tmp_path / "runs")
-    precision.main(tmp_path / "again.json", **asked, runs=tmp_path / "runs")
+    asked = ["--precisions", "bf16_again,mxfp8", "--sft-steps", 4, "--rl-steps", 1, "--seeds", 1]
+    asked += ["--overrides", small, "--runs", tmp_path / "runs"]
+    bench("precision", "--json", tmp_path / "once.json", *asked)
+    bench("precision", "--json", tmp_path / "again.json", *asked)
     once, again = (json.loads((tmp_path / name).read_text()) for name in ("once.json", "again.json"))
     assert once["rows"] == again["rows"]  # seconds included
     bf16, again_bf16, mxfp8 = once["rows"]

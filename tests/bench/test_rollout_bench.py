@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,14 @@ from megarl.bench import rollout
 from megarl.errors import UserError
 
 
-def test_engines_do_the_same_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engines_do_the_same_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bench: Callable[..., None]) -> None:
     """Two requests of the quick start's model: both engines make as many tokens, and the file says how fast.
 
     Each engine's runner checks the lengths itself.
     """
     monkeypatch.chdir(Path(__file__).parents[2])
-    rollout.main(tmp_path / "rollout.json", models="reasoner", batches="2", repeats=1)
+    small = ("--models", "reasoner", "--batches", 2, "--repeats", 1)
+    bench("rollout", "--json", tmp_path / "rollout.json", *small)
     rows = json.loads((tmp_path / "rollout.json").read_text())["rows"]
     assert [row["engine"] for row in rows] == ["local", "transformers"]
     assert rows[0]["tokens"] == rows[1]["tokens"] == rollout.draw(36, 2).tokens

@@ -20,6 +20,7 @@ TINY = (
 EIGHT = "data.eval=[examples/quickstart/problems/heldout.jsonl] data.eval_limit=8"
 STUDY = f"steps=1 {EIGHT} rollout.max_response_tokens=24 batch.prompts_per_step=4 batch.completions_per_prompt=4"
 CONFIRMED = " --first-seed 10 --seeds 4 --methods grpo_strong,completions,dppo --rates 0.7"
+SERVERS = "needs real servers: `make test-engines`"
 PLACES = {"CONFIG": QUICKSTART, "RUN": "runs/quickstart", "RUN2": "runs/grpo", "N": "1", "MODEL": MODEL, "A": MODEL}
 
 
@@ -31,8 +32,8 @@ class Rule:
     run: str = ""  # what is executed here; placeholders stand for `PLACES`; "" = not here
     leaves: str = ""  # a file that it must write
     says: str = ""  # words that it must print
-    test: str = ""  # else the file of the test that executes it, …
-    by: str = ""  # … and what of that file does
+    test: str = ""  # else the test that executes it, as pytest names it, or the script that does, …
+    by: str = ""  # … and what of its text does
     why: str = ""  # why it is not executed in this form by any test
 
 
@@ -63,9 +64,11 @@ TRAINING = [
     here("megarl train CONFIG parallel.tp=8 *", f"run=runs/wide model.path={WIDE}", says="32 ranks = tp 8 x pp 4"),
     here("torchrun --nnodes 32 *", f"{TINY} run=runs/torchrun", leaves="runs/torchrun/metrics.jsonl",
          run="torchrun --nnodes 1 --nproc-per-node 1 --standalone -m megarl.cli train CONFIG"),
-    *(elsewhere(f"megarl train CONFIG {added}*", "tests/docs/test_adding.py", f"{added}") for added in
-      ("reward.function=my_rewards", "algorithm.preset=sign", "rollout.engine=scripted")),
-    elsewhere("megarl train CONFIG model.path=*", "tests/docs/test_adding.py", "model.path="),
+    *(elsewhere(f"megarl train CONFIG {added}*", f"tests/docs/test_adding.py::{test}", run) for added, test, run in
+      (("reward.function=my_rewards", "test_the_reward_gives_the_verdicts", '"reward_and_algorithm"'),
+       ("algorithm.preset=sign", "test_the_algorithm_gives_the_advantages", '"reward_and_algorithm"'),
+       ("rollout.engine=scripted", "test_the_engine_writes_the_completions", '"engine"'),
+       ("model.path=", "test_the_family_trains_as_it_was_meant", '"family"'))),
 ]  # fmt: skip
 A_RUN = [
     here("megarl eval RUN|CONFIG --temperature 0.6 --temperature 1.0", EIGHT, says="accuracy",
@@ -114,6 +117,8 @@ ASKING = [
 LESSON = [
     here("python -m examples.quickstart.make_problems examples/quickstart/problems",
          leaves="examples/quickstart/problems/train.jsonl"),
+    here("python -m examples.quickstart.make_model examples/quickstart/reasoner",
+         leaves="examples/quickstart/reasoner/tokenizer.json"),
     here("python -m examples.quickstart.make_problems runs/lesson --lesson 96000", leaves="runs/lesson",
          run="python -m examples.quickstart.make_problems runs/lesson --lesson 400"),
     here("megarl sft examples/quickstart/sft.yaml --nproc 2", "steps=1 optimizer.warmup_steps=0 parallel.tp=1",
@@ -125,8 +130,9 @@ LESSON = [
 STUDIES = [
     here("python tools/scaling.py run *", says="0 missing"),
     here("python tools/scaling.py show *", says="0 missing"),
-    elsewhere("python tools/scaling.py submit *", "tests/scaling/test_study.py", 'tool("submit"'),
-]
+    elsewhere("python tools/scaling.py submit *",
+              "tests/scaling/test_study.py::test_slurm_gets_an_array_of_what_is_missing", 'tool("submit"'),
+]  # fmt: skip
 BENCHMARKS = [
     here("megarl bench packing", "--sequences 1024", says="verl_dynamic"),
     here("megarl bench controller", "--completions 16 --endpoints 2 --latency 0.05", says="completions"),
@@ -137,44 +143,62 @@ BENCHMARKS = [
            run=f"megarl bench dppo --seeds 1 --methods grpo{json} --overrides '{STUDY} evaluation.samples=1'")
       for options, json in (("", ""), ("", " --json docs/results/dppo.json"), (CONFIRMED, ""),
                             (CONFIRMED, " --json docs/results/dppo_confirmed.json"))),
-    elsewhere("megarl bench parity", "tests/parallel/test_parity.py", "parity.compare", "102 layouts"),
-    elsewhere("megarl bench invariance", "tests/parallel/test_parity.py", "invariance.measure("),
-    elsewhere("megarl bench unbiased", "tests/algorithms/test_unbiased.py", "measure(case)"),
-    elsewhere("megarl bench conversion", "tests/bench/test_conversion_bench.py", "conversion.main("),
-    elsewhere("megarl bench learner", "tests/bench/test_learner_bench.py", "learner.main("),
-    elsewhere("megarl bench rollout*", "tests/bench/test_rollout_bench.py", "rollout.main("),
-    elsewhere("megarl bench early_exit", "tests/bench/test_early_exit_bench.py", "early_exit.main("),
-    elsewhere("megarl bench planner*", "tests/planner/test_published.py", "bench.main(runs=",
-              "the published runs are not in the repository"),
-    elsewhere("megarl bench precision", "tests/bench/test_precision_bench.py", "precision.main("),
-    elsewhere("megarl bench memory", "tests/bench/test_memory_bench.py", "compare(", "processes of a known size"),
-    elsewhere("megarl bench report", "tests/report/test_browser.py", "bench_report(", "needs Chromium"),
-    elsewhere("megarl bench kill_anywhere*", "tests/bench/test_kill_anywhere.py", "main(", "each kill is a run"),
-    elsewhere("megarl bench weight_sync", "tests/engines/test_real_engines.py",
-              "def test_weights_arrive_by_every_way", "needs real servers: `make engines`, 6 GB"),
+    here("megarl bench parity", "--layout tp1", says="qwen3_moe"),
+    here("megarl bench invariance", "--draws 1", says="rel_grad"),
+    here("megarl bench unbiased", "--estimators zero_variance_dropped", says="max_rel_bias"),
+    elsewhere("megarl bench conversion", "tests/bench/test_conversion_bench.py::test_every_direction_has_its_copy",
+              'bench("conversion"'),
+    elsewhere("megarl bench learner", "tests/bench/test_learner_bench.py::test_trainers_compute_the_same",
+              'bench("learner"'),
+    elsewhere("megarl bench rollout", "tests/bench/test_rollout_bench.py::test_engines_do_the_same_work",
+              'bench("rollout"'),
+    elsewhere("megarl bench rollout --engines local,transformers,sglang,vllm *",
+              "tests/engines/test_benchmarks.py::test_tokens_a_second_of_a_real_server", 'bench("rollout"', SERVERS),
+    elsewhere("megarl bench early_exit",
+              "tests/bench/test_early_exit_bench.py::test_declined_probes_change_nothing_but_time",
+              'bench("early_exit"'),
+    elsewhere("megarl bench planner*",
+              "tests/planner/test_published.py::test_score_counts_groups_once_and_writes_its_summary",
+              'bench("planner", "--runs"', "the published runs are not in the repository"),
+    elsewhere("megarl bench precision",
+              "tests/bench/test_precision_bench.py::test_two_precisions_are_taught_and_trained_and_not_again",
+              'bench("precision"'),
+    elsewhere("megarl bench memory",
+              "tests/bench/test_memory_bench.py::test_one_rank_takes_the_memory_that_was_planned", 'bench("memory"'),
+    elsewhere("megarl bench report",
+              "tests/report/test_browser.py::test_ten_thousand_rollouts_open_in_three_seconds", 'bench("report"',
+              "needs Chromium: `make test-report`"),
+    elsewhere("megarl bench kill_anywhere*", "tests/bench/test_kill_anywhere.py::test_nothing_is_lost_or_repeated",
+              'bench("kill_anywhere", "--kills"', "each kill is a run"),
+    elsewhere("megarl bench weight_sync", "tests/engines/test_benchmarks.py::test_weights_arrive_by_every_way",
+              'bench("weight_sync"', SERVERS),
 ]  # fmt: skip
 ENGINES = [
-    elsewhere("megarl train examples/quickstart/train.yaml run=runs/sglang *", "tests/engines/test_training.py",
-              "def test_the_loop_trains_on_a_real_server"),
-    elsewhere("megarl train examples/quickstart/train.yaml run=runs/vllm *", "tests/engines/test_training.py",
-              "def test_the_loop_trains_on_a_real_server"),
-    elsewhere("make engines", ".ci/run", "make test-engines", "its first prerequisite"),
+    *(elsewhere(f"megarl train examples/quickstart/train.yaml run=runs/{engine} *",
+                "tests/engines/test_training.py::test_the_loop_trains_on_a_real_server", f'"{engine}"', SERVERS)
+      for engine in ("sglang", "vllm")),
+    elsewhere("make engines", "Makefile", "test-engines: engines", "`make test-engines` of .ci/run begins so"),
     elsewhere("make test-engines", ".ci/run", "make test-engines"),
-    never("megarl train CONFIG rollout.engine=sglang rollout.servers.*", "servers on GPU nodes; it is parsed"),
-    never("MEGARL_ENGINE_KEY=* python MEGARL/*", "a server over 8 GPUs; tests/engines start the same file on CPUs"),
-    never("VLLM_API_KEY=*", "a server over 8 GPUs; tests/engines start the same module on CPUs"),
+    here("megarl train CONFIG rollout.engine=sglang rollout.servers.count=4 *", says="2 ranks = tp 2",
+         run="megarl train CONFIG rollout.engine=sglang rollout.servers.count=4 rollout.servers.python=/bin/sh "
+         """'rollout.servers.flags=[--tp-size, "2", --mem-fraction-static, "0.7"]' run=runs/four --dry-run"""),
+    *(elsewhere(command, "tests/engines/test_documented.py::test_the_documented_server_is_trained_on", by, SERVERS)
+      for command, by in (("MEGARL_ENGINE_KEY=* python MEGARL/*", "line(engine"), ("VLLM_API_KEY=*", "line(engine"),
+                          ("megarl train CONFIG rollout.engine=sglang rollout.servers.addresses=*", "documented("))),
 ]  # fmt: skip
 CLUSTERS = [
-    elsewhere("SIZE=tiny sbatch *", "tests/slurm/jobs.py", '"SIZE": "tiny"'),
+    *(elsewhere(command, "tests/slurm/test_jobs.py::test_four_nodes_train_to_the_end", "Job(cluster", why)
+      for command, why in (("SIZE=tiny sbatch *", "needs a Slurm: `make test-slurm`"),
+       ("sbatch slurm/train_qwen3_*", "GPU nodes: a script runs with SIZE=tiny; of every one "
+        "tests/slurm/test_scripts.py checks settings, layout and memory"))),
     elsewhere("srun --ntasks-per-node 8 megarl train CONFIG", "slurm/launch.sh", "srun",
               "the line of the batch scripts, which tests/slurm submits to a real Slurm"),
-    never("sbatch slurm/train_qwen3_*", "GPU nodes: tests/slurm/test_scripts.py checks each script's settings, layout "
-          "and memory, and tests/slurm/test_jobs.py runs the script itself with SIZE=tiny"),
     elsewhere("make test-slurm", ".ci/run", "make test-slurm"),
     elsewhere("make test", ".ci/run", "make test"),
     never("make test-gpu", "needs a CUDA device"),
     never("pip install -e *", "CUDA builds; setup.py declares the extras, which is checked"),
-    never("pip install megarl[wandb,mlflow]", "services' clients; setup.py declares the extras, which is checked"),
+    elsewhere("pip install megarl[wandb,mlflow]", "setup.py", '"dev": [*WANDB, *MLFLOW,',
+              "`make setup` installs them with `dev`, and tests/test_trackers.py uses them"),
     never("git clone *", "the address is the reader's; `make setup` precedes every target of .ci/run"),
 ]  # fmt: skip
 TESTS = [Rule("pytest tests/*", why="a test: it must be there")]

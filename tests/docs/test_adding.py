@@ -87,6 +87,14 @@ def figures(tree: Path, run: str) -> dict[str, Any]:
     return json.loads((tree / run / "metrics.jsonl").read_text().splitlines()[-1])
 
 
+def test_the_runs_are_the_pages_commands() -> None:
+    """The last `megarl train CONFIG …` of each page; a model of its own stands for MODEL."""
+    given = {word for overrides in RUNS.values() for word in (*SMALL, *overrides)}
+    for page in PAGES:
+        *_, words = (words for words in pages.commands(page) if words[0] == "train")
+        assert {word.replace("=MODEL", "=mistral") for word in words[2:]} <= given, page.name
+
+
 def test_the_reward_gives_the_verdicts(tree: Path) -> None:
     """Each is what the page's function says of the response; the page's own trial of it passes."""
     [(_, code), (_, trial)] = pages.python(DOCS / "add_reward.md")

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from megarl.bench import planner as bench
+from megarl.bench import planner
 from megarl.errors import UserError
 from megarl.planner import calibrate
 from megarl.planner.hardware import LAWS
@@ -67,7 +67,7 @@ def test_odd_cells_are_skipped_with_a_reason(tmp_path):
     runs, skipped = read(table(tmp_path / "runs.csv", *odd, *fine))
     assert (len(runs), len(skipped)) == (len(fine), len(odd))
     assert all(s.reason for s in skipped)
-    bench.main(runs=tmp_path / "runs.csv")
+    planner.main(runs=tmp_path / "runs.csv")
 
 
 def test_a_table_without_optional_columns_is_read(tmp_path):
@@ -98,10 +98,10 @@ def test_software_is_read_from_what_the_source_says(tmp_path):
     assert bridge.software.graphs and bridge.software.fused_experts and bridge.software.sequence_parallel
 
 
-def test_score_counts_groups_once_and_writes_its_summary(tmp_path):
+def test_score_counts_groups_once_and_writes_its_summary(tmp_path, bench):
     """Two runs of one group weigh as one; an impossible run that is reported as fitting counts against us."""
     file = table(tmp_path / "runs.csv", {}, {"config_group": "g0"}, {"hidden": "65536", "heads": "512", "step_s": "9"})
-    bench.main(json=tmp_path / "out.json", runs=file)
+    bench("planner", "--runs", file, "--json", tmp_path / "out.json")
     result = json.loads((tmp_path / "out.json").read_text())
     summary = result["summary"]
     assert summary["scored"] == 3 and summary["skipped"] == 0 and result["details"]["time_groups"] == 2
@@ -120,7 +120,7 @@ def test_score_counts_groups_once_and_writes_its_summary(tmp_path):
 def test_a_perfect_prediction_scores_zero(tmp_path):
     runs, _ = read(table(tmp_path / "runs.csv", {}, {"TP": "4"}))
     exact = [replace(r, seconds=step_time(r.shape, r.layout, r.software, r.gpu).seconds) for r in runs]
-    assert bench.score(exact, [])[1]["time_p90_abs_error"] == pytest.approx(0, abs=1e-12)
+    assert planner.score(exact, [])[1]["time_p90_abs_error"] == pytest.approx(0, abs=1e-12)
 
 
 def test_calibration_finds_a_constant_that_was_moved(tmp_path):
@@ -138,6 +138,6 @@ def test_calibration_finds_a_constant_that_was_moved(tmp_path):
 
 def test_without_runs_the_benchmark_says_what_it_needs(tmp_path):
     with pytest.raises(UserError, match="--runs"):
-        bench.main()
+        planner.main()
     with pytest.raises(UserError, match="does not exist"):
-        bench.main(runs=tmp_path / "nothing.csv")
+        planner.main(runs=tmp_path / "nothing.csv")

@@ -15,7 +15,6 @@ import pytest
 import synthetic
 
 from megarl.bench._browser import DESKTOP, PHONE, opened, wait
-from megarl.bench.report import main as bench_report
 from megarl.report import write
 from megarl.rundir import read_metrics
 
@@ -212,12 +211,12 @@ def test_settings_that_differ_are_marked(browser, run):
     assert len([r for r in browser.find_elements("css selector", "#settings tbody tr") if r.is_displayed()]) > 80
 
 
-def test_ten_thousand_rollouts_open_in_three_seconds(tmp_path, monkeypatch, record_property):
+def test_ten_thousand_rollouts_open_in_three_seconds(tmp_path, monkeypatch, record_property, bench):
     """`megarl bench report` on responses of about 220 tokens, each with its log-prob: nothing is left out. Opening is
     from the order to open until curves, tables and the newest step's group stand; the slowest of six loads counts, at
     both widths. Picking the oldest step shows it as fast."""
     monkeypatch.chdir(synthetic.MODEL.parents[2])
-    bench_report(json=tmp_path / "report.json", rollouts=10_000, tokens="200", repeats=3, model=synthetic.MODEL)
+    bench("report", "--json", tmp_path / "report.json", "--tokens", 200, "--repeats", 3)
     [row] = json.loads((tmp_path / "report.json").read_text())["rows"]
     for key, value in row.items():
         record_property(key, value)
