@@ -26,7 +26,8 @@ class Settings(Section):
     """Training steps; one rollout each."""
     trackers: list[Literal["wandb", "mlflow"]] = []
     """Services that get the figures too, beside `metrics.jsonl` and TensorBoard: `pip install 'megarl[wandb,mlflow]'`.
-    Their own environment variables say where: `WANDB_PROJECT`, `MLFLOW_TRACKING_URI` and so on."""
+    Their own environment variables say where: `WANDB_PROJECT`, `MLFLOW_TRACKING_URI` (a server's: a database of its own
+    needs MLflow's full package) and so on."""
     async_steps: Natural = 0
     """So many steps' rollouts go on while one trains; 0 = strictly on-policy. No trained token is staler than so many
     updates; `algorithm.tis_cap` weighs the difference. More than 1 needs `rollout.partial`."""
