@@ -1,7 +1,9 @@
-"""Write the quick start's files: the problems of each split and, on request, the lesson for supervised fine-tuning.
+r"""Write the quick start's files: the problems of each split and, on request, the lesson for supervised fine-tuning.
 
     python -m examples.quickstart.make_problems examples/quickstart/problems
     python -m examples.quickstart.make_problems runs/lesson --lesson 96000
+    python -m examples.quickstart.make_problems examples/dppo/problems --train 256 --validation 0 --heldout 0 \
+        --easy 0.5 --hopeless 0.25
 
 The same arguments write the same bytes.
 """
@@ -29,7 +31,7 @@ def main(
     easy: Annotated[float, typer.Option(min=0, max=1, help="Share of easy problems in train.jsonl.")] = MIX["easy"],
     hopeless: Annotated[float, typer.Option(min=0, max=1, help="Share of hopeless ones.")] = MIX["hopeless"],
 ) -> None:
-    """Write {train,validation,heldout}.jsonl, or lesson.jsonl, to FOLDER."""
+    """Write {train,validation,heldout}.jsonl, apart from those of 0 problems, or lesson.jsonl, to FOLDER."""
     if lesson:
         write_jsonl(folder / "lesson.jsonl", lesson_rows(lesson, seed))
         return
@@ -37,6 +39,8 @@ def main(
         raise UserError(f"easy: {easy:g} and hopeless: {hopeless:g} are more than all; at most {1 - hopeless:g}")
     mix = {"easy": easy, "long": 1 - easy - hopeless, "hopeless": hopeless}
     for split, count in (("train", train), ("validation", validation), ("heldout", heldout)):
+        if not count:
+            continue
         problems = draw_problems(split, count, seed, mix if split == "train" else MIX)
         rows = ({"prompt": p.prompt, "answer": p.question, "kind": p.kind} for p in problems)
         write_jsonl(folder / f"{split}.jsonl", rows)

@@ -132,3 +132,12 @@ def test_the_command_does_what_it_says(executed: tuple[Path, dict[str, dict[str,
     assert found["code"] == 0, f"{shlex.join(to_run(command))}\n{found['output'][-3000:]}"
     assert rule.says in found["output"], found["output"][-3000:]
     assert (tree / rule.leaves).exists()
+
+
+def test_shipped_problems_are_what_their_commands_write(executed: tuple[Path, dict[str, dict[str, Any]]]) -> None:
+    """To the byte, of both examples."""
+    tree, _ = executed
+    written = list((tree / "examples").glob("*/problems/*"))
+    assert len(written) == 4
+    for file in written:
+        assert file.read_bytes() == (pages.ROOT / file.relative_to(tree)).read_bytes(), file
