@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from megarl.bench import _study, record
-from megarl.errors import UserError, nearest
+from megarl.bench._choice import chosen
 
 # What peers run: dense rows by token budget (as dense as dynamic batching gets), every group trained.
 PEERS = ["packing.strategy=first_fit", "pruning.drop_zero_variance=false"]
@@ -58,16 +58,13 @@ def main(
 
     Accuracies are means over the last three evaluations.
     """
-    chosen = [name.strip() for name in methods.split(",")]
-    for name in chosen:
-        if name not in METHODS:
-            raise UserError(f"methods: '{name}' is not a method{nearest(name, METHODS)}")
-    chosen = ["grpo", *(name for name in chosen if name != "grpo")]
+    wanted = chosen(methods, METHODS, "methods")
+    wanted = ["grpo", *(name for name in wanted if name != "grpo")]
     asked = [float(rate) for rate in rates.split(",") if rate]
     rows = []
     for seed in range(first_seed, first_seed + seeds):  # a seed's methods side by side: one mood of the machine
         target = None
-        for method, rate in variants(chosen, asked):
+        for method, rate in variants(wanted, asked):
             switches = [text.format(rate=rate) for text in METHODS[method]]
             name = f"{method}-{rate:g}-{seed}" if rate else f"{method}-{seed}"
             settings = _study.settings(

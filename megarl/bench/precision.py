@@ -26,7 +26,7 @@ from typing import Annotated, Any
 import typer
 
 from megarl.bench import _study, record
-from megarl.errors import UserError, nearest
+from megarl.bench._choice import chosen
 
 REFERENCE, AGAIN = "bf16", "bf16_again"
 PRECISIONS = {
@@ -56,14 +56,11 @@ def main(
     ),
 ) -> None:
     """Teach and train in every precision; the loss over bf16's, and the difference of accuracies in standard errors."""
-    wanted = [name.strip() for name in precisions.split(",")]
-    for name in wanted:
-        if name not in PRECISIONS:
-            raise UserError(f"precisions: '{name}' is not a precision{nearest(name, PRECISIONS)}")
-    chosen = [REFERENCE, *(name for name in wanted if name != REFERENCE)]
+    wanted = chosen(precisions, PRECISIONS, "precisions")
+    wanted = [REFERENCE, *(name for name in wanted if name != REFERENCE)]
     rows: list[Row] = []
     for seed in range(seeds):
-        for name in chosen:
+        for name in wanted:
             row: Row = {"precision": name, "seed": seed, **teach(name, seed, sft_steps, runs, overrides.split())}
             if rl_steps and seed < rl_seeds:
                 row |= train(name, seed, rl_steps, runs, overrides.split())

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from megarl.bench import _study, record
-from megarl.errors import UserError, nearest
+from megarl.bench._choice import chosen
 
 PLAIN = ["rollout.early_exit.enabled=false"]
 EXITS = ["rollout.early_exit.enabled=true"]
@@ -41,12 +41,9 @@ def main(
     ),
 ) -> None:
     """Train and evaluate every method with every seed; accuracy, response tokens and their spread."""
-    chosen = [name.strip() for name in methods.split(",")]
-    for name in chosen:
-        if name not in METHODS:
-            raise UserError(f"methods: '{name}' is not a method{nearest(name, METHODS)}")
+    wanted = chosen(methods, METHODS, "methods")
     rows = []
-    for name in chosen:
+    for name in wanted:
         for seed in range(seeds):
             rows.append(measure(name, seed, config, runs, overrides.split()))
             record.show_rows("so far", summary(rows))
