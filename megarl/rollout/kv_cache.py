@@ -27,12 +27,9 @@ class KVCache:
     ) -> None:
         """`top_k` experts a token and layer are kept; 0 = none."""
         self.spare = columns
-        self.keys = [
-            torch.zeros(slots, groups, head_dim, columns + 1, device=device, dtype=dtype) for _ in range(layers)
-        ]
-        self.values = [
-            torch.zeros(slots, groups, columns + 1, head_dim, device=device, dtype=dtype) for _ in range(layers)
-        ]
+        self._keys = torch.zeros(layers, slots, groups, head_dim, columns + 1, device=device, dtype=dtype)
+        self._values = torch.zeros(layers, slots, groups, columns + 1, head_dim, device=device, dtype=dtype)
+        self.keys, self.values = self._keys.unbind(), self._values.unbind()
         self.experts = torch.zeros(slots, columns + 1, layers, top_k, device=device, dtype=torch.int16)
         self.bias = torch.full((slots, columns + 1), float("-inf"), device=device, dtype=dtype)
         self.bias[:, 0] = 0  # an idle slot sees something: its scores stay finite
@@ -46,7 +43,6 @@ class KVCache:
 
     def copy(self, source: int, target: int, end: int) -> None:
         """Copy columns [0, end) of one sequence over another's."""
-        for keys, values in zip(self.keys, self.values, strict=True):
-            keys[target, :, :, :end] = keys[source, :, :, :end]
-            values[target, :, :end] = values[source, :, :end]
+        self._keys[:, target, ..., :end] = self._keys[:, source, ..., :end]
+        self._values[:, target, :, :end] = self._values[:, source, :, :end]
         self.experts[target, :end] = self.experts[source, :end]

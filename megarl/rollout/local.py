@@ -246,7 +246,8 @@ class LocalEngine:
         if not np.isfinite(slots.logprobs[slot, born:end]).all():
             raise RunError("local engine: the model's logits are not finite")
         self._requests[slot] = None
-        if slots.stop(slot):
+        at_word = match is not None and match.what in request.sampling.stop_words
+        if slots.stop(slot, at_word, request.sampling.scratch):
             self._decoder.cache.show(slot, int(slots.fed[slot]))
         if not request.future.done():
             request.future.set_result(generation)
@@ -338,15 +339,17 @@ class LocalEngine:
         )
 
     def _compact(self) -> None:
-        """Move sequences from the highest slots into idle ones below, so that few idle slots are decoded."""
+        """Move sequences from the highest slots into those left below, so that few idle slots are decoded."""
         slots = self._slots
         while True:
             active = np.flatnonzero(slots.active)
             n = int(active[-1]) + 1
             if 8 * (n - len(active)) <= n:
                 return
-            idle = np.flatnonzero(~slots.active[:n])
-            source, target = n - 1, int(idle[np.argmin(slots.used[idle])])
+            left = np.flatnonzero(~slots.active[:n] & (slots.awaited[:n] < slots.tick))
+            if not len(left):
+                return
+            source, target = n - 1, int(left[0])
             end, gap = int(slots.fed[source]), int(slots.gap[source])
             hidden = (int(slots.trunk_end[source]) - gap, int(slots.trunk_end[source])) if gap else (0, 0)
             self._decoder.cache.copy(source, target, end)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 _REWIND = 64  # an idle slot is rewound, and not copied, when that loses at most so many tokens
-_RECENT = 2  # ticks for which an idle slot is expected to be continued
+_RECENT = 2  # ticks within which a finished request's sequence is expected to be continued
+_HELD = 64  # the same at a stop word, where it may have to wait for a probe
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class Slots:
         self.active = np.zeros(count, bool)
         self.trunk_fed = np.zeros(count, np.int64)
         self.trunk_end = np.zeros(count, np.int64)  # 0 = no branch
-        self.used = np.full(count, -_RECENT - 1, np.int64)  # tick of the last use
+        self.awaited = np.full(count, -1, np.int64)  # the last tick in which an idle slot may yet be continued
         self.tick = 0
 
     def place(self, token_ids: np.ndarray, max_tokens: int, scratch: bool) -> Placement | None:
@@ -75,15 +76,15 @@ class Slots:
         return np.minimum(np.where(differs[np.arange(self.count), first], first, n), held)
 
     def _free(self, avoid: int) -> int | None:
-        """The lowest idle slot that nobody is expected to continue, else the one idle for longest."""
+        """The lowest idle slot that nobody is expected to continue, else the one awaited for the shortest time."""
         idle = ~self.active
         if avoid >= 0:
             idle[avoid] = False
         free = np.flatnonzero(idle)
         if not len(free):
             return None
-        old = free[self.used[free] < self.tick - _RECENT]
-        return int(old[0]) if len(old) else int(free[np.argmin(self.used[free])])
+        left = free[self.awaited[free] < self.tick]
+        return int(left[0]) if len(left) else int(free[np.argmin(self.awaited[free])])
 
     def start(self, placement: Placement, token_ids: np.ndarray) -> None:
         """Put a request's tokens into its slot."""
@@ -100,12 +101,16 @@ class Slots:
         self.end[slot] = begin + len(token_ids) - n
         self.active[slot] = True
 
-    def stop(self, slot: int) -> bool:
-        """The slot falls idle, its tokens kept for a continuation; a branch is dropped. True if there was one."""
+    def stop(self, slot: int, at_word: bool, scratch: bool) -> bool:
+        """The slot falls idle, its tokens kept for a continuation; a branch is dropped. True if there was one.
+
+        `at_word`: the request stopped at a stop word; `scratch`: it was one that will not be continued.
+        """
         self.active[slot] = False
-        self.used[slot] = self.tick
         if not self.trunk_end[slot]:
+            self.awaited[slot] = self.tick + (-1 if scratch else _HELD if at_word else _RECENT)
             return False
+        self.awaited[slot] = self.tick + _RECENT
         self.fed[slot], self.end[slot] = self.trunk_fed[slot], self.trunk_end[slot]
         self.gap[slot] = self.trunk_end[slot] = 0
         return True
@@ -113,7 +118,7 @@ class Slots:
     def forget(self, slot: int) -> None:
         """Nothing in an idle slot's cache is valid any more."""
         self.fed[slot] = self.end[slot] = self.gap[slot] = self.trunk_end[slot] = 0
-        self.used[slot] = -_RECENT - 1
+        self.awaited[slot] = -1
 
     def move(self, source: int, target: int) -> None:
         """Hand an active slot's sequence over to an idle slot."""

@@ -129,6 +129,25 @@ def test_a_group_shares_its_prompt(make_engine, prefilled, qwen3):
     asyncio.run(run())
 
 
+def test_a_thought_that_waits_for_its_probe_keeps_its_slot(make_engine, prefilled):
+    """Stopped at a word, and continued after others have come and gone: nothing is prefilled anew."""
+
+    async def run():
+        engine = await make_engine()
+        ids, marks = prompt(4, 12), tuple(f"w{i}" for i in range(0, 60, 7))
+        thought = await engine.generate(ids, Sampling(40, seed=3, stop_words=marks), "thought|0")
+        assert thought.finish == "stop"
+        for n in range(5):
+            await engine.generate(prompt(10 + n, 6), Sampling(4, seed=n), f"{n}")
+        await asyncio.gather(*(engine.generate(prompt(20 + n, 6), Sampling(4 + n, seed=n), f"{n}") for n in range(3)))
+        prefilled.clear()
+        going_on = Sampling(9, seed=3, offset=len(thought.token_ids))
+        await engine.generate(ids + thought.token_ids, going_on, "thought|1")
+        assert not prefilled
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("beside", [False, True], ids=["after the stop", "beside the continuation"])
 def test_a_probe_leaves_no_trace(make_engine, prefilled, qwen3, beside):
     """A scratch request that forks an earlier point of the sequence, before or while it is continued: both are right,
