@@ -50,7 +50,7 @@ class Slots:
         """
         if self.active.all():
             return None
-        shared = self._shared(token_ids[:-1])
+        shared = self._shared(token_ids)
         best = int(np.argmax(2 * shared + ~self.active))
         n = int(shared[best])
         if n and not self.active[best]:
@@ -66,14 +66,11 @@ class Slots:
         return Placement(target, n, best if n else target)
 
     def _shared(self, token_ids: np.ndarray) -> np.ndarray:
-        """Length of the prefix of `token_ids` that each slot's cache holds, int64 [count]."""
-        n = len(token_ids)
-        held = np.where(self.trunk_end > 0, self.trunk_fed, self.fed)
-        if n == 0:
-            return np.zeros_like(held)
-        differs = self.tokens[:, :n] != token_ids
-        first = differs.argmax(1)
-        return np.minimum(np.where(differs[np.arange(self.count), first], first, n), held)
+        """How many of `token_ids`, from the first on and without the last, each slot's cache holds, int64 [count]."""
+        sought = token_ids.copy()
+        sought[-1] = -1  # no token: what differs first is found in every row
+        same = (self.tokens[:, : len(sought)] != sought).argmax(1)
+        return np.minimum(same, np.where(self.trunk_end > 0, self.trunk_fed, self.fed))
 
     def _free(self, avoid: int) -> int | None:
         """The lowest idle slot that nobody is expected to continue, else the one awaited for the shortest time."""

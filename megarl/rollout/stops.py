@@ -71,8 +71,7 @@ class Stops:
 
     def awaits(self, tokens: Sequence[int] | np.ndarray, first: int, end: int) -> bool:
         """Whether the response `tokens[first:end]` ends with a word whose next character will decide."""
-        tail, _ = self._tail(tokens, first, end)
-        return self._unconfirmed(tail)
+        return bool(self._strings) and self._unconfirmed(self._tail(tokens, first, end)[0])
 
     def _unconfirmed(self, tail: bytes) -> bool:
         return any(
