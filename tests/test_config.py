@@ -46,6 +46,7 @@ def test_dump_is_what_was_loaded(tmp_path: Path) -> None:
         ("pruning.until=0", ["pruning.until", "greater than 0"]),
         ("packing.window=0", ["packing.window", "0", "1"]),
         ("rollout.early_exit.threshold=1.5", ["threshold", "1.5", "1"]),
+        ("rollout.early_exit.threshold=0", ["threshold", "0", "greater than 0"]),
         ("rollout.early_exit={enabled: true, markers: []}", ["markers", "Wait"]),
         ("rollout={max_response_tokens: 2, early_exit: {enabled: true}}", ["thinking_share", "room for an answer"]),
         ("batch={prompts_per_step: 10, prompts_per_update: 4}", ["prompts_per_update", "4", "10", "5"]),
