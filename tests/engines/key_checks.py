@@ -8,6 +8,11 @@ import aiohttp
 
 from megarl.rollout.servers import Server
 
+GUARDED = {  # what generates, and what controls
+    "sglang": ("/generate", "/abort_request"),
+    "vllm": ("/inference/v1/generate", "/abort_requests"),
+}
+
 
 async def check_the_key(server: Server, key: str, *posts: str) -> None:
     """Requests without it, or with another one, are refused with 401, those with it are not; no process of the server

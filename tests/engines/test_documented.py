@@ -6,13 +6,14 @@ What a CPU needs is added, what needs GPUs left out (see `line`); the model is t
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import shlex
 import sys
 from pathlib import Path
 
 import pytest
-from key_checks import check_the_key
+from key_checks import GUARDED, check_the_key
 
 from megarl import config
 from megarl.learner.spawn import spawn
@@ -41,7 +42,8 @@ def documented(begins: str) -> list[str]:
 
 
 def line(engine: str, key: str, log: Path) -> Server:
-    """The documented command with this machine's places, one device instead of 8, and what a CPU needs besides."""
+    """The documented command with this machine's places, one device instead of 8, and what a CPU needs besides: nothing
+    else that megarl would give a server of its own."""
     words = [word.replace("$ENGINE_KEY", key) for word in documented(BEGINS[engine])]
     words = [re.sub(r"^(PYTHONPATH=)?MEGARL/", rf"\1{pages.ROOT}/", word) for word in words if word not in GPUS]
     words = [{"MODEL": str(MODEL), "8": "1"}.get(word, word) for word in words]
@@ -50,13 +52,15 @@ def line(engine: str, key: str, log: Path) -> Server:
     assert program == "python"
     python = pages.ROOT / ".engines" / engine / "bin" / "python"
     parts = {"sglang": sglang, "vllm": vllm}[engine]
-    own = parts.command(python, MODEL, dtype="bfloat16", cuda=False, weights="pretrained", flags=())(0)
-    added = own[own.index("--dtype") :]  # documented flags come after and override
-    place = rest.index("--model-path" if engine == "sglang" else "--model")
-    environment = {**parts.environment(cuda=False, api_key=None), **given}
+    sides = {"dtype": "bfloat16", "weights": "pretrained", "flags": ()}
+    gpu, cpu = (list(parts.command(python, MODEL, cuda=cuda, **sides)(0)) for cuda in (True, False))
+    added = cpu[len(os.path.commonprefix([gpu, cpu])) : cpu.index("--port")]
+    ours, theirs = (parts.environment(cuda=cuda, api_key=None) for cuda in (False, True))
+    environment = {name: value for name, value in ours.items() if name not in theirs} | given
 
     def build(port: int) -> list[str]:
-        return [str(python), *rest[:place], *added, *(str(port) if word == "30000" else word for word in rest[place:])]
+        placed = [str(port) if word == "30000" else word for word in rest]
+        return [str(python), *placed, "--dtype", "bfloat16", *added]
 
     return Server(engine, build, log=log, environment=environment)
 
@@ -78,7 +82,7 @@ def test_the_documented_server_is_trained_on(
         endpoint = Endpoint(server.address, api_key=api_key)
         try:
             await server.wait_until(lambda: endpoint.get("/v1/models", deadline=15, purpose="health"), 600)
-            await check_the_key(server, api_key)
+            await check_the_key(server, api_key, *GUARDED[engine])
             await asyncio.to_thread(spawn, train, 1, (settings(),), DEADLINE)
         finally:
             await endpoint.close()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from key_checks import check_the_key
+from key_checks import GUARDED, check_the_key
 from real_servers import BF16, CANARY, TOKENIZER, Live, Policy
 from safetensors.torch import load_file, save_file
 from tiny_policy import make_model, reference_logprobs
@@ -66,15 +66,11 @@ def test_tokens_and_logprobs_are_the_models(live: Live, policy: Policy) -> None:
     assert max(abs(a - b) for a, b in zip(scores, expected, strict=True)) <= BF16
 
 
-CONTROLS = {"sglang": "/abort_request", "vllm": "/abort_requests"}
-GENERATES = {"sglang": "/generate", "vllm": "/inference/v1/generate"}
-
-
 def test_the_api_key_guards_the_server_and_is_nowhere_to_be_read(live: Live, api_key: str) -> None:
     """Of what generates and of what controls. SGLang logs all its settings: the key is among them, but not shown."""
     engine = live.pool.engines[0]
     assert engine.server is not None
-    live.runner.run(check_the_key(engine.server, api_key, GENERATES[engine.kind], CONTROLS[engine.kind]))
+    live.runner.run(check_the_key(engine.server, api_key, *GUARDED[engine.kind]))
     assert engine.kind != "sglang" or f"'api_key': '{HIDDEN}'" in engine.server.log.read_text()
 
 
