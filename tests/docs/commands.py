@@ -162,7 +162,7 @@ BENCHMARKS = [
     elsewhere("megarl bench planner*",
               "tests/planner/test_published.py::test_score_counts_groups_once_and_writes_its_summary",
               'bench("planner", "--runs"', "the published runs are not in the repository"),
-    elsewhere("megarl bench precision",
+    elsewhere("megarl bench precision*",
               "tests/bench/test_precision_bench.py::test_two_precisions_are_taught_and_trained_and_not_again",
               'bench("precision"'),
     elsewhere("megarl bench memory",
