@@ -57,7 +57,8 @@ def main(
         for schedule in ("blocking", "speculative"):
             with asyncio.Runner() as runner:
                 rows.append(runner.run(_measure(schedule, probes, batch, repeats)))
-            record.publish("early_exit", rows, json, threads=torch.get_num_threads(), batch=batch)
+            record.show_rows("so far", rows)
+    record.publish("early_exit", rows, json, threads=torch.get_num_threads(), batch=batch)
 
 
 async def _measure(schedule: str, probes: str, batch: int, repeats: int) -> dict[str, Any]:
