@@ -141,6 +141,9 @@ BENCHMARKS = [
     *(here(f"megarl bench step_grpo --overrides parallel.tp=1{json}", leaves="runs/bench/step_grpo",
            run=f"megarl bench step_grpo --seeds 1 --methods grpo{json} --overrides 'parallel.tp=1 {STUDY}'")
       for json in ("", " --json docs/results/step_grpo.json")),
+    here("megarl bench step_grpo --methods step_grpo --seeds 1 --runs runs/threshold *", leaves="runs/threshold",
+         run="megarl bench step_grpo --methods step_grpo --seeds 1 --runs runs/threshold --overrides 'parallel.tp=1 "
+             f"{STUDY} data.eval=[examples/quickstart/problems/validation.jsonl] rollout.early_exit.threshold=0.7'"),
     *(here(f"megarl bench dppo{options}{json}", leaves="runs/bench/dppo",
            run=f"megarl bench dppo --seeds 1 --methods grpo{json} --overrides '{STUDY} evaluation.samples=1'")
       for options, json in (("", ""), ("", " --json docs/results/dppo.json"), (CONFIRMED, ""),
