@@ -97,7 +97,8 @@ def main(
         ):
             for size in _sizes(batches):
                 rows += _measure(model, folder, names, size, repeats, runner, servers)
-                record.publish("rollout", rows, json, threads=torch.get_num_threads())  # what is there outlives a stop
+                record.show_rows("so far", rows)
+    record.publish("rollout", rows, json, threads=torch.get_num_threads())
 
 
 def _sizes(given: str) -> list[int]:
