@@ -187,7 +187,7 @@ ENGINES = [
     here("megarl train CONFIG rollout.engine=sglang rollout.servers.count=4 *", says="2 ranks = tp 2",
          run="megarl train CONFIG rollout.engine=sglang rollout.servers.count=4 rollout.servers.python=/bin/sh "
          """'rollout.servers.flags=[--tp-size, "2", --mem-fraction-static, "0.7"]' run=runs/four --dry-run"""),
-    *(elsewhere(command, "tests/engines/test_documented.py::test_the_documented_server_is_trained_on", by, SERVERS)
+    *(elsewhere(command, "tests/engines/test_shown_servers.py::test_the_documented_server_is_trained_on", by, SERVERS)
       for command, by in (("MEGARL_ENGINE_KEY=* python MEGARL/*", "line(engine"), ("VLLM_API_KEY=*", "line(engine"),
                           ("megarl train CONFIG rollout.engine=sglang rollout.servers.addresses=*", "documented("))),
 ]  # fmt: skip
