@@ -49,7 +49,7 @@ def spawn(target: Callable[..., Any], nproc: int, args: Sequence[Any] = (), dead
     try:
         for rank in range(nproc):
             ours, theirs = context.Pipe(duplex=False)
-            environment = _environment(rank, nproc, port)
+            environment = {**os.environ, **_environment(rank, nproc, port)}  # the fork server's own may be older
             process = context.Process(target=_run, args=(theirs, environment, target, tuple(args)), name=f"rank {rank}")
             process.start()
             theirs.close()
@@ -94,6 +94,7 @@ def _run(pipe: Connection, environment: dict[str, str], target: Callable[..., An
     _die_with_starter(pipe)
     os.setpgid(0, 0)  # the terminal's Ctrl-C reaches the parent only, which passes it on
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.clear()
     os.environ.update(environment)
     watchdog.announce = lambda verdict: _send(pipe, ("verdict", verdict))
     try:

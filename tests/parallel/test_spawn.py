@@ -1,4 +1,4 @@
-"""Ranks end with the process that started them."""
+"""Ranks end with the process that started them, and have its environment."""
 
 import os
 import select
@@ -7,6 +7,8 @@ import subprocess
 import sys
 
 import pytest
+
+from megarl.learner.spawn import spawn
 
 DEADLINE = 120.0  # seconds
 RANKS = """
@@ -43,6 +45,20 @@ def test_ranks_end_with_their_starter(tmp_path, signal_number):
         starter.wait(DEADLINE)
     assert _read(reader) == b""  # every writer is gone
     os.close(reader)
+
+
+def variable(name: str) -> str | None:
+    return os.environ.get(name)
+
+
+def test_ranks_have_the_environment_of_the_moment(monkeypatch):
+    """Not that of the first spawn, when the process they are forked from was started."""
+    name = "MEGARL_TEST_OF_THE_MOMENT"
+    assert spawn(variable, 1, (name,), DEADLINE) == [None]
+    monkeypatch.setenv(name, "set")
+    assert spawn(variable, 1, (name,), DEADLINE) == ["set"]
+    monkeypatch.delenv(name)
+    assert spawn(variable, 1, (name,), DEADLINE) == [None]
 
 
 def _read(reader: int) -> bytes:
