@@ -51,7 +51,7 @@ class Wandb:
 
 
 class Mlflow:
-    """A run of MLflow; figures are sent in the background. A step done again has two values."""
+    """A run of MLflow; figures are sent in the background, a step at a time. A step done again has two values."""
 
     def __init__(self, settings: Settings, id: str | None) -> None:
         import mlflow
@@ -59,16 +59,24 @@ class Mlflow:
         if "MLFLOW_EXPERIMENT_NAME" not in os.environ and "MLFLOW_EXPERIMENT_ID" not in os.environ:
             mlflow.set_experiment(PROJECT)
         self._mlflow = mlflow
+        self._sending: Any = None
         self.id = mlflow.start_run(run_id=id, run_name=None if id else settings.run.name).info.run_id
         if id is None:
             mlflow.log_params(_flat(settings.model_dump(mode="json")))
 
     def log(self, step: int, figures: dict[str, float]) -> None:
-        self._mlflow.log_metrics(figures, step=step, synchronous=False)
+        self._wait()
+        self._sending = self._mlflow.log_metrics(figures, step=step, synchronous=False)
 
     def close(self) -> None:
+        self._wait()
         self._mlflow.flush_async_logging()
         self._mlflow.end_run()
+
+    def _wait(self) -> None:
+        """For the step before: MLflow's threads lose figures of two sent at once, and tell of failures only here."""
+        if self._sending is not None:
+            self._sending.wait()
 
 
 KINDS: dict[str, Callable[[Settings, str | None], Tracker]] = {"wandb": Wandb, "mlflow": Mlflow}

@@ -39,7 +39,7 @@ class StandIn:
         self._offer(monkeypatch, "wandb", init=self._init)
         self._offer(monkeypatch, "mlflow", set_experiment=lambda name: None, log_params=lambda flat: None,
                     start_run=lambda run_id, run_name: SimpleNamespace(info=self._info(run_id)),
-                    log_metrics=lambda figures, step, synchronous: self._log(figures, step),
+                    log_metrics=lambda figures, step, synchronous: self._send(figures, step),
                     flush_async_logging=lambda: None, end_run=self._end)  # fmt: skip
 
     def _offer(self, monkeypatch: pytest.MonkeyPatch, name: str, **functions: Any) -> None:
@@ -63,6 +63,9 @@ class StandIn:
             raise OSError("no such server")
         self.logged.append((step, figures))
 
+    def _send(self, figures: dict[str, float], step: int) -> Any:
+        return SimpleNamespace(wait=lambda: self._log(figures, step))
+
     def _end(self) -> None:
         self.ended += 1
 
@@ -80,14 +83,15 @@ def test_a_service_gets_every_finite_figure_and_goes_on_where_it_was(
     assert service.begun == [None, "run1"] and service.ended == 2
 
 
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
 def test_a_service_that_fails_is_told_of_once_and_stops_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     service = StandIn(monkeypatch)
     service.broken = True
-    write(settings(tmp_path, "wandb"), range(1, 4), None)
+    write(settings(tmp_path, name), range(1, 4), None)
     assert len(read_metrics(tmp_path)) == 3
-    assert capsys.readouterr().err.count("wandb FAILED and gets no more figures: no such server") == 1
+    assert capsys.readouterr().err.count(f"{name} FAILED and gets no more figures: no such server") == 1
 
 
 def test_a_service_that_is_not_installed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +105,7 @@ def test_wandb_itself_writes_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     write(settings(tmp_path, "wandb"), range(1, 3), None)
     write(settings(tmp_path, "wandb"), range(3, 4), 2)
     id = json.loads((tmp_path / trackers.IDS).read_text())["wandb"]
-    [one, two] = list((tmp_path / "wandb").glob(f"offline-run-*-{id}/*.wandb"))
+    [one, two] = list((tmp_path / "wandb").glob(f"offline-run-*-{id}*/*.wandb"))  # "-1" for the second of one second
     assert all(b"eval/accuracy" in file.read_bytes() for file in (one, two))
 
 
@@ -110,9 +114,9 @@ def test_mlflow_itself_holds_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     import mlflow
 
     mlflow.set_tracking_uri(f"file://{tmp_path}/mlflow")
-    write(settings(tmp_path / "run", "mlflow"), range(1, 3), None)
-    write(settings(tmp_path / "run", "mlflow"), range(3, 4), 2)
+    write(settings(tmp_path / "run", "mlflow"), range(1, 20), None)  # as fast as it goes: no step may be lost
+    write(settings(tmp_path / "run", "mlflow"), range(20, 22), 19)
     id = json.loads((tmp_path / "run" / trackers.IDS).read_text())["mlflow"]
     history = mlflow.MlflowClient().get_metric_history(id, "reward/reward")
-    assert [(m.step, m.value) for m in history] == [(1, 0.5), (2, 1.0), (3, 1.5)]
+    assert [(m.step, m.value) for m in history] == [(step, step / 2) for step in range(1, 22)]
     assert mlflow.get_run(id).data.params["optimizer.clip_grad"] == "1.0"
