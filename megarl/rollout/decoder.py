@@ -142,6 +142,44 @@ class _Layer:
             yield f"{prefix}.mlp.down_proj.bias", self.down_bias
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Tokens to feed to some slots: `counts[r]` of them to slot `slots[r]`, into the columns from `starts[r]` on.
+
+    `tokens` int64 [R, T], padded at will; the others int64 [R]. A token's position is its column less `gaps[r]`.
+    """
+
+    tokens: torch.Tensor
+    slots: torch.Tensor
+    starts: torch.Tensor
+    counts: torch.Tensor
+    gaps: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """T tokens of each of R sequences, as they go through a forward pass."""
+
+    tokens: torch.Tensor  # int64 [R, T]
+    rows: torch.Tensor  # int64 [R, T], slots to write to
+    columns: torch.Tensor  # int64 [R, T]
+    positions: torch.Tensor  # int64 [R, T]
+    bias: torch.Tensor  # [R, T or 1, width], added to the scores
+    slots: torch.Tensor | None  # int64 [R]; None = the first R, which are then read in place
+
+    def attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Queries [R T, heads, head_dim] over one layer's cache; [R, T, heads, head_dim]."""
+        (R, T), H, D = self.tokens.shape, *q.shape[1:]
+        KV, width = keys.shape[1], self.bias.shape[-1]
+        read = slice(R) if self.slots is None else self.slots
+        k, v = keys[read, :, :, :width].flatten(0, 1), values[read, :, :width].flatten(0, 1)
+        q = q.view(R, T, KV, H // KV, D).permute(0, 2, 3, 1, 4).reshape(R * KV, H // KV * T, D)
+        scores = torch.baddbmm(self.bias.new_zeros(1), q, k, beta=0, alpha=D**-0.5).view(R, KV, H // KV, T, width)
+        scores.add_(self.bias[:, None, None])
+        share = scores.softmax(-1, dtype=torch.float32).to(v.dtype).view(R * KV, H // KV * T, width)
+        return torch.bmm(share, v).view(R, KV, H // KV, T, D).permute(0, 3, 1, 2, 4)
+
+
 class Decoder:
     """The model and its KV cache. Tensors named [R, T] hold T new tokens for each of R sequences."""
 
@@ -184,85 +222,85 @@ class Decoder:
             layer.qk_norm[self.shape.heads :] = layer.k_norm
 
     @torch.inference_mode()
-    def decode(self, tokens: torch.Tensor, columns: torch.Tensor, positions: torch.Tensor, width: int) -> torch.Tensor:
+    def decode(
+        self,
+        tokens: torch.Tensor,
+        columns: torch.Tensor,
+        positions: torch.Tensor,
+        width: int,
+        late: Piece | None = None,
+    ) -> torch.Tensor:
         """Feed one token to each of the first B slots; logits float32 [B, V] of the next.
 
         All int64 [B]: the token, the column it is written to, its position in the sequence. No slot sees a column
-        from `width` on. Slots with nothing to feed write to the spare column.
+        from `width` on. Slots with nothing to feed write to the spare column. `late`: what some of these slots have
+        yet to be fed before, in the same pass.
         """
+        before = [] if late is None else [self._block(late)]
         rows = self._rows[: len(tokens)]
         self.cache.bias[rows, columns] = 0
         bias = self.cache.bias[: len(tokens), None, :width]
-        hidden = self._forward(tokens[:, None], rows[:, None], columns[:, None], positions[:, None], bias, None)
-        return self.logits(hidden[:, 0])
+        block = _Block(tokens[:, None], rows[:, None], columns[:, None], positions[:, None], bias, None)
+        return self.logits(self._forward([block, *before])[: len(tokens)])
 
     @torch.inference_mode()
-    def extend(
-        self,
-        tokens: torch.Tensor,
-        slots: torch.Tensor,
-        starts: torch.Tensor,
-        counts: torch.Tensor,
-        gaps: torch.Tensor,
-    ) -> torch.Tensor:
-        """Feed `counts[r]` tokens to slot `slots[r]`, into the columns from `starts[r]` on; hidden states [R, T, h].
-
-        `tokens` int64 [R, T], padded at will; the others int64 [R]. A token's position is its column less `gaps[r]`.
-        """
-        steps = torch.arange(tokens.shape[1], device=self.device)
-        columns = torch.where(steps < counts[:, None], starts[:, None] + steps, self.cache.spare)
-        positions = (columns - gaps[:, None]).clamp_(min=0)
-        self.cache.bias[slots[:, None], columns] = 0
-        width = int((starts + counts).max())
-        later = torch.arange(width, device=self.device) > columns[:, :, None]
-        bias = self.cache.bias[slots, None, :width].masked_fill(later, float("-inf"))
-        return self._forward(tokens, slots[:, None], columns, positions, bias, slots)
+    def extend(self, piece: Piece) -> torch.Tensor:
+        """Feed tokens to slots, many a slot; hidden states [R, T, h]."""
+        return self._forward([self._block(piece)]).view(*piece.tokens.shape, -1)
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Float32 [..., V] of hidden states [..., h]."""
         return F.linear(hidden, self._head).float()
 
-    def _forward(
-        self,
-        tokens: torch.Tensor,  # int64 [R, T]
-        rows: torch.Tensor,  # int64 [R, 1], slots to write to
-        columns: torch.Tensor,  # int64 [R, T]
-        positions: torch.Tensor,  # int64 [R, T]
-        bias: torch.Tensor,  # [R, T or 1, width], added to the scores
-        slots: torch.Tensor | None,  # int64 [R]; None = the first R, which are then read in place
-    ) -> torch.Tensor:
-        shape, (R, T), width = self.shape, tokens.shape, bias.shape[-1]
-        H, KV, D = shape.heads, shape.groups, shape.head_dim
-        cos, sin = self._cos[positions.flatten()], self._sin[positions.flatten()]
-        bias = bias[:, None, None]  # [R, 1, 1, T, width]
-        zero = bias.new_zeros(1)
-        x = self._embedding[tokens.flatten()]
+    def _block(self, piece: Piece) -> _Block:
+        """The piece's tokens, each of which sees those before it; the cache lets them be seen from now on."""
+        tokens, slots = piece.tokens, piece.slots[:, None]
+        steps = torch.arange(tokens.shape[1], device=self.device)
+        columns = torch.where(steps < piece.counts[:, None], piece.starts[:, None] + steps, self.cache.spare)
+        positions = (columns - piece.gaps[:, None]).clamp_(min=0)
+        self.cache.bias[slots, columns] = 0
+        width = int((piece.starts + piece.counts).max())
+        later = torch.arange(width, device=self.device) > columns[:, :, None]
+        bias = self.cache.bias[piece.slots, None, :width].masked_fill(later, float("-inf"))
+        return _Block(tokens, slots.expand_as(tokens), columns, positions, bias, piece.slots)
+
+    def _forward(self, blocks: list[_Block]) -> torch.Tensor:
+        """Hidden states [N, h] of the blocks' N tokens, one block's after the other's, which go through all but
+        attention together."""
+        shape, H = self.shape, self.shape.heads
+        sizes = [block.tokens.numel() for block in blocks]
+        tokens = _flat([block.tokens for block in blocks])
+        rows, columns = _flat([block.rows for block in blocks]), _flat([block.columns for block in blocks])
+        positions = _flat([block.positions for block in blocks])
+        cos, sin = self._cos[positions], self._sin[positions]
+        x = self._embedding[tokens]
         for i, (layer, keys, values) in enumerate(zip(self._layers, self.cache.keys, self.cache.values, strict=True)):
             h = F.rms_norm(x, (shape.hidden,), layer.norm1, shape.eps)
-            qkv = F.linear(h, layer.qkv, layer.qkv_bias).view(R * T, H + 2 * KV, D)
-            qk = qkv[:, : H + KV]
+            qkv = F.linear(h, layer.qkv, layer.qkv_bias).view(len(x), -1, shape.head_dim)
+            qk = qkv[:, : H + shape.groups]
             if shape.qk_norm:
-                qk = F.rms_norm(qk, (D,), None, shape.eps) * layer.qk_norm
-            qk = torch.addcmul(qk * cos, qk.roll(D // 2, -1), sin)
-            keys[rows, :, :, columns] = qk[:, H:].view(R, T, KV, D)
-            values[rows, :, columns] = qkv[:, H + KV :].view(R, T, KV, D)
-            q = qk[:, :H].view(R, T, KV, H // KV, D).permute(0, 2, 3, 1, 4).reshape(R * KV, H // KV * T, D)
-            read = slice(R) if slots is None else slots
-            k, v = keys[read, :, :, :width].flatten(0, 1), values[read, :, :width].flatten(0, 1)
-            scores = torch.baddbmm(zero, q, k, beta=0, alpha=D**-0.5).view(R, KV, H // KV, T, width).add_(bias)
-            share = scores.softmax(-1, dtype=torch.float32).to(v.dtype).view(R * KV, H // KV * T, width)
-            mixed = torch.bmm(share, v).view(R, KV, H // KV, T, D).permute(0, 3, 1, 2, 4).reshape(R * T, H * D)
-            x = _add_linear(x, mixed, layer.out, layer.out_bias)
+                qk = F.rms_norm(qk, (shape.head_dim,), None, shape.eps) * layer.qk_norm
+            qk = torch.addcmul(qk * cos, qk.roll(shape.head_dim // 2, -1), sin)
+            keys[rows, :, :, columns] = qk[:, H:]
+            values[rows, :, columns] = qkv[:, H + shape.groups :]
+            parts = zip(qk[:, :H].split(sizes), blocks, strict=True)
+            mixed = _flat([block.attend(q, keys, values) for q, block in parts])
+            x = _add_linear(x, mixed.view(len(x), -1), layer.out, layer.out_bias)
             h = F.rms_norm(x, (shape.hidden,), layer.norm2, shape.eps)
             if layer.mixture:
                 x, chosen = layer.mixture.add(x, h)
                 if self._top_k:
-                    self.cache.experts[rows, columns, i] = chosen.view(R, T, -1).to(torch.int16)
+                    self.cache.experts[rows, columns, i] = chosen.to(torch.int16)
                 continue
             gate, up = F.linear(h, layer.gate_up, layer.gate_up_bias).chunk(2, -1)
             x = _add_linear(x, F.silu(gate) * up, layer.down, layer.down_bias)
-        return F.rms_norm(x, (shape.hidden,), self._norm, shape.eps).view(R, T, -1)
+        return F.rms_norm(x, (shape.hidden,), self._norm, shape.eps)
+
+
+def _flat(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """The tensors' entries in a row, [N]; without a copy where it can be."""
+    return tensors[0].flatten() if len(tensors) == 1 else torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def _add_linear(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

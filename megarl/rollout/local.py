@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from megarl.errors import RunError, UserError, nearest
-from megarl.rollout.decoder import Decoder, Shape
+from megarl.rollout.decoder import Decoder, Piece, Shape
 from megarl.rollout.detokenize import Vocabulary
 from megarl.rollout.engine import Generation, Sampling
 from megarl.rollout.sampler import sample, uniforms
@@ -28,7 +28,7 @@ from megarl.trajectory import Finish, Span
 
 _PREFILL_TOKENS = 4096  # tokens of one prefill pass, padding included
 _PREFILL_SCORES = 2**25  # attention scores (one layer, all heads) of one prefill pass
-_FORCED = 2  # so few tokens to catch up on are fed one a tick, beside the others' new tokens
+_RIDING = 8  # so few tokens to catch up on are fed with the others' new tokens, not in a prefill pass of their own
 
 
 @dataclass(slots=True, eq=False)
@@ -195,19 +195,22 @@ class LocalEngine:
             return False
         self._compact()
         n = int(np.flatnonzero(slots.active)[-1]) + 1
-        active = slots.active[:n]
-        columns = np.where(active, slots.fed[:n], self._decoder.cache.spare)
+        active, end = slots.active[:n], slots.end[:n]
+        columns = np.where(active, end - 1, self._decoder.cache.spare)
         positions = columns - np.where(active, slots.gap[:n], 0)
-        fed = slots.tokens[np.arange(n), np.minimum(columns, slots.columns - 1)].astype(np.int64)
+        newest = slots.tokens[np.arange(n), np.minimum(columns, slots.columns - 1)].astype(np.int64)
         logits = self._decoder.decode(
-            self._upload(fed), self._upload(columns), self._upload(positions), int(slots.fed[:n][active].max()) + 1
+            self._upload(newest),
+            self._upload(columns),
+            self._upload(positions),
+            int(end[active].max()),
+            self._late(np.flatnonzero(active & (slots.fed[:n] < end - 1))),
         )
-        slots.fed[:n] += active
-        end = slots.end[:n]
         uniform = self._upload(uniforms(self._seed[:n], (end + self._shift[:n]).clip(0)))
         tokens, logprobs = (x.cpu().numpy() for x in sample(logits, uniform, *self._sampling_tensors(n)))
-        rows = np.flatnonzero(active & (slots.fed[:n] == end))  # the others are still catching up
+        rows = np.flatnonzero(active)
         tokens = tokens[rows]
+        slots.fed[rows] = end[rows]
         slots.tokens[rows, end[rows]] = tokens
         slots.logprobs[rows, end[rows]] = logprobs[rows]
         slots.end[rows] += 1
@@ -310,7 +313,7 @@ class LocalEngine:
                 entered.append(slot)
                 if shareable:
                     leaders.setdefault(ids.tobytes(), slot)
-        behind = [s for s in entered if slots.end[s] - slots.fed[s] > 1 + _FORCED]
+        behind = [s for s in entered if slots.end[s] - slots.fed[s] > 1 + _RIDING]
         if behind:
             starts = [int(slots.fed[s]) for s in behind]
             pieces = [slots.tokens[s, slots.fed[s] : slots.end[s] - 1] for s in behind]
@@ -379,22 +382,29 @@ class LocalEngine:
                 step = min(
                     longest - done, max(1, min(_PREFILL_TOKENS // rows, _PREFILL_SCORES // (rows * heads * width)))
                 )
-                tokens = np.zeros((rows, step), np.int64)
-                counts = np.zeros(rows, np.int64)
-                for r, i in enumerate(chosen):
-                    part = pieces[i][done : done + step]
-                    tokens[r, : len(part)], counts[r] = part, len(part)
-                yield (
-                    done,
-                    self._decoder.extend(
-                        self._upload(tokens),
-                        self._upload(np.array([slots[i] for i in chosen])),
-                        self._upload(np.array([starts[i] for i in chosen]) + done),
-                        self._upload(counts),
-                        self._upload(np.array([gaps[i] for i in chosen])),
-                    ),
-                )
+                parts = [pieces[i][done : done + step] for i in chosen]
+                begin = [starts[i] + done for i in chosen]
+                piece = self._piece(parts, [slots[i] for i in chosen], begin, [gaps[i] for i in chosen])
+                yield done, self._decoder.extend(piece)
                 done += step
+
+    def _late(self, late: np.ndarray) -> Piece | None:
+        """What these slots have yet to be fed before their newest token."""
+        slots = self._slots
+        if not len(late):
+            return None
+        return self._piece(
+            [slots.tokens[s, slots.fed[s] : slots.end[s] - 1] for s in late], late, slots.fed[late], slots.gap[late]
+        )
+
+    def _piece(self, parts: Sequence[np.ndarray], *where: Sequence[int] | np.ndarray) -> Piece:
+        """Token ids, and of each part the slot, the column of its first token, and the gap."""
+        counts = np.array([len(part) for part in parts])
+        tokens = np.zeros((len(parts), counts.max()), np.int64)
+        for row, part in zip(tokens, parts, strict=True):
+            row[: len(part)] = part
+        slots, starts, gaps = (self._upload(np.asarray(numbers)) for numbers in where)
+        return Piece(self._upload(tokens), slots, starts, self._upload(counts), gaps)
 
     def _renew(self, version: int) -> None:
         """After a weight update: close the spans of running requests and compute their caches anew."""

@@ -6,7 +6,7 @@ from tiny_rollout import named, randomise
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from megarl.errors import UserError
-from megarl.rollout.decoder import Decoder, Shape
+from megarl.rollout.decoder import Decoder, Piece, Shape
 
 SIZES = {
     "vocab_size": 50,
@@ -41,8 +41,9 @@ CONFIGS = {
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_are_transformers(name):
-    """Prefill of rows of different lengths, a second prefill behind it, then single tokens in scattered slots: max
-    |difference| 1e-4 of logits of magnitude 10, float32. bfloat16 and GPUs are not covered."""
+    """Prefill of rows of different lengths, a second prefill behind it, then single tokens in scattered slots, at last
+    with some that come before them: max |difference| 1e-4 of logits of magnitude 10, float32. bfloat16 and GPUs are
+    not covered."""
     torch.manual_seed(1)
     config = CONFIGS[name]
     model = randomise(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
@@ -60,11 +61,11 @@ def test_logits_are_transformers(name):
     def close(logits, reference):
         torch.testing.assert_close(logits, reference, rtol=0, atol=1e-4)
 
-    first = decoder.logits(decoder.extend(ids[:, :12], slots, zeros, torch.tensor([12, 9]), zeros))
+    first = decoder.logits(decoder.extend(Piece(ids[:, :12], slots, zeros, torch.tensor([12, 9]), zeros)))
     close(first[0], expected[0, :12])
     close(first[1, :9], expected[1, :9])
     tokens = torch.stack([ids[0, 12:20], ids[1, 9:17]])
-    second = decoder.logits(decoder.extend(tokens, slots, torch.tensor([12, 9]), torch.tensor([8, 8]), zeros))
+    second = decoder.logits(decoder.extend(Piece(tokens, slots, torch.tensor([12, 9]), torch.tensor([8, 8]), zeros)))
     close(second[0], expected[0, 12:20])
     close(second[1], expected[1, 9:17])
     spare = decoder.cache.spare
@@ -74,6 +75,12 @@ def test_logits_are_transformers(name):
         logits = decoder.decode(fed, columns, columns, 21 + step)
         close(logits[4], expected[0, 20 + step])
         close(logits[1], expected[1, 17 + step])
+    late = Piece(ids[:, 22:27], slots, torch.tensor([25, 22]), torch.tensor([3, 5]), zeros)
+    late.tokens[0, :3] = ids[0, 25:28]
+    columns = torch.tensor([spare, 27, spare, spare, 28])
+    logits = decoder.decode(ids[[0, 1, 0, 0, 0], [0, 27, 0, 0, 28]], columns, columns, 29, late)
+    close(logits[4], expected[0, 28])
+    close(logits[1], expected[1, 27])
 
 
 def test_other_models_are_refused(tmp_path):

@@ -7,7 +7,7 @@ import torch
 from tiny_rollout import teacher_forced
 
 from megarl.errors import RunError, UserError
-from megarl.rollout.decoder import Decoder
+from megarl.rollout.decoder import Decoder, Piece
 from megarl.rollout.engine import Sampling
 from megarl.rollout.weight_sync import checksum
 from megarl.trajectory import Span
@@ -38,15 +38,18 @@ def ticks(engine, count: int) -> asyncio.Event:
 
 @pytest.fixture
 def prefilled(monkeypatch) -> list[int]:
-    """Grows by the number of tokens of every prefill pass."""
+    """Grows by the number of tokens of every piece that is fed before a slot's newest token."""
     counts: list[int] = []
-    extend = Decoder.extend
 
-    def counting(self, tokens, slots, starts, counted, gaps):
-        counts.append(int(counted.sum()))
-        return extend(self, tokens, slots, starts, counted, gaps)
+    def counting(feed):
+        def fed(self, *given):
+            counts.extend(int(piece.counts.sum()) for piece in given if isinstance(piece, Piece))
+            return feed(self, *given)
 
-    monkeypatch.setattr(Decoder, "extend", counting)
+        return fed
+
+    for name in ("extend", "decode"):
+        monkeypatch.setattr(Decoder, name, counting(getattr(Decoder, name)))
     return counts
 
 
