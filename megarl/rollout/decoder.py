@@ -276,18 +276,18 @@ class Decoder:
         cos, sin = self._cos[positions], self._sin[positions]
         x = self._embedding[tokens]
         for i, (layer, keys, values) in enumerate(zip(self._layers, self.cache.keys, self.cache.values, strict=True)):
-            h = F.rms_norm(x, (shape.hidden,), layer.norm1, shape.eps)
+            h = _rms_norm(x, layer.norm1, shape.eps)
             qkv = F.linear(h, layer.qkv, layer.qkv_bias).view(len(x), -1, shape.head_dim)
             qk = qkv[:, : H + shape.groups]
             if shape.qk_norm:
-                qk = F.rms_norm(qk, (shape.head_dim,), None, shape.eps) * layer.qk_norm
+                qk = _rms_norm(qk, layer.qk_norm, shape.eps)
             qk = torch.addcmul(qk * cos, qk.roll(shape.head_dim // 2, -1), sin)
             keys[rows, :, :, columns] = qk[:, H:]
             values[rows, :, columns] = qkv[:, H + shape.groups :]
             parts = zip(qk[:, :H].split(sizes), blocks, strict=True)
             mixed = _flat([block.attend(q, keys, values) for q, block in parts])
             x = _add_linear(x, mixed.view(len(x), -1), layer.out, layer.out_bias)
-            h = F.rms_norm(x, (shape.hidden,), layer.norm2, shape.eps)
+            h = _rms_norm(x, layer.norm2, shape.eps)
             if layer.mixture:
                 x, chosen = layer.mixture.add(x, h)
                 if self._top_k:
@@ -295,7 +295,14 @@ class Decoder:
                 continue
             gate, up = F.linear(h, layer.gate_up, layer.gate_up_bias).chunk(2, -1)
             x = _add_linear(x, F.silu(gate) * up, layer.down, layer.down_bias)
-        return F.rms_norm(x, (shape.hidden,), self._norm, shape.eps)
+        return _rms_norm(x, self._norm, shape.eps)
+
+
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """F.rms_norm with any weights that broadcast; on a CPU in float32 in half the kernels."""
+    if x.is_cuda or x.dtype != torch.float32:
+        return F.rms_norm(x, x.shape[-1:], None, eps) * weight
+    return (x * (x * x).mean(-1, True).add_(eps).rsqrt_()).mul_(weight)
 
 
 def _flat(tensors: list[torch.Tensor]) -> torch.Tensor:
