@@ -50,6 +50,10 @@ class Digests(Protocol):
 
     def add(self, name: str, tensor: torch.Tensor) -> None: ...
 
+    def differing(self, held: Mapping[str, Any]) -> list[str]:
+        """The tensors of which a server's own digests, by its names, are others."""
+        ...
+
 
 class RemoteEngine(ABC):
     """An `Engine` behind HTTP; a subclass speaks one server's dialect. Use from one event loop."""
@@ -207,7 +211,13 @@ class RemoteEngine(ABC):
 
     async def verify(self, sent: Digests) -> None:
         """Compare what the server holds with what was sent; raises RunError naming the tensors that differ."""
-        raise NotImplementedError(f"{self.kind} servers have no digests")
+        for held in await self._held():
+            if wrong := sent.differing(held):
+                raise RunError(f"weights {self.version}: {self.name} does not hold what was sent: {', '.join(wrong)}")
+
+    async def _held(self) -> Sequence[Mapping[str, Any]]:
+        """Digests of what the server holds, of each of its ranks that can tell."""
+        return ()
 
     # ---- dialect -------------------------------------------------------------------------------------------------
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from megarl.errors import RunError
 from megarl.rollout.engine import Sampling
 from megarl.rollout.in_engine.megarl_sglang import KEY_VARIABLE
 from megarl.rollout.remote import CONTROL_DEADLINE, RemoteEngine, Segment, field
@@ -29,16 +28,14 @@ class ServedEngine(RemoteEngine):
     async def load_folder(self, version: int, folder: Path) -> None:
         payload = {"version": version, "folder": str(folder)}
         answer = await self._post("/load", payload, f"load weights {version} from {folder}", CONTROL_DEADLINE)
-        self._held: dict[str, int] = field(answer, "held")
+        self._loaded: dict[str, int] = field(answer, "held")
         self.version = version
 
     def digests(self) -> Checksums:
         return Checksums()
 
-    async def verify(self, sent: Checksums) -> None:
-        wrong = [name for name, digest in self._held.items() if sent.sums.get(name) != digest]
-        if wrong:
-            raise RunError(f"weights {self.version}: {self.name} does not hold what was sent: {', '.join(wrong)}")
+    async def _held(self) -> Sequence[Mapping[str, int]]:
+        return [self._loaded]
 
     async def _first_token(self) -> None:
         """It has no weights before the first update."""
@@ -60,10 +57,13 @@ class Checksums:
     """Of the tensors as they are sent."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, int] = {}
+        self._sent: dict[str, int] = {}
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        self.sums[name] = checksum(tensor)
+        self._sent[name] = checksum(tensor)
+
+    def differing(self, held: Mapping[str, int]) -> list[str]:
+        return [name for name, digest in held.items() if self._sent.get(name) != digest]
 
 
 def command(

@@ -136,7 +136,7 @@ def test_weights_that_did_not_arrive_are_named(policy: tuple, tmp_path: Path) ->
 
             async def corrupt(version: int, folder: Path) -> None:
                 await load(version, folder)
-                engine._held["model.norm.weight"] += 1
+                engine._loaded["model.norm.weight"] += 1
 
             engine.load_folder = corrupt  # type: ignore[method-assign]
             with pytest.raises(RunError, match=r"does not hold what was sent: model\.norm\.weight"):
