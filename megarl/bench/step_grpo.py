@@ -27,6 +27,11 @@ METHODS: dict[str, list[str] | None] = {
     "all_sample_mean": [*EXITS, "reward.shaping=step_aware", "reward.step_mean=all"],
     "exit_half": [*EXITS, "reward.shaping=step_aware", "rollout.early_exit.exit_fraction=0.5"],  # ours
 }
+SHARED = [  # by all methods
+    "evaluation.every=0",
+    "pruning.completions=0",
+    "rollout.max_response_tokens=256",  # as in evaluation; under a tighter limit GRPO alone becomes brief
+]
 TEMPERATURES = [0.6, 1.0]
 
 
@@ -53,8 +58,7 @@ def main(
 def measure(method: str, seed: int, base: Path, runs: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """One row: the held-out figures after training with a method and a seed, and what the rollouts cost."""
     switches = METHODS[method]
-    quiet = ["evaluation.every=0", "pruning.completions=0", *overrides, *(switches or PLAIN)]
-    settings = _study.settings(base, runs / f"{method}-{seed}", seed, quiet)
+    settings = _study.settings(base, runs / f"{method}-{seed}", seed, [*SHARED, *overrides, *(switches or PLAIN)])
     cost: dict[str, Any] = {"rollout_tokens": 0, "probe_tokens": 0, "seconds": 0.0}
     if switches is not None:
         steps = [line for line in _study.trained(settings) if line["step"] > 0]
