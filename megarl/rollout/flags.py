@@ -19,7 +19,7 @@ DEADLINE = 180.0  # seconds; an engine takes 5 to 15 to import what its parser n
 
 
 def checked(settings: Settings) -> str:
-    """What became of `rollout.servers.flags`, in a few words.
+    """What became of `rollout.servers.flags`, in a few words. With `addresses` too, for `megarl serve` uses them then.
 
     Raises UserError for flags that the engine refuses, or when its interpreter cannot run it; DeadlineExceeded.
     """
@@ -28,8 +28,6 @@ def checked(settings: Settings) -> str:
         return "none"
     if rollout.embedded:
         return "not used: the engine is embedded"
-    if servers.addresses:
-        return "not checked: the servers are running ones"
     fleet.check_flags(servers.flags)
     python = fleet.python_of(rollout)
     if not python.is_file():

@@ -99,8 +99,9 @@ def test_flags_that_no_server_here_would_read_are_not_checked(tmp_path: Path) ->
     given = ["--tp-sze", "4"]
     assert flags.checked(of_a_run(tmp_path)) == "none"
     assert "embedded" in flags.checked(of_a_run(tmp_path, "local", flags=given))
-    assert "not checked" in flags.checked(of_a_run(tmp_path, addresses=["http://10.0.0.1:1"], flags=given))
-    assert "/no/python does not exist" in flags.checked(of_a_run(tmp_path, python="/no/python", flags=given))
+    for addresses in ([], ["http://10.0.0.1:1"]):
+        missing = of_a_run(tmp_path, python="/no/python", addresses=addresses, flags=given)
+        assert "not checked: /no/python does not exist" in flags.checked(missing)
 
 
 def test_an_interpreter_without_the_engine_is_named(tmp_path: Path) -> None:
