@@ -200,6 +200,7 @@ CLUSTERS = [
     elsewhere("srun --ntasks-per-node 8 megarl train CONFIG", "slurm/launch.sh", "srun",
               "the line of the batch scripts, which tests/slurm submits to a real Slurm"),
     elsewhere("make test-slurm", ".ci/run", "make test-slurm"),
+    elsewhere("make lint", ".ci/run", "make lint"),
     elsewhere("make test", ".ci/run", "make test"),
     never("make test-gpu", "needs a CUDA device"),
     never("pip install -e *", "CUDA builds; setup.py declares the extras, which is checked"),
