@@ -51,7 +51,7 @@ test-slurm: setup
 	$(BIN)/python -m pytest -m slurm tests/slurm
 
 lint: setup
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy megarl checkpoints_conv tools
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -81,7 +81,9 @@ def described(archive: Any, **options: Any) -> Any:
 
 def data_start(tensor: Tensor) -> int:
     """The byte of the archive where the storage of a `described` tensor begins."""
-    return tensor.untyped_storage()._checkpoint_offset
+    offset = tensor.untyped_storage()._checkpoint_offset
+    assert offset is not None  # torch.load sets it
+    return offset
 
 
 def placed(tensor: Tensor, path: Path, start: int = 0) -> Tensor:

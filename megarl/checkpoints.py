@@ -126,6 +126,8 @@ class Checkpoints:
 
 def _into(future: Future[None], work: Callable[[], None]) -> None:
     try:
-        future.set_result(work())
+        work()
     except BaseException as e:
         future.set_exception(e)
+    else:
+        future.set_result(None)

@@ -23,6 +23,7 @@ from megarl.exchange import broadcast, gather
 from megarl.experience import Collected, Experience
 from megarl.learner.parallel import World
 from megarl.rollout import early_exit
+from megarl.rollout.engine import Engine
 from megarl.trajectory import Group, Prompt
 from megarl.watchdog import waiting
 
@@ -109,7 +110,7 @@ class Collector:
         if not prompts:
             return {}
         begun = self._begin(
-            prompts, lambda share: early_exit.evaluation(self.engine, share, self.settings, self.tokenizer)
+            prompts, lambda engine, share: early_exit.evaluation(engine, share, self.settings, self.tokenizer)
         )
         groups = self._finish(prompts, begun)
         if not self.world.is_controller:
@@ -128,6 +129,7 @@ class Collector:
 
     def grade(self, groups: Sequence[Group]) -> None:
         """Fill verdict, format and reward of every completion, in place (controller only)."""
+        assert self.controller
         pairs = [(group.prompt, c) for group in groups for c in group.completions]
         work = self.controller.graders.grade_many([(c.text, prompt.answer) for prompt, c in pairs])
         grades = self._wait("the grades", self._start("the grades", work))
@@ -145,16 +147,16 @@ class Collector:
         prompts = told_apart(draw.prompts, before=[*before.drawn, *before.replaced]) if draw else []
         prompts = broadcast(prompts, self.world)
         begun = self._begin(
-            prompts, lambda share: early_exit.rollout(self.engine, share, self.settings, self.tokenizer, step)
+            prompts, lambda engine, share: early_exit.rollout(engine, share, self.settings, self.tokenizer, step)
         )
         return _Round(draw, prompts, begun)
 
     def _begin(
-        self, prompts: Sequence[Prompt], work: Callable[[Sequence[Prompt]], Coroutine[Any, Any, list[Group]]]
+        self, prompts: Sequence[Prompt], work: Callable[[Engine, Sequence[Prompt]], Coroutine[Any, Any, list[Group]]]
     ) -> Future[list[Group]] | None:
         """Begin `work` on this rank's share of the prompts; None where it has none."""
-        if self.world.rank < self.drivers and (share := prompts[self.world.rank :: self.drivers]):
-            return self._start("the rollout", work(share))
+        if self.engine is not None and (share := prompts[self.world.rank :: self.drivers]):
+            return self._start("the rollout", work(self.engine, share))
         return None
 
     def _finish(self, prompts: Sequence[Prompt], begun: Future[list[Group]] | None) -> list[Group]:

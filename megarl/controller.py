@@ -111,7 +111,8 @@ class Controller:
         lengths = {f"length_{k}": v for k, v in self.expected_length.state().items()}
         ahead = {f"ahead_{step}_{k}": v for step, draw in self.ahead.items() for k, v in draw.state().items()}
         assert self.answer is not None
-        np.savez(folder / STATE, **self.loader.state(), **lengths, **ahead, answer=np.array(self.answer, np.int32))
+        arrays = {**self.loader.state(), **lengths, **ahead, "answer": np.array(self.answer, np.int32)}
+        np.savez(folder / STATE, allow_pickle=False, **arrays)
         self.ledger.commit(folder)
 
     def load(self, folder: Path) -> None:

@@ -92,17 +92,19 @@ class Engines:
 
         Engines do not quantise: what FP8 changes is the step's mismatch, and would hide here a tensor that is wrong.
         """
-        batch, tokens = None, None
+        batch = None
         if self.controller:
             prompt = self.controller.first_prompt
             if self.controller.answer is None:
                 self.controller.answer = self._answer(prompt)
             tokens = np.array([*prompt, *self.controller.answer], np.int32)
-            rows: list[list[list[int]]] = [[[0]], *([[]] for _ in range(self.world.dp_size - 1))]
+            rows = [[[0] if rank == 0 else []] for rank in range(self.world.dp_size)]
             batch = Batch([Sample(tokens, response_start=len(prompt), scale=1.0)], rows, 1.0, float(len(tokens)))
         scores = self.learner.logprobs(batch, "policy", temperature=1.0, quantised=False)
-        tokens, logprobs = broadcast((tokens, scores.get(0)), self.world)
-        return weight_sync.Canary(tokens.tolist(), logprobs.tolist())
+        mine = weight_sync.Canary(batch.samples[0].token_ids.tolist(), scores[0].tolist()) if batch else None
+        canary = broadcast(mine, self.world)
+        assert canary is not None
+        return canary
 
     def _answer(self, prompt: Sequence[int]) -> list[int]:
         """The engine's likeliest continuation of a prompt, beyond its end of text too."""

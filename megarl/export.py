@@ -65,7 +65,7 @@ class _Shards:
         if count == 1:
             self._shard(0).rename(self.folder / "model.safetensors")
             return
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, names in enumerate(self._files):
             file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
             self._shard(number).rename(self.folder / file)

@@ -22,7 +22,7 @@ from megarl.errors import RunError, Stopped, UserError, nearest
 from megarl.learner import parallel, precision, router
 from megarl.learner.spawn import spawn
 from megarl.planner.fitting import fitting
-from megarl.rollout import early_exit
+from megarl.rollout import early_exit, flags
 from megarl.summary import summary
 
 
@@ -33,7 +33,8 @@ def train(settings: Settings, nproc: int | None, resume: bool, dry_run: bool) ->
     sizes = derived(settings, shape, world_size)
     if dry_run:
         fits = fitting(settings, shape, world_size)
-        show(sizes | prompts(settings) | {"weights": weights(settings, shape), "memory, on GPUs": fits})
+        found = {"weights": weights(settings, shape), "memory, on GPUs": fits}
+        show(sizes | prompts(settings) | found | {"engine flags": flags.checked(settings)})
         return
     from megarl.train import train as run
 

@@ -10,7 +10,7 @@ from collections import deque
 from statistics import median
 from typing import Any
 
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -49,7 +49,8 @@ class LiveView:
 
     def __init__(self, total: int, hint: str = "") -> None:
         self.total, self.hint = total, hint
-        self.done, self.metrics, self.current = 0, {}, ""
+        self.done, self.current = 0, ""
+        self.metrics: dict[str, Any] = {}
         self._began = time.monotonic()
         self._seconds: deque[float] = deque(maxlen=10)
 
@@ -76,7 +77,7 @@ class LiveView:
             Text("" if left is None else f"{clock(left)} left" if self.done < self.total else "done", style="bold"),
             Text(self.current, style="italic dim"),
         )
-        rows = [head]
+        rows: list[RenderableType] = [head]
         if shown := figures(self.metrics):
             rows.append(Text(shown))
         if bar := phase_bar(self.metrics):

@@ -14,15 +14,16 @@ from megarl.trajectory import Batch, Group
 def fill(batches: Sequence[Batch | None], learner: Learner, switches: Switches) -> None:
     """Fill `old_logprobs` and `ref_logprobs` of every sample, as far as the loss reads them. Collective."""
     for batch in batches:
+        samples = batch.samples if batch else []
         if switches.old_logprobs == "recompute":
             for i, values in learner.logprobs(batch, "policy").items():
-                batch.samples[i].old_logprobs = values
-        elif switches.old_logprobs == "rollout" and batch:
-            for sample in batch.samples:
+                samples[i].old_logprobs = values
+        elif switches.old_logprobs == "rollout":
+            for sample in samples:
                 sample.old_logprobs = sample.rollout_logprobs
         if switches.kl_loss_coef:
             for i, values in learner.logprobs(batch, "reference").items():
-                batch.samples[i].ref_logprobs = values
+                samples[i].ref_logprobs = values
 
 
 def penalise(groups: Sequence[Group], learner: Learner, switches: Switches, experience: Experience) -> None:

@@ -64,9 +64,10 @@ class PhaseLog:
 
 def read_phases(run: Path) -> list[Span]:
     """Every rank's spans, in the order in which they began; [] for a run that logged none."""
-    spans = []
+    spans: list[Span] = []
     for file in sorted((run / FOLDER).glob("rank_*.jsonl")):
-        rank, open_spans = int(file.stem.removeprefix("rank_")), {}
+        rank = int(file.stem.removeprefix("rank_"))
+        open_spans: dict[tuple[str, int], float] = {}  # (phase, step) → when it began
         for text in file.read_text().splitlines():
             try:
                 kind, phase, step, at = json.loads(text)

@@ -55,7 +55,8 @@ class Stopwatch:
 
     def __init__(self, progress: RunProgress, log: PhaseLog, deadline: float) -> None:
         self._progress, self._log, self._deadline = progress, log, deadline
-        self._spent, self._began = {}, time.perf_counter()
+        self._spent: dict[str, float] = {}
+        self._began = time.perf_counter()
         self.step = 0
         """The step that the phases belong to."""
 

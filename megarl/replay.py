@@ -6,6 +6,7 @@ data, graders nor engines are needed. Advantages, pruning, packing, log-probs an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -44,12 +45,13 @@ def replay(settings: Settings, step: int, start: int) -> list[dict[str, Any]]:
         record = Record(settings, start, Experience(settings, switches, world.dp_size)) if world.is_controller else None
         rows: list[dict[str, Any]] = []
         for each in range(start + 1, step + 1):
-            batches = record.batches(each) if record else [None] * updates
+            made = record.batches(each) if record else []
+            batches: Sequence[Batch | None] = made or [None] * updates
             with doing(f"replay of step {each}", settings.collective_deadline):
                 logprobs.fill(batches, learner, switches)
                 trained = [learner.train_step(batch, objective) for batch in batches]
             if record:
-                rows = record.compare(each, batches, trained)
+                rows = record.compare(each, made, trained)
         return rows
 
 

@@ -10,7 +10,7 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -82,7 +82,7 @@ class Mlflow:
 KINDS: dict[str, Callable[[Settings, str | None], Tracker]] = {"wandb": Wandb, "mlflow": Mlflow}
 
 
-def check(names: list[str]) -> None:
+def check(names: Sequence[str]) -> None:
     """Refuse services whose library is missing; raises UserError."""
     for name in names:
         if importlib.util.find_spec(name) is None:

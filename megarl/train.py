@@ -14,6 +14,7 @@ One step, as the papers tell it:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 
@@ -35,6 +36,7 @@ from megarl.learner.learner import Learner
 from megarl.phases import PhaseLog
 from megarl.progress import RunProgress, Stopwatch
 from megarl.runlock import only_job
+from megarl.trajectory import Batch
 
 
 def train(settings: Settings, resume: bool = False) -> bool:
@@ -79,7 +81,7 @@ def train(settings: Settings, resume: bool = False) -> bool:
 
         with watch("sync"):
             engines.push(version=done)
-        if done == 0 and (measured := evaluate(0)):
+        if done == 0 and (measured := evaluate(0)) and controller:
             controller.report(0, measured)
         watch.lap()
 
@@ -92,7 +94,8 @@ def train(settings: Settings, resume: bool = False) -> bool:
             with watch("reward"):
                 if switches.kl_reward_coef:
                     logprobs.penalise(collected.groups, learner, switches, experience)
-                batches = controller.make(collected, experience, step) if controller else [None] * updates
+                made = controller.make(collected, experience, step) if controller else []
+                batches: Sequence[Batch | None] = made or [None] * updates
             with watch("logprobs"):
                 logprobs.fill(batches, learner, switches)
             with watch("train"):
@@ -104,7 +107,7 @@ def train(settings: Settings, resume: bool = False) -> bool:
             measured = evaluate(step)
 
             if controller:
-                measured |= figures.of_step(step, collected, batches, trained, engines, settings)
+                measured |= figures.of_step(step, collected, made, trained, engines, settings)
                 controller.finish_step(step, collected, measured | watch.lap())
             leaving = broadcast(interrupt.asked, world)
             if leaving or figures.checkpoint_due(step, settings):

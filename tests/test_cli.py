@@ -38,6 +38,10 @@ MISTAKES = {
         ["rollout.engine=sglang", "rollout.servers.flags=[--tp-size=3]", "rollout.early_exit.enabled=false"],
         ["rollout.servers.flags", "size 3", "valid value: 2"],
     ),
+    "engine flag and value in one": (
+        ["rollout.engine=sglang", "rollout.servers.flags=['--tp-size 2']", "rollout.early_exit.enabled=false"],
+        ["rollout.servers.flags", "two texts"],
+    ),
     "prompt limit": (["data.max_prompt_tokens=2"], ["data.max_prompt_tokens", "2", "shortest"]),
     "negative rate": (["pruning.prompts=-1"], ["pruning.prompts", "-1"]),
     "config file": (["none.yaml"], ["none.yaml", "does not exist"]),

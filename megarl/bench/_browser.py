@@ -25,8 +25,9 @@ def chromium(profile: Path) -> Iterator[Any]:
         from selenium import webdriver
     except ImportError:
         raise UserError("selenium is not installed; `pip install 'megarl[dev]'` brings it") from None
-    found = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
-    if missing := [name for name, place in found.items() if place is None]:
+    needed = ("chromium", "chromedriver")
+    found = {name: place for name in needed if (place := shutil.which(name))}
+    if missing := [name for name in needed if name not in found]:
         raise UserError(f"not installed: {', '.join(missing)}; `make test-report` installs both")
     options = webdriver.ChromeOptions()
     options.binary_location = found["chromium"]

@@ -16,7 +16,7 @@ import typer
 from checkpoints_conv.shape import read_shape
 from megarl import config
 from megarl.bench import record
-from megarl.bench.models import write_model
+from megarl.bench.models import Sizes, write_model
 from megarl.bench.parity import samples, split
 from megarl.errors import UserError
 from megarl.learner import device
@@ -33,7 +33,7 @@ RECIPES = ("tensorwise", "delayed", "blockwise", "mxfp8")
 STEPS = 50
 SPEED_STEPS = 8
 TOKENS = 8192  # of one row when speed is measured
-MEDIUM: dict[str, Any] = {  # about a billion parameters
+MEDIUM: Sizes = {  # about a billion parameters
     "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 16, "num_attention_heads": 16,
     "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 32768, "initializer_range": 0.02,
     "max_position_embeddings": 16384,
@@ -163,7 +163,7 @@ def _gradients(folder: Path, engine: bool, size: int) -> tuple[float, dict[str, 
     from megarl.learner.learner import sft_objective
 
     if not engine:
-        device.transformer_engine = lambda: False
+        device.transformer_engine = lambda: False  # type: ignore[assignment]  # in a process of its own
     learner = _learner(_settings(folder, {"dtype": "bf16"}))
     loss = learner.accumulate(split(samples(), 1, size), sft_objective)["loss"]
     return loss, {name: gradient.float().cpu().clone() for name, gradient in learner.named_gradients()}

@@ -15,14 +15,14 @@ import typer
 from megarl.algorithms.loss import policy_loss
 from megarl.algorithms.presets import Switches
 from megarl.bench import record
-from megarl.bench.models import write_model
+from megarl.bench.models import Sizes, write_model
 from megarl.bench.parity import LAYOUTS, settings
 from megarl.learner.spawn import spawn
 from megarl.trajectory import Batch, Sample
 
 DEADLINE = 300.0
 VOCAB = 126
-SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "head_dim": 8}
+SIZES: Sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "head_dim": 8}
 BATCHES = 4  # different batches and losses; the draws go round
 PLAIN = Switches("grpo", "token", "token_mean", 1.0, 0.2, 0.2, dynamic_sampling=False, old_logprobs="recompute")
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 import typer
 
 from megarl.bench import record
-from megarl.bench.models import write_model
+from megarl.bench.models import Sizes, write_model
 from megarl.bench.parity import settings
 from megarl.config import Settings
 from megarl.data.packing import pack
@@ -30,7 +30,10 @@ from megarl.learner.spawn import spawn
 from megarl.trajectory import Batch, Sample
 
 DEADLINE = 3600.0
-SIZES = {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "head_dim": 32}
+SIZES: Sizes = {
+    "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "head_dim": 32,
+    "initializer_range": 0.02,
+}  # fmt: skip
 ROOM = 1024  # tokens of a row, or of a padded micro-batch
 LEARNING_RATE = 1e-4
 PROMPT = 24
@@ -49,7 +52,7 @@ def main(
     Ratios are medians over the repeats; `cpu_ratio` is of processor time, for machines that are busy otherwise.
     """
     with tempfile.TemporaryDirectory() as folder:
-        write_model(Path(folder), tied=True, initializer_range=0.02, **SIZES)
+        write_model(Path(folder), tied=True, **SIZES)
         rows = spawn(_measure, 1, (Path(folder), sequences, repeats), DEADLINE)[0]
     record.publish("learner", rows, json, threads=torch.get_num_threads(), sequences=sequences, room=ROOM)
 

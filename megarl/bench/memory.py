@@ -19,7 +19,7 @@ import typer
 from checkpoints_conv.shape import read_shape
 from megarl.bench import record
 from megarl.bench._choice import chosen
-from megarl.bench.models import write_model
+from megarl.bench.models import Sizes, write_model
 from megarl.bench.parity import settings
 from megarl.config import Parallel
 from megarl.learner.spawn import spawn
@@ -32,7 +32,7 @@ DEADLINE = 400.0
 TOKENS = 1024  # of a row
 ROWS = 2  # of a data-parallel rank
 UPDATES = 2  # the first makes the optimizer's state
-MODEL = {
+MODEL: Sizes = {
     **{"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 8},
     **{"num_key_value_heads": 4, "head_dim": 32, "vocab_size": 4096},
 }

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteri
 
 from megarl.bench import record
 from megarl.bench._choice import chosen
-from megarl.bench.models import write_model
+from megarl.bench.models import Sizes, write_model
 from megarl.config import parse
 from megarl.errors import UserError
 from megarl.rollout import fleet
@@ -34,7 +34,7 @@ from megarl.rollout.engine import Engine, Sampling
 from megarl.rollout.local import LocalEngine
 from megarl.rollout.pool import Pool
 
-WIDER = {  # a random model in which the matrix products dominate
+WIDER: Sizes = {  # a random model in which the matrix products dominate
     "hidden_size": 384,
     "intermediate_size": 1024,
     "num_hidden_layers": 4,
@@ -42,6 +42,7 @@ WIDER = {  # a random model in which the matrix products dominate
     "num_key_value_heads": 2,
     "head_dim": 64,
     "vocab_size": 2048,
+    "initializer_range": 0.02,
 }
 SERVERS = ("sglang", "vllm")  # each in a process of its own
 REASONER = Path("examples/quickstart/reasoner")
@@ -270,7 +271,7 @@ def _reasoner(scratch: Path) -> Any:
 
 @contextmanager
 def _wider(scratch: Path) -> Any:
-    write_model(scratch, initializer_range=0.02, **WIDER)
+    write_model(scratch, **WIDER)
     yield scratch
 
 

@@ -119,7 +119,7 @@ def _model(folder: Path, hidden: int, layers: int) -> tuple[PreTrainedTokenizerF
         bos_token_id=None,
     )
     torch.manual_seed(0)
-    model = Qwen3ForCausalLM(config).to(torch.bfloat16)
+    model = Qwen3ForCausalLM(config).bfloat16()
     model.save_pretrained(folder)
     return tokenizer, model
 

@@ -28,8 +28,8 @@ class PackedRow(PackedSeqParams):
 
     segments: list[int] = field(default_factory=list)  # lengths over all context-parallel ranks, padding included
     skip_last: bool = False  # the last segment only fills the row up: nothing reads its output
-    cos: Tensor | None = None  # [t, 1, head_dim / 2] at this rank's positions
-    sin: Tensor | None = None
+    cos: Tensor = field(kw_only=True)  # [t, 1, head_dim / 2] at this rank's positions
+    sin: Tensor = field(kw_only=True)
     routing: Routing | None = None  # for the routers of a mixture of experts
 
 

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 
 CPU = torch.device("cpu")
+cuda: Any = torch.cuda  # Any: what is put in a name's place is of another type
 
 
 def install() -> None:
     """Redirect; no effect when CUDA is present, or the second time."""
     if torch.cuda.is_available() or getattr(torch.cuda, "megarl_shim", False):
         return
-    torch.cuda.megarl_shim = True
+    cuda.megarl_shim = True
     _devices()
     _random()
     _factories()
@@ -98,20 +99,20 @@ class _Generators:
 
 def _devices() -> None:
     stream = _Stream()
-    torch.cuda.current_device = lambda: CPU
-    torch.cuda.set_device = lambda device: None
-    torch.cuda.synchronize = lambda device=None: None
-    torch.cuda.current_stream = torch.cuda.default_stream = lambda device=None: stream
-    torch.cuda.Stream = _Stream
-    torch.cuda.stream = contextlib.nullcontext
+    cuda.current_device = lambda: CPU
+    cuda.set_device = lambda device: None
+    cuda.synchronize = lambda device=None: None
+    cuda.current_stream = cuda.default_stream = lambda device=None: stream
+    cuda.Stream = _Stream
+    cuda.stream = contextlib.nullcontext
 
 
 def _random() -> None:
-    torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
-    torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
-    torch.cuda.set_rng_state = torch.cuda.random.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
-    torch.cuda.default_generators = _Generators()
-    torch.cuda._lazy_call = lambda call, **_: call()  # without CUDA, torch would queue the call for ever
+    cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
+    cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
+    cuda.set_rng_state = cuda.random.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+    cuda.default_generators = _Generators()
+    cuda._lazy_call = lambda call, **_: call()  # without CUDA, torch would queue the call for ever
 
 
 def _factories() -> None:
@@ -141,7 +142,8 @@ def _means_cuda(device: Any) -> bool:
 
 
 def _tensors() -> None:
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    tensor: Any = torch.Tensor
+    tensor.cuda = lambda self, *args, **kwargs: self
     name_of = torch.Tensor.type
 
     def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -151,4 +153,4 @@ def _tensors() -> None:
             return name.replace("torch.", "torch.cuda.", 1)
         return name
 
-    torch.Tensor.type = type_
+    tensor.type = type_

@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
+from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megarl.learner.quantise import DelayedScale, Recipe, Role, formats, quantise
@@ -39,8 +41,8 @@ class Scaling:
         """The matrix `x` as a product over its dimension `dim` reads it, in float32."""
         return quantise(x.to(torch.float32), self.recipe, role, dim, self.delayed.get(role))
 
-    def record(self, **tensors: Tensor) -> None:
-        """Enter the largest magnitudes of `tensors`, by role, into the histories. Collective over the group."""
+    def record(self, tensors: dict[Role, Tensor]) -> None:
+        """Enter the largest magnitudes of `tensors` into the histories. Collective over the group."""
         if not self.delayed:
             return
         amax = torch.stack([tensor.detach().abs().amax().to(torch.float32) for tensor in tensors.values()])
@@ -61,7 +63,7 @@ class Fp8Product(torch.autograd.Function):
         ctx.scales = {role: delayed.scale for role, delayed in scaling.delayed.items()}
         y = (scaling(x, "input", 1) @ scaling(w, "weight", 1).T).to(x.dtype)
         if learning:
-            scaling.record(input=x, weight=w)
+            scaling.record({"input": x, "weight": w})
         return y
 
     @staticmethod
@@ -70,7 +72,7 @@ class Fp8Product(torch.autograd.Function):
         with _Earlier(scaling, ctx.scales):
             dx = scaling(gradient, "gradient", 1) @ scaling(w, "weight", 0)
             dw = scaling(gradient, "gradient", 0).T @ scaling(x, "input", 0)
-        scaling.record(gradient=gradient)
+        scaling.record({"gradient": gradient})
         return dx.to(x.dtype), dw.to(w.dtype), None, None
 
 
@@ -91,7 +93,7 @@ class _Earlier:
             self.scaling.delayed[role].scale = scale
 
 
-def emulate(model: torch.nn.Module, recipe: Recipe, first: int, last: int) -> int:
+def emulate(model: GPTModel, recipe: Recipe, first: int, last: int) -> int:
     """Turn the linear layers of transformer layers `first` … `last` (from 1, inclusive) to FP8; returns how many.
 
     Embedding, output layer and routers stay as they are.
@@ -109,7 +111,7 @@ def emulate(model: torch.nn.Module, recipe: Recipe, first: int, last: int) -> in
 
 
 @contextmanager
-def paused(model: torch.nn.Module) -> Iterator[None]:
+def paused(model: MegatronModule) -> Iterator[None]:
     """Within it nothing of `model` is quantised, and the amax histories rest."""
     scalings = [module.fp8_scaling for module in model.modules() if hasattr(module, "fp8_scaling")]
     for scaling in scalings:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -169,7 +170,7 @@ class Learner:
             for model in self.models:
                 for buffer in model.buffers + model.expert_parallel_buffers:
                     _gather_shards(buffer)
-        yield from self.weights.stream(lambda parameter: parameter.main_grad)
+        yield from self.weights.stream(attrgetter("main_grad"))  # Megatron adds it to its parameters
 
     def accumulate(self, batch: Batch | None, objective: Objective) -> dict[str, float]:
         """`train_step` without the update: leaves gradients for `named_gradients`; the sums and `grad_norm`."""

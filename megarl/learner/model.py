@@ -23,7 +23,7 @@ from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
-from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -31,6 +31,7 @@ from torch import Tensor
 
 from checkpoints_conv.layout import padded_vocab
 from checkpoints_conv.rules import Spec
+from checkpoints_conv.shape import Experts as ExpertShape
 from checkpoints_conv.shape import ModelShape
 from megarl.config import Experts, Parallel, Precision
 from megarl.errors import UserError
@@ -141,7 +142,7 @@ def transformer_config(
         "cpu_offloading_num_layers": parallel.offload_layers,
     }
     if shape.moe:
-        settings |= _expert_settings(shape, experts or Experts(), te)
+        settings |= _expert_settings(shape.moe, experts or Experts(), te)
     if parallel.vpp > 1:
         settings["virtual_pipeline_model_parallel_size"] = parallel.vpp
     if parallel.pp > 1:
@@ -183,13 +184,12 @@ def user_buffers(config: TransformerConfig, tokens: int) -> None:
     )
 
 
-def _expert_settings(shape: ModelShape, experts: Experts, te: bool) -> dict[str, Any]:
+def _expert_settings(moe: ExpertShape, experts: Experts, te: bool) -> dict[str, Any]:
     """Megatron's settings of a mixture of experts: no token is dropped; auxiliary losses are router.py's.
 
     The router works in float32, as transformers' does. Normalised probabilities of the chosen experts are a softmax
     over these alone; not normalised, they are entries of the softmax over all.
     """
-    moe = shape.moe
     return {
         "num_moe_experts": moe.count,
         "moe_router_topk": moe.top_k,
@@ -266,7 +266,7 @@ def unquantised(chunks: list[torch.nn.Module], config: TransformerConfig) -> Ite
         yield
 
 
-def unwrap(module: torch.nn.Module) -> PolicyModel:
+def unwrap(module: MegatronModule) -> PolicyModel:
     """The PolicyModel inside Megatron's wrappers."""
     while not isinstance(module, PolicyModel):
         module = module.module

@@ -168,6 +168,7 @@ def start(parallel: Parallel, precision: Precision, seed: int, deadline_s: float
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     control = dist.group.WORLD if not device.on_cuda() else dist.new_group(backend="gloo", timeout=timeout)
+    assert control is not None  # this rank has joined and is in every group
     return World(launch.rank, launch.world_size, here, parallel, deadline_s, control)
 
 
@@ -253,15 +254,15 @@ def layout_of(parallel: Parallel) -> Layout:
 
 
 def _join(launch: Launch, timeout: datetime.timedelta, here: torch.device) -> None:
-    bound = {"device_id": here} if here.type == "cuda" else {}
+    bound = here if here.type == "cuda" else None
     if launch == Launch():
         dist.init_process_group(
-            device.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, **bound
+            device.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, device_id=bound
         )
         return
     try:
         dist.init_process_group(
-            device.backend(), rank=launch.rank, world_size=launch.world_size, timeout=timeout, **bound
+            device.backend(), rank=launch.rank, world_size=launch.world_size, timeout=timeout, device_id=bound
         )
     except dist.DistNetworkError as e:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"

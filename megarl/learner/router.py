@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from checkpoints_conv.shape import ModelShape
@@ -41,7 +43,7 @@ class Router(TopKRouter):
     """`install` makes Megatron's routers ones of these."""
 
     options: Experts
-    row: Routing | None
+    row: Routing  # of the row that passes through
     sums: Tensor  # float32 [2]: this rank's part of the load-balancing and the z-loss since `take_losses`
 
     def routing(self, logits: Tensor, padding_mask: None = None) -> tuple[Tensor, Tensor]:
@@ -92,7 +94,7 @@ class Replay:
         return scores.gather(1, chosen), chosen
 
 
-def replay(chunk: torch.nn.Module) -> None:
+def replay(chunk: GPTModel) -> None:
     """Let a model chunk's routers take the experts that rows name."""
     for layer in chunk.decoder.layers:
         layer.mlp.router.router_replay = Replay(layer.mlp.router)
@@ -132,22 +134,22 @@ def check(settings: Settings, shape: ModelShape) -> None:
         )
 
 
-def install(chunk: torch.nn.Module, options: Experts) -> None:
+def install(chunk: GPTModel, options: Experts) -> None:
     """Let the routers of a model chunk be `Router`s."""
     for layer in chunk.decoder.layers:
         router = layer.mlp.router
         router.__class__ = Router
-        router.options, router.row = options, None
+        router.options = options
         router.sums = torch.zeros(2, device=router.weight.device)
         layer.register_forward_pre_hook(_tell, with_kwargs=True)
 
 
-def _tell(layer: torch.nn.Module, _: tuple, arguments: dict[str, Any]) -> None:
+def _tell(layer: TransformerLayer, _: tuple, arguments: dict[str, Any]) -> None:
     """Before a layer's forward pass, recomputed ones included: the router learns of the row."""
     layer.mlp.router.row = arguments["packed_seq_params"].routing
 
 
-def take_losses(chunks: Iterable[torch.nn.Module], layers: int, group: dist.ProcessGroup) -> dict[str, float]:
+def take_losses(chunks: Iterable[GPTModel], layers: int, group: dist.ProcessGroup) -> dict[str, float]:
     """The auxiliary losses since the last call, means over tokens and over the model's `layers` layers. Collective."""
     routers = [layer.mlp.router for chunk in chunks for layer in chunk.decoder.layers]
     sums = torch.stack([router.sums for router in routers]).sum(0).cpu()

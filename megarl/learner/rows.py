@@ -82,9 +82,8 @@ def build_row(
     micro = MicroBatch(**tensors, cu_seqlens=cu_seqlens, sample_ids=list(ids))
     routing = None
     if routed_tokens is not None:
-        experts = _experts(samples, bounds, length)
-        if experts is not None:
-            experts = torch.from_numpy(experts if local is None else experts[local])
+        given = _experts(samples, bounds, length)
+        experts = None if given is None else torch.from_numpy(given if local is None else given[local])
         routing = Routing(torch.where(real, tensors["sequence"], -1), len(samples), routed_tokens, experts)
     packed = PackedRow(
         qkv_format="thd",
@@ -140,7 +139,7 @@ class _SumOverRanks(torch.autograd.Function):
 def _columns(samples: Sequence[Sample], bounds: np.ndarray, length: int) -> dict[str, np.ndarray]:
     """The row's arrays [length]; `response`, the index of the response token predicted there, -1 where none is; `real`,
     where there is no padding."""
-    columns = {
+    columns: dict[str, np.ndarray] = {
         "tokens": np.zeros(length, np.int64),
         "labels": np.zeros(length, np.int64),
         "positions": np.zeros(length, np.int64),
@@ -203,7 +202,10 @@ def _zigzag(segments: Sequence[int], rank: int, size: int) -> np.ndarray | None:
 
 
 def _to(row: Row, device: torch.device) -> Row:
-    for part in (row.micro, row.packed, *([row.packed.routing] if row.packed.routing else [])):
+    parts: list[MicroBatch | PackedRow | Routing] = [row.micro, row.packed]
+    if row.packed.routing:
+        parts.append(row.packed.routing)
+    for part in parts:
         for field in fields(part):
             value = getattr(part, field.name)
             if isinstance(value, Tensor):

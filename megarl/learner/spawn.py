@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext, SpawnContext
 from typing import Any
 
 import torch
@@ -41,9 +42,11 @@ def spawn(target: Callable[..., Any], nproc: int, args: Sequence[Any] = (), dead
     Raises DeadlineExceeded after `deadline` seconds. The ranks die with this process, however it ends.
     """
     store, port = _store()
-    # A process that has touched CUDA cannot be forked.
-    context = multiprocessing.get_context("spawn" if device.on_cuda() else "forkserver")
-    if not device.on_cuda():
+    context: SpawnContext | ForkServerContext
+    if device.on_cuda():  # a process that has touched CUDA cannot be forked
+        context = multiprocessing.get_context("spawn")
+    else:
+        context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
     ranks = []
     try:
@@ -160,11 +163,11 @@ def _collect(ranks: list[tuple[Any, Connection]], deadline: float | None) -> lis
             if consequence:
                 raise consequence
             missing = ", ".join(str(rank) for rank in waiting.values())
+            assert deadline is not None  # without one, and with no rank lost, `wait` returns with a message only
             raise DeadlineExceeded(f"rank {missing} of {len(ranks)} to finish", deadline)
-        for pipe in ready:
-            rank = waiting[pipe]
+        for rank in [rank for pipe, rank in waiting.items() if pipe in ready]:
             try:
-                kind, value = _receive(rank, ranks[rank][0], pipe)
+                kind, value = _receive(rank, *ranks[rank])
             except RanksLost as e:  # the rank that was lost says more, if it is one of ours
                 kind, value = "lost", None
                 consequence = consequence or e

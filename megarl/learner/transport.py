@@ -18,16 +18,18 @@ PER_SAMPLE = ("response_start", "scale", "advantage")
 
 def share(batch: Batch | None, world: World) -> Batch:
     """Rank 0's batch, on every rank. Collective."""
-    if world.world_size == 1:
+    if world.is_controller:
         assert batch is not None
+        if world.world_size > 1:
+            payload = torch.from_numpy(np.frombuffer(encode(batch), np.uint8).copy())
+            dist.broadcast(torch.tensor([len(payload)]), 0, group=world.control)
+            dist.broadcast(payload, 0, group=world.control)
         return batch
-    payload = torch.from_numpy(np.frombuffer(encode(batch), np.uint8).copy()) if world.is_controller else None
-    size = torch.tensor([0 if payload is None else len(payload)])
+    size = torch.zeros(1, dtype=torch.int64)
     dist.broadcast(size, 0, group=world.control)
-    if payload is None:
-        payload = torch.empty(int(size), dtype=torch.uint8)
+    payload = torch.empty(int(size), dtype=torch.uint8)
     dist.broadcast(payload, 0, group=world.control)
-    return batch if world.is_controller else decode(payload.numpy().tobytes())
+    return decode(payload.numpy().tobytes())
 
 
 def encode(batch: Batch) -> bytes:
@@ -52,7 +54,7 @@ def encode(batch: Batch) -> bytes:
     arrays["has_experts"] = np.array([s.experts is not None for s in samples], bool)
     arrays["experts"] = _joined(routed, np.int16)
     file = io.BytesIO()
-    np.savez(file, **arrays)
+    np.savez(file, allow_pickle=False, **arrays)
     return file.getvalue()
 
 

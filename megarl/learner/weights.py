@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -95,7 +96,7 @@ class Weights:
                 flat = torch.cat([read(self.parameters[rule.megatron]).detach().reshape(-1) for rule in bucket])
             else:
                 flat = sample.new_empty(sum(sizes))
-            if expert and self.layout.ep > 1:
+            if place.expert_rank is not None and self.layout.ep > 1:
                 _broadcast(flat, place.expert_rank, parallel_state.get_expert_model_parallel_group())
             if self.layout.pp > 1:
                 _broadcast(flat, place.stage, parallel_state.get_pipeline_model_parallel_group())
@@ -110,19 +111,17 @@ class Weights:
 
     def _buckets(self, element_size: int) -> Iterator[tuple[Place, list[Rule]]]:
         """Runs of tensors that the same ranks hold; second holders (tied output layers) left out."""
-        bucket: list[Rule] = []
-        place, full = None, 0
-        for rule in self.rules:
-            if rule.copy:
-                continue
-            size = torch.Size(rule.shape()).numel() * element_size
-            if bucket and (self.places[rule.megatron] != place or full + size > BUCKET_BYTES):
-                yield place, bucket
-                bucket, full = [], 0
-            place = self.places[rule.megatron]
-            bucket.append(rule)
-            full += size
-        if bucket:
+        sent = (rule for rule in self.rules if not rule.copy)
+        for place, rules in groupby(sent, lambda rule: self.places[rule.megatron]):
+            bucket: list[Rule] = []
+            full = 0
+            for rule in rules:
+                size = torch.Size(rule.shape()).numel() * element_size
+                if bucket and full + size > BUCKET_BYTES:
+                    yield place, bucket
+                    bucket, full = [], 0
+                bucket.append(rule)
+                full += size
             yield place, bucket
 
     def _places(self, shape: ModelShape) -> dict[str, Place]:

@@ -58,11 +58,15 @@ def read(file: Path) -> tuple[list[Run], list[Skipped]]:
     """All rows of `file`: the runs that can be predicted, and the others with the reason."""
     if not file.is_file():
         raise UserError(f"runs: {file} does not exist")
-    runs, skipped = [], []
+    runs: list[Run] = []
+    skipped: list[Skipped] = []
     with file.open(newline="") as stream:
         for row in csv.DictReader(stream):
             found = _read_row(defaultdict(str, {name: text or "" for name, text in row.items() if name}))
-            (runs if isinstance(found, Run) else skipped).append(found)
+            if isinstance(found, Run):
+                runs.append(found)
+            else:
+                skipped.append(found)
     return runs, skipped
 
 

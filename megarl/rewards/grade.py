@@ -70,4 +70,4 @@ def find(path: str) -> GradingFunction:
     if not callable(function):
         known = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
         raise UserError(f"reward.function: '{path}': {module_name} has no function '{name}'{nearest(name, known)}")
-    return function  # type: ignore[no-any-return]
+    return function

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from megarl.rollout.detokenize import Vocabulary
 from megarl.rollout.in_engine import megarl_sglang
 from megarl.rollout.pool import Pool
 from megarl.rollout.remote import RemoteEngine
-from megarl.rollout.servers import Server
+from megarl.rollout.servers import Command, Server
 from megarl.rollout.transport import Transport
 from megarl.rollout.transport.disk import DiskTransport
 from megarl.rollout.transport.distributed import DistributedTransport
@@ -49,16 +50,27 @@ def check(rollout: Rollout) -> None:
         )
     if servers.api_key_env and servers.api_key_env not in os.environ:
         raise UserError(f"rollout.servers.api_key_env: the variable {servers.api_key_env} is not set")
-    if any(flag.partition("=")[0] == "--api-key" for flag in servers.flags):
-        raise UserError(
-            "rollout.servers.flags: '--api-key': every user of the machine may read a command line; "
-            "name the variable that holds the key in rollout.servers.api_key_env"
-        )
+    check_flags(servers.flags)
     if servers.attempt_deadline > servers.request_deadline:
         raise UserError(
             f"rollout.servers.attempt_deadline: {servers.attempt_deadline:g} is above request_deadline; "
             f"at most {servers.request_deadline:g}"
         )
+
+
+def check_flags(flags: Sequence[str]) -> None:
+    """Refuse flags that may not stand on a command line, or would not be read from it; raises UserError."""
+    if any(flag.partition("=")[0] == "--api-key" for flag in flags):
+        raise UserError(
+            "rollout.servers.flags: '--api-key': every user of the machine may read a command line; "
+            "name the variable that holds the key in rollout.servers.api_key_env"
+        )
+    for flag in flags:
+        if together := re.match(r"(-[\w.-]+)\s+(.*)", flag):  # vLLM would start without it
+            name, value = together.groups()
+            raise UserError(
+                f"rollout.servers.flags: '{flag}': a flag and its value are two texts: [{name}, \"{value}\"]"
+            )
 
 
 def build(settings: Settings, vocabulary: Vocabulary) -> Pool:
@@ -91,15 +103,23 @@ def build(settings: Settings, vocabulary: Vocabulary) -> Pool:
 def server(settings: Settings, index: int, name: str, port: int = 0) -> Server:
     """The server `index` of `servers.count` on this host, not started: on a free loopback port, or on `port` of every
     interface."""
+    rollout, servers = settings.rollout, settings.rollout.servers
+    line = command_of(settings, ["--host", "0.0.0.0"] if port else [])
+    log = settings.run / "logs" / f"{name}.log"
+    own = {**environment_of(rollout, api_key_of(servers)), **one_of(index, servers)}
+    return Server(name, line, log=log, environment=own, port=port)
+
+
+def command_of(settings: Settings, more: Sequence[str] = ()) -> Command:
+    """A server's command line, given its port; `more` flags follow those of the settings."""
     rollout, servers, model = settings.rollout, settings.rollout.servers, settings.model
-    _, command, environment = ENGINES[rollout.engine]
-    flags = list(servers.flags)
-    flags += ["--host", "0.0.0.0"] if port else []
+    _, command, _ = ENGINES[rollout.engine]
+    flags = [*servers.flags, *more]
     flags += [megarl_sglang.EXPERTS_FLAG] if rollout.engine == "sglang" and rollout.replay_routing else []
     if rollout.engine == "local":
         longest = early_exit.longest_sequence(settings)
         flags += ["--slots", str(rollout.local_batch), "--max-length", str(longest)]
-    line = command(
+    return command(
         python_of(rollout),
         model.path.resolve(),
         dtype=str(dtype_of(settings)).removeprefix("torch."),
@@ -107,9 +127,12 @@ def server(settings: Settings, index: int, name: str, port: int = 0) -> Server:
         weights=model.weights,
         flags=flags,
     )
-    log = settings.run / "logs" / f"{name}.log"
-    own = {**environment(cuda=on_cuda(servers), api_key=api_key_of(servers)), **one_of(index, servers)}
-    return Server(name, line, log=log, environment=own, port=port)
+
+
+def environment_of(rollout: Rollout, api_key: str | None) -> dict[str, str]:
+    """Variables that a server needs beside ours."""
+    *_, environment = ENGINES[rollout.engine]
+    return environment(cuda=on_cuda(rollout.servers), api_key=api_key)
 
 
 def choose_transport(rollout: Rollout, model: Path, dtype: torch.dtype, folder: Path) -> Transport:

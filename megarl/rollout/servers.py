@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from megarl.rollout import keeper
 # these it would wait in vain for a store of its own group that TORCHELASTIC_USE_AGENT_STORE says somebody else keeps.
 OF_A_RANK = {"MASTER_ADDR", "MASTER_PORT", "ROLE_NAME"}
 OF_A_RANK |= {of + what for of in ("", "LOCAL_", "GROUP_", "ROLE_") for what in ("RANK", "WORLD_SIZE")}
+REFUSED = re.compile(r"\S+( \S+)?: error: ")
 POLL = 0.25  # seconds between looks at a starting server
 
 Command = Callable[[int], Sequence[str]]  # port → command line
@@ -103,14 +105,15 @@ class Server:
             raise DeadlineExceeded(f"{self.name} to end", 2 * keeper.GRACE + 5) from None
 
     def last_words(self) -> str:
-        """The log's last lines, on one."""
+        """The log's last lines, on one; what argparse said about the flags, alone."""
         try:
             with open(self.log, "rb") as log:
                 log.seek(max(0, self.log.stat().st_size - 2000))
                 lines = [line.strip() for line in log.read().decode("utf-8", "replace").splitlines() if line.strip()]
         except OSError:
             return "no log"
-        return " | ".join(lines[-4:])
+        refused = lines and REFUSED.match(lines[-1])  # what precedes it is every flag that there is
+        return " | ".join(lines[-1:] if refused else lines[-4:])
 
 
 def inherited() -> dict[str, str]:

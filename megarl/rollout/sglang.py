@@ -300,7 +300,7 @@ class FusedDigests:
 
 
 def _digests(tensor: torch.Tensor, *, vocabulary: bool = False) -> set[str]:
-    digest = hashlib.sha256(memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+    digest = hashlib.sha256(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     found = {digest.hexdigest()[:16]}
     if vocabulary and (rest := -len(tensor) % VOCABULARY_STEP):
         digest.update(bytes(rest * tensor[0].nbytes))

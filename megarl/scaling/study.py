@@ -75,11 +75,11 @@ class Study(Section):
             if key in ("run", "seed"):
                 raise ValueError(f"{key}: is given by the study; " + ("use seeds" if key == "seed" else "see --out"))
         across = "model.path" if self.x == PARAMETERS else self.x
-        for name, key in (("x", across), ("lines", self.lines)):
-            if key is not None and key not in varied:
-                raise ValueError(f"{name}: '{key}' does not vary{nearest(key, sorted(varied))}")
-            if key is not None and key not in self.vary and not all(key in point for point in self.points):
-                raise ValueError(f"{name}: '{key}' must be in every point")
+        for name, axis in (("x", across), ("lines", self.lines)):
+            if axis is not None and axis not in varied:
+                raise ValueError(f"{name}: '{axis}' does not vary{nearest(axis, sorted(varied))}")
+            if axis is not None and axis not in self.vary and not all(axis in point for point in self.points):
+                raise ValueError(f"{name}: '{axis}' must be in every point")
         for value in (*self.vary.get(self.x, []), *(point.get(self.x, 0) for point in self.points)):
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise ValueError(f"x: {self.x}={reference.text(value)} is no number; put it on lines")

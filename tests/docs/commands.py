@@ -185,7 +185,8 @@ ENGINES = [
     elsewhere("make engines", "Makefile", "test-engines: engines", "`make test-engines` of .ci/run begins so"),
     elsewhere("make test-engines", ".ci/run", "make test-engines"),
     here("megarl train CONFIG rollout.engine=sglang rollout.servers.count=4 *", says="2 ranks = tp 2",
-         run="megarl train CONFIG rollout.engine=sglang rollout.servers.count=4 rollout.servers.python=/bin/sh "
+         run="megarl train CONFIG rollout.engine=sglang rollout.servers.count=4 "
+         "rollout.servers.python=/envs/sglang/bin/python "
          """'rollout.servers.flags=[--tp-size, "2", --mem-fraction-static, "0.7"]' run=runs/four --dry-run"""),
     *(elsewhere(command, "tests/engines/test_shown_servers.py::test_the_documented_server_is_trained_on", by, SERVERS)
       for command, by in (("MEGARL_ENGINE_KEY=* python MEGARL/*", "line(engine"), ("VLLM_API_KEY=*", "line(engine"),
@@ -199,6 +200,7 @@ CLUSTERS = [
     elsewhere("srun --ntasks-per-node 8 megarl train CONFIG", "slurm/launch.sh", "srun",
               "the line of the batch scripts, which tests/slurm submits to a real Slurm"),
     elsewhere("make test-slurm", ".ci/run", "make test-slurm"),
+    elsewhere("make lint", ".ci/run", "make lint"),
     elsewhere("make test", ".ci/run", "make test"),
     never("make test-gpu", "needs a CUDA device"),
     never("pip install -e *", "CUDA builds; setup.py declares the extras, which is checked"),

@@ -44,14 +44,15 @@ def build(engine: str, device: str, folder: Path) -> None:
     print(f"{engine}: building {target} (minutes)", flush=True)
     shutil.rmtree(target, ignore_errors=True)
     subprocess.run([sys.executable, "-m", "venv", target], check=True)
-    pip = [target / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    python = str(target / "bin" / "python")
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     if device == "cuda":
         subprocess.run([*pip, RELEASES[engine]], check=True)
     else:
         subprocess.run([*pip, "--no-deps", "-r", HERE / f"{engine}.txt"], check=True)
         if engine in STUBS:
             shutil.copytree(STUBS[engine], _site_packages(target), dirs_exist_ok=True)
-    subprocess.run([target / "bin" / "python", "-c", PROBES[engine]], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([python, "-c", PROBES[engine]], check=True, stdout=subprocess.DEVNULL)
     mark.write_text(wanted)
 
 

@@ -63,7 +63,7 @@ def buckets(tensors: Iterable[Named], dtype: torch.dtype, limit: int = BUCKET) -
         yield bucket
 
 
-async def hush(quiet: AsyncExitStack, engines: Sequence[RemoteEngine], outcome: Outcome) -> list[RemoteEngine]:
+async def hush(quiet: AsyncExitStack, engines: Sequence[E], outcome: Outcome) -> list[E]:
     """Quieten every engine until `quiet` closes; returns those that are, and notes the failures of the others."""
 
     async def one(engine: RemoteEngine) -> None:

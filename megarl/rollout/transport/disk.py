@@ -46,8 +46,8 @@ class DiskTransport:
             for name, tensor in bucket:
                 written[name] = file
                 size += tensor.nbytes
-                for digest in filter(None, digests):
-                    digest.add(name, tensor)
+                for collector in filter(None, digests):
+                    collector.add(name, tensor)
             # Own memory for each: safetensors refuses tensors that share storage, as tied or sliced ones do.
             owned = {name: tensor.cpu().contiguous().clone() for name, tensor in bucket}
             await asyncio.to_thread(save_file, owned, partial / file, {"format": "pt"})

@@ -47,7 +47,8 @@ class DistributedTransport:
         self._name = ""
 
     async def send(self, version: int, tensors: Iterable[Named], engines: Sequence[RemoteEngine]) -> Outcome:
-        outcome, members = Outcome(), []
+        outcome = Outcome()
+        members: list[SGLangEngine] = []
         try:
             async with AsyncExitStack() as quiet:
                 members = await hush(quiet, sglang_only(engines, "distributed"), outcome)
@@ -99,7 +100,7 @@ class DistributedTransport:
     def _join(self, port: int, world: int) -> dist.ProcessGroup:
         """Rank 0 of a group beside the default one. torch has no public call for that; the servers use this one too,
         and both sides must name their keys in the store alike."""
-        from torch.distributed.distributed_c10d import _new_process_group_helper, _world
+        from torch.distributed.distributed_c10d import GroupName, _new_process_group_helper, _world
 
         deadline = timedelta(seconds=self._deadline)
         store = dist.TCPStore(self._address, port, world, is_master=True, timeout=deadline, wait_for_workers=False)
@@ -109,7 +110,7 @@ class DistributedTransport:
             [],
             dist.Backend(self._backend),
             dist.PrefixStore(self._name, store),
-            group_name=self._name,
+            group_name=GroupName(self._name),
             timeout=deadline,
         )
         _world.pg_group_ranks[group] = {rank: rank for rank in range(world)}

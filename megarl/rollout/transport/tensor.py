@@ -39,8 +39,7 @@ class TensorTransport:
             try:
                 for bucket in buckets(self._changes.only(version, source, live), self._dtype, self._bucket):
                     outcome.sent_bytes += sum(tensor.nbytes for _, tensor in bucket)
-                    shared = share(bucket)
-                    live = await each(live, lambda engine, text=shared.text: engine.load_serialized(text), outcome)
+                    live = await _load(bucket, live, outcome)
             except BaseException:  # of the tensors' source
                 await asyncio.gather(*(engine.abandon_update() for engine in live))
                 raise
@@ -55,6 +54,12 @@ class TensorTransport:
 
     async def close(self) -> None:
         pass
+
+
+async def _load(bucket: Sequence[Named], engines: Sequence[SGLangEngine], outcome: Outcome) -> list[SGLangEngine]:
+    """Have every engine copy a bucket; returns those that did."""
+    shared = share(bucket)
+    return await each(engines, lambda engine: engine.load_serialized(shared.text), outcome)
 
 
 class Shared:
