@@ -40,7 +40,7 @@ PROMPT = TOKENIZER.encode("Hello there. ")
 
 
 LONG = Sampling(max_tokens=1900)
-ATTEMPTS = 5  # at cutting a LONG request short: now and then a server is done with it before
+ATTEMPTS = 5  # at cutting a LONG request short: now and then a server is done with it just before
 
 
 def next_policy(policy: Policy, tmp_path: Path, seed: int) -> Policy:
@@ -146,11 +146,23 @@ def test_weights_arrive_by_every_way_while_a_request_runs(
     async def update(source: Policy) -> bool:
         """New weights into the middle of a request, which is aborted some tokens later; whether it was cut by them."""
         version = next(versions)
-        running = asyncio.ensure_future(pool.generate(PROMPT, LONG, "g/0|0"))
-        await pool.generate(PROMPT, Sampling(max_tokens=4), "g/1|0")
+        asked: list[str] = []
+        arrived = asyncio.Event()
+
+        async def ask() -> Generation:
+            """One request after the other: a small model is soon done with one, and the update shall meet the next."""
+            while True:
+                asked.append(f"g/{len(asked)}|0")
+                generation = await pool.generate(PROMPT, LONG, asked[-1])
+                if arrived.is_set():
+                    return generation
+
+        running = asyncio.ensure_future(ask())
+        await pool.generate(PROMPT, Sampling(max_tokens=4), "h/1|0")
         await sync(pool, version, source.tensors(), source.canary())
-        await pool.generate(PROMPT, Sampling(max_tokens=32), "g/2|0")
-        await pool.abort("g/0|0")
+        arrived.set()
+        await pool.generate(PROMPT, Sampling(max_tokens=32), "h/2|0")
+        await pool.abort(asked[-1])
         generation = await running
         if len(generation.spans) == 1:
             return False
