@@ -56,7 +56,7 @@ class Probe:
 
     position: int  # response tokens before the probe (the finished steps)
     token_ids: tuple[int, ...]
-    confidence: float
+    confidence: float  # of a trial that was refused early, over the tokens it had
     accepted: bool
 
 

@@ -1,12 +1,12 @@
 """What early exit costs on the `local` engine: wall time against plain generation of the same tokens, interleaved.
 
-The quick start's reasoner solves held-out problems, all at once. `declined` sets the threshold to 1, which no
-confidence exceeds: every probe is asked for nothing, and the thought goes on with the tokens that plain generation
-draws. `once` is the same with one probe a completion: this model writes a marker every nine tokens, large ones every
-few hundred. `trained` is the quick start's own threshold. Each run is followed by two plain ones that make, request for
-request, as many tokens: `overhead` is against those of the completions, so that it holds the probes' own tokens;
-`machinery` against all that were decoded (completions, trial answers, and what was thrown away), so that it holds what
-stopping, forking, asking and going on cost, and not how often this model's thoughts have markers.
+The quick start's reasoner solves held-out problems, all at once, under the quick start's settings. `every` probes at
+every marker, of which this model writes one in nine tokens; large ones write one in some hundred, and `once` probes at
+a completion's first marker alone. `once_whole` does so without refusing trials early: every trial answer is decoded to
+its end. Each run is followed by two plain ones that make, request for request, as many tokens: `overhead` is against
+those of the completions, so that it holds the probes' own tokens; `machinery` against all that were decoded
+(completions, trial answers, and what was thrown away), so that it holds what stopping, forking, asking and going on
+cost, and not how often this model's thoughts have markers.
 """
 
 from __future__ import annotations
@@ -34,11 +34,8 @@ from megarl.rollout.local import LocalEngine
 from megarl.trajectory import Completion, Prompt, derive_seed
 
 CONFIG = Path("examples/quickstart/train.yaml")
-PROBES = {
-    "declined": ["rollout.early_exit.threshold=1"],
-    "once": ["rollout.early_exit.threshold=1", "rollout.early_exit.max_probes=1"],
-    "trained": [],
-}
+ONCE = ["rollout.early_exit.max_probes=1"]
+PROBES = {"every": [], "once": ONCE, "once_whole": [*ONCE, "rollout.early_exit.refuse_early=false"]}
 
 
 def main(

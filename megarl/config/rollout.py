@@ -32,6 +32,10 @@ class EarlyExit(Section):
     averaging: Literal["geometric", "arithmetic"] = "geometric"
     """Mean over the probabilities of the trial's tokens, the first left out (DEER, arXiv 2504.15895, takes the
     arithmetic one for R1-distilled models)."""
+    refuse_early: bool = True
+    """End a trial answer as soon as no rest of it could lift its mean over the threshold: the same exits for fewer
+    tokens. A trial ended so has the confidence of the tokens it had. `local` only (servers tell log-probs at the end),
+    and for geometric averaging."""
     probe_temperature: Annotated[float, Field(ge=0.0)] = 0.0
     """0 = greedy, as released; DEER samples at 1."""
     thinking_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.9

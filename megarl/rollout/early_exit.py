@@ -80,6 +80,16 @@ class Plan:
         """Response tokens that the thought may use."""
         return math.floor(self.settings.thinking_share * self.sampling.max_tokens)
 
+    @property
+    def least_logprob(self) -> float:
+        """What a trial's log-probs, the first left out, must sum to for its confidence to pass the threshold, however
+        long it becomes and however sure of the rest it is: tokens of probability 1 lift a geometric mean the most
+        where there are as many as there may be. The hair is for rounding."""
+        exits = self.settings
+        if not exits.refuse_early or exits.averaging != "geometric":
+            return -math.inf
+        return (exits.probe_tokens - 1) * math.log(exits.threshold) - 1e-6
+
     def closes(self, generation: Generation) -> bool:
         """Whether the generation stopped at `think_end`."""
         stop = generation.matched_stop
@@ -307,6 +317,7 @@ class _Thinker:
             seed=derive_seed(self.seed, "probe", len(self.draft.probes)),
             offset=len(question) - len(self.draft.prefix(0)),
             scratch=True,
+            least_logprob=plan.least_logprob,
             experts=False,
         )
         trial = await self.engine.generate(question, sampling, self._request("probe"))
@@ -333,11 +344,13 @@ class _Thinker:
         return accepted, generation
 
     def _confidence(self, trial: Generation) -> float:
-        """Mean probability of the trial's tokens, the first left out; 0 for a trial that did not close, if strict."""
+        """Mean probability of the trial's tokens, the first left out; 0 for a trial that did not close, if strict. Of a
+        trial that the engine refused it is that of the tokens it had, which is under the threshold."""
         settings = self.plan.settings
         closed = self.plan.ends(trial) if settings.variant == "paper_text" else self.plan.closes(trial)
         rest = trial.logprobs[1:]
-        if not rest or trial.finish == "abort" or (settings.strict and not closed):
+        refused = trial.finish == "abort" and math.fsum(rest) < self.plan.least_logprob
+        if not rest or not refused and (trial.finish == "abort" or (settings.strict and not closed)):
             return 0.0
         if settings.averaging == "arithmetic":
             return math.fsum(map(math.exp, rest)) / len(rest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -33,6 +34,9 @@ class Sampling:
     stop_words: tuple[str, ...] = ()  # stand-alone words of the response: no ASCII letter directly before or after
     stop_texts: tuple[str, ...] = ()  # strings anywhere in the response, inside words too
     scratch: bool = False  # the result will not be continued (a probe): an engine need not keep its cache
+    # End, with finish "abort", once the log-probs of the tokens after the first sum to less. An engine that learns
+    # log-probs only when it is done need not.
+    least_logprob: float = -math.inf
     experts: bool = False  # report the experts that every token passed through
 
 

@@ -83,6 +83,8 @@ class LocalEngine:
         self._shift = np.zeros(batch_slots, np.int64)  # response position of a sampled token = its column + shift
         self._stop = np.zeros(batch_slots, np.int64)
         self._pending = np.zeros(batch_slots, bool)
+        self._least = np.full(batch_slots, -np.inf)  # `Sampling.least_logprob`
+        self._logprob = np.zeros(batch_slots)  # sum over the sampled tokens after the first; inf before the first
         self._sampling = np.zeros((3, batch_slots), np.float32)  # temperature, top-p, top-k
         self._sampling_on_device: tuple[torch.Tensor, ...] | None = None
 
@@ -210,6 +212,8 @@ class LocalEngine:
         tokens, logprobs = (x.cpu().numpy() for x in sample(logits, uniform, *self._sampling_tensors(n)))
         rows = np.flatnonzero(active)
         tokens = tokens[rows]
+        before = self._logprob[rows]
+        self._logprob[rows] = np.where(np.isinf(before), 0.0, before + logprobs[rows])
         slots.fed[rows] = end[rows]
         slots.tokens[rows, end[rows]] = tokens
         slots.logprobs[rows, end[rows]] = logprobs[rows]
@@ -217,7 +221,8 @@ class LocalEngine:
         touched = self._touches[self._stop[rows], tokens] | self._pending[rows]
         full = slots.end[rows] >= self._limit[rows]
         finished = False
-        for row in rows[touched | full]:
+        hopeless = self._logprob[rows] < self._least[rows]
+        for row in rows[touched | full | hopeless]:
             finished |= self._review(int(row))
         return finished
 
@@ -228,9 +233,14 @@ class LocalEngine:
         end = int(slots.end[slot])
         first = max(request.born - request.sampling.offset, int(slots.trunk_end[slot]))
         match, self._pending[slot] = self._stop_table[request.stops].check(slots.tokens[slot], first, end)
-        if match is None and end < self._limit[slot]:
+        if match is not None:
+            self._finish(slot, "stop", match)
+        elif end >= self._limit[slot]:
+            self._finish(slot, "length")
+        elif self._logprob[slot] < self._least[slot]:
+            self._finish(slot, "abort")
+        else:
             return False
-        self._finish(slot, "length" if match is None else "stop", match)
         return True
 
     def _finish(self, slot: int, finish: Finish, match: Match | None = None) -> None:
@@ -334,6 +344,7 @@ class LocalEngine:
         self._seed[slot] = sampling.seed
         self._shift[slot] = sampling.offset - request.born
         self._stop[slot] = request.stops
+        self._least[slot], self._logprob[slot] = sampling.least_logprob, np.inf
         self._sampling[:, slot] = sampling.temperature, sampling.top_p, sampling.top_k
         self._sampling_on_device = None
         stops = self._stop_table[request.stops]
@@ -358,8 +369,9 @@ class LocalEngine:
             self._decoder.cache.copy(source, target, end)
             self._decoder.cache.show(target, end, hidden)
             slots.move(source, target)
-            for array in (self._limit, self._seed, self._shift, self._stop, self._pending, self._sampling.T):
+            for array in (self._limit, self._seed, self._shift, self._stop, self._pending, self._least, self._logprob):
                 array[target] = array[source]
+            self._sampling[:, target] = self._sampling[:, source]
             self._requests[target], self._requests[source] = self._requests[source], None
             self._sampling_on_device = None
 

@@ -9,17 +9,18 @@ from pathlib import Path
 import pytest
 
 
-def test_declined_probes_change_nothing_but_time(
+def test_schedules_and_refusals_change_nothing_but_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bench: Callable[..., None]
 ) -> None:
-    """Four problems, both schedules: at threshold 1 probes are asked and none exits; at the trained one some may."""
+    """Four problems: both schedules make the same completions, and so do trials that are refused early."""
     monkeypatch.chdir(Path(__file__).parents[2])
     bench("early_exit", "--json", tmp_path / "early_exit.json", "--batch", 4, "--repeats", 1)
     rows = json.loads((tmp_path / "early_exit.json").read_text())["rows"]
     kinds = [(row["probes"], row["schedule"]) for row in rows]
-    assert kinds == [(p, s) for p in ("declined", "once", "trained") for s in ("blocking", "speculative")]
-    blocking, speculative = rows[:2]
-    assert blocking["exits"] == speculative["exits"] == 0
-    assert blocking["probes_each"] == speculative["probes_each"] > 0
-    assert blocking["tokens"] == speculative["tokens"]
-    assert all(row["exits"] == 0 and row["probes_each"] <= 1 for row in rows[2:4])
+    assert kinds == [(p, s) for p in ("every", "once", "once_whole") for s in ("blocking", "speculative")]
+    for blocking, speculative in (rows[:2], rows[2:4], rows[4:]):
+        for figure in ("exits", "probes_each", "tokens", "tokens_a_probe"):
+            assert blocking[figure] == speculative[figure], figure
+    every, once, whole = rows[0], rows[2], rows[4]
+    assert 0 < once["probes_each"] <= 1 < every["probes_each"]
+    assert once["tokens"] == whole["tokens"] and once["tokens_a_probe"] < whole["tokens_a_probe"]

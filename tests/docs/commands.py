@@ -160,7 +160,7 @@ BENCHMARKS = [
     elsewhere("megarl bench rollout --engines local,transformers,sglang,vllm *",
               "tests/engines/test_benchmarks.py::test_tokens_a_second_of_a_real_server", 'bench("rollout"', SERVERS),
     elsewhere("megarl bench early_exit",
-              "tests/bench/test_early_exit_bench.py::test_declined_probes_change_nothing_but_time",
+              "tests/bench/test_early_exit_bench.py::test_schedules_and_refusals_change_nothing_but_time",
               'bench("early_exit"'),
     elsewhere("megarl bench planner*",
               "tests/planner/test_published.py::test_score_counts_groups_once_and_writes_its_summary",

@@ -67,6 +67,9 @@ class ScriptedEngine:
                 generation.finish, generation.matched_stop = "stop", match.what
                 generation.stop_start = match.start - len(token_ids)
                 break
+            if sum(generation.logprobs[1:]) < sampling.least_logprob and i + 1 < sampling.max_tokens:
+                generation.finish = "abort"
+                break
         if generation.token_ids:
             generation.spans = [Span(1, 0, len(generation.token_ids))]
         self.on_return(call)

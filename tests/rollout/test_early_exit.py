@@ -96,6 +96,24 @@ def test_averaging(byte_vocabulary, averaging, mean):
     assert made.probes[0].confidence == pytest.approx(mean)
 
 
+@pytest.mark.parametrize(
+    ("changes", "tokens", "confidence"),
+    [
+        ({"probe_tokens": 20}, 3, 0.5),  # .5 twice is less than .95 nineteen times: .377
+        ({"probe_tokens": 14}, 2, 0.5),  # .5 is less than .95 thirteen times: .513
+        ({"probe_tokens": 14, "refuse_early": False}, 4, 0.5),
+        ({"probe_tokens": 14, "averaging": "arithmetic"}, 4, 0.5),
+    ],
+)
+def test_a_trial_without_hope_is_refused_early(byte_vocabulary, changes, tokens, confidence):
+    """It ends once no rest could lift it over the threshold, and is recorded with the confidence of what it had."""
+    script = Script(byte_vocabulary, THOUGHT, [DOUBTFUL, CONFIDENT], "2" + EOS)
+    made, _ = run(byte_vocabulary, script, **changes)
+    assert [p.accepted for p in made.probes] == [False, True]
+    assert len(made.probes[0].token_ids) == tokens and made.probes[0].confidence == pytest.approx(confidence)
+    assert byte_vocabulary.text(made.probes[1].token_ids) == "{2}</think>"
+
+
 def test_end_of_text_in_the_thought(byte_vocabulary):
     """No closing, no answer; also when the end of the text is what follows a marker."""
     for thought in ("1+1=2" + EOS, "1+1=2 Wait" + EOS):
@@ -266,6 +284,12 @@ def test_any_run_is_token_exact(byte_vocabulary, schedule, salt, budget, marker_
             assert rest.startswith(dropped) and rest[len(dropped) :].lstrip().startswith(b"Wait")
     assert len(made.probes) <= changes["max_probes"]
     assert sum(p.accepted for p in made.probes) == (made.exit_reason == ExitReason.CONFIDENT)
+    whole, _ = run(byte_vocabulary, policy, budget=budget, **changes, refuse_early=False)
+    assert whole.token_ids.tolist() == made.token_ids.tolist() and whole.exit_reason == made.exit_reason
+    for refused, full in zip(made.probes, whole.probes, strict=True):
+        assert (refused.position, refused.accepted) == (full.position, full.accepted)
+        assert refused.token_ids == full.token_ids[: len(refused.token_ids)]
+        assert refused == full or refused.confidence <= changes["threshold"]
     if schedule == "speculative":
         blocking, _ = run(byte_vocabulary, policy, budget=budget, **{**changes, "schedule": "blocking"})
         assert blocking.token_ids.tolist() == made.token_ids.tolist() and blocking.probes == made.probes

@@ -1,6 +1,7 @@
 """The embedded engine: what it samples, what it reports, and that neither depends on what else is in the batch."""
 
 import asyncio
+import math
 
 import pytest
 import torch
@@ -201,6 +202,34 @@ def test_stops(make_engine, words):
         sampling = Sampling(9, seed=1, offset=later + 1, stop_words=(words.text([whole[later]]),))
         made = await engine.generate(prompt(3, 5) + made.token_ids, sampling, "s")
         assert made.token_ids == whole[later + 1 : later + 2] and made.stop_start == -1  # … until the continuation
+
+    asyncio.run(run())
+
+
+def test_a_generation_ends_when_its_log_probs_sum_to_too_little(make_engine):
+    """The first token does not count; the end is that of each request, also where it has moved to another slot."""
+
+    async def run():
+        engine = await make_engine(batch_slots=5)
+        prompts = [prompt(seed, 4) for seed in range(5)]
+        whole = await asyncio.gather(
+            *[engine.generate(p, Sampling(30, seed=1), f"w{i}") for i, p in enumerate(prompts)]
+        )
+        least = [
+            -math.inf,
+            0.0,
+            *(math.fsum(w.logprobs[1:n]) - 1e-4 for w, n in zip(whole[2:], (20, 9, 14), strict=True)),
+        ]
+        ended = await asyncio.gather(
+            *[
+                engine.generate(p, Sampling(30, seed=1, least_logprob=bound), f"e{i}")
+                for i, (p, bound) in enumerate(zip(prompts, least, strict=True))
+            ]
+        )
+        assert [len(e.token_ids) for e in ended] == [30, 2, 21, 10, 15]
+        assert [e.finish for e in ended] == ["length"] + ["abort"] * 4
+        for whole_one, e in zip(whole, ended, strict=True):
+            assert e.token_ids == whole_one.token_ids[: len(e.token_ids)] and e.spans[-1].end == len(e.token_ids)
 
     asyncio.run(run())
 
