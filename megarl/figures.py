@@ -77,8 +77,11 @@ def staleness(step: int, completions: Sequence[Completion]) -> dict[str, float]:
 
 
 def learner_figures(updates: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Means over the step's updates; the mismatch is the first update's, whose policy is the one that sampled."""
-    mean = {name: float(np.mean([update[name] for update in updates])) for name in updates[0]}
+    """Means over the step's updates that trained something (pruning may leave one nothing); the mismatch is the first
+    update's, whose policy is the one that sampled."""
+    trained = [update for update in updates if update["tokens_trained"]] or updates[:1]
+    names = [name for name in trained[0] if not name.startswith("mismatch")]
+    mean = {name: float(np.mean([update[name] for update in trained])) for name in names}
     mean |= {name: value for name, value in updates[0].items() if name.startswith("mismatch")}
     return mean | {"tokens_trained": sum(update["tokens_trained"] for update in updates)}
 
