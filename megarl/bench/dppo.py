@@ -15,11 +15,10 @@ from megarl.bench._choice import chosen
 
 # What peers run: dense rows by token budget (as dense as dynamic batching gets), every group trained.
 PEERS = ["packing.strategy=first_fit", "pruning.drop_zero_variance=false"]
-LONGER = "steps=40"  # GRPO has 24: who makes it to the accuracy that GRPO ends with, and when?
+LONGER = "steps=80"  # twice GRPO's: who makes it to the accuracy that GRPO ends with, and when?
 PACKED = [LONGER, "packing.strategy=dense", "packing.window=256"]
 STRONG = [*PACKED, "pruning.drop_zero_variance=true"]
-# Pruned prompts make a step smaller, not its draw larger; draws of fixed size add less noise.
-SMALLER = [*STRONG, "pruning.refill=false", "pruning.draw=fixed"]
+SMALLER = [*STRONG, "pruning.refill=false"]  # pruned prompts make a step smaller, not its draw larger
 BOTH = ["pruning.prompts={rate}", "pruning.completions={rate}"]
 METHODS = {
     "grpo": [*PEERS],
@@ -29,15 +28,14 @@ METHODS = {
     "completions": [*SMALLER, "pruning.completions={rate}"],
     "dppo": [*SMALLER, *BOTH],
     "dppo_refilled": [*STRONG, *BOTH],
-    # Ours; each has a chance of its own, so that the draws are independent.
-    "proportional": [*SMALLER, *BOTH, "pruning.selection=proportional", "pruning.draw=bernoulli"],
+    "proportional": [*SMALLER, *BOTH, "pruning.selection=proportional"],  # ours
 }
 RATES = {
-    "prompts": [0.7],
-    "completions": [0.7],
+    "prompts": [0.5],
+    "completions": [0.5],
     "dppo": [0.3, 0.5, 0.7, 0.9],
-    "dppo_refilled": [0.7],
-    "proportional": [0.7],
+    "dppo_refilled": [0.5],
+    "proportional": [0.7, 0.9],
 }
 UNPRUNED = ["pruning={}"]
 EXAMPLE = Path("examples/dppo/train.yaml")
@@ -49,7 +47,7 @@ def main(
     first_seed: Annotated[int, typer.Option(min=0, help="The first of them; the others follow it.")] = 0,
     methods: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(METHODS),
     rates: Annotated[str, typer.Option(help="Pruning rates, comma-separated, instead of each method's own.")] = "",
-    every: Annotated[int, typer.Option(min=1, help="Steps between evaluations.")] = 2,
+    every: Annotated[int, typer.Option(min=1, help="Steps between evaluations.")] = 4,
     overrides: Annotated[str, typer.Option(help="Settings of every run, separated by spaces.")] = "",
     config: Annotated[Path, typer.Option(help="Settings that the methods vary.")] = EXAMPLE,
     runs: Annotated[Path, typer.Option(help="Where the runs go; finished ones are not repeated.")] = Path(
