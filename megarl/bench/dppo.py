@@ -18,7 +18,8 @@ PEERS = ["packing.strategy=first_fit", "pruning.drop_zero_variance=false"]
 LONGER = "steps=80"  # twice GRPO's: who makes it to the accuracy that GRPO ends with, and when?
 PACKED = [LONGER, "packing.strategy=dense", "packing.window=256"]
 STRONG = [*PACKED, "pruning.drop_zero_variance=true"]
-SMALLER = [*STRONG, "pruning.refill=false"]  # pruned prompts make a step smaller, not its draw larger
+# Pruned prompts make a step smaller, not its draw larger; draws of fixed size add less noise.
+SMALLER = [*STRONG, "pruning.refill=false", "pruning.draw=fixed"]
 BOTH = ["pruning.prompts={rate}", "pruning.completions={rate}"]
 METHODS = {
     "grpo": [*PEERS],
@@ -28,7 +29,8 @@ METHODS = {
     "completions": [*SMALLER, "pruning.completions={rate}"],
     "dppo": [*SMALLER, *BOTH],
     "dppo_refilled": [*STRONG, *BOTH],
-    "proportional": [*SMALLER, *BOTH, "pruning.selection=proportional"],  # ours
+    # Ours; every completion has a chance of its own, so that the draws are independent.
+    "proportional": [*SMALLER, *BOTH, "pruning.selection=proportional", "pruning.draw=bernoulli"],
 }
 RATES = {
     "prompts": [0.5],
