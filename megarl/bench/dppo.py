@@ -21,16 +21,17 @@ STRONG = [*PACKED, "pruning.drop_zero_variance=true"]
 # Pruned prompts make a step smaller, not its draw larger; draws of fixed size add less noise.
 SMALLER = [*STRONG, "pruning.refill=false", "pruning.draw=fixed"]
 BOTH = ["pruning.prompts={rate}", "pruning.completions={rate}"]
+LONGEST = "steps=120"  # where steps are so small that these take GRPO's seconds
 METHODS = {
     "grpo": [*PEERS],
     "packing": [*PACKED, "pruning.drop_zero_variance=false"],
     "grpo_strong": [*STRONG],  # the strongest fair baseline
     "prompts": [*SMALLER, "pruning.prompts={rate}"],
     "completions": [*SMALLER, "pruning.completions={rate}"],
-    "dppo": [*SMALLER, *BOTH],
+    "dppo": [*SMALLER, *BOTH, LONGEST],
     "dppo_refilled": [*STRONG, *BOTH],
     # Ours; every completion has a chance of its own, so that the draws are independent.
-    "proportional": [*SMALLER, *BOTH, "pruning.selection=proportional", "pruning.draw=bernoulli"],
+    "proportional": [*SMALLER, *BOTH, LONGEST, "pruning.selection=proportional", "pruning.draw=bernoulli"],
 }
 RATES = {
     "prompts": [0.5],
