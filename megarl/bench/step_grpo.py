@@ -20,7 +20,7 @@ METHODS: dict[str, list[str] | None] = {
     "vanilla": None,  # the taught model, untrained
     "grpo": [*PLAIN, "reward.shaping=none"],
     "grpo_sequence_mean": [*PLAIN, "reward.shaping=none", "algorithm={preset: grpo}"],  # GRPO's own loss
-    "grpo_length_penalty": [*PLAIN, "reward.shaping=length_penalty", "reward.length_penalty=0.008"],
+    "grpo_length_penalty": [*PLAIN, "reward.shaping=length_penalty", "reward.length_penalty=0.001"],
     "step_grpo": [*EXITS, "reward.shaping=step_aware"],
     "no_step_reward": [*EXITS, "reward.shaping=none"],
     "no_truncation": [*PLAIN, "reward.shaping=step_aware"],
