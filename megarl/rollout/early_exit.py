@@ -22,7 +22,7 @@ from megarl import config
 from megarl.errors import UserError
 from megarl.rollout.detokenize import Vocabulary, vocabulary_of
 from megarl.rollout.draft import Draft
-from megarl.rollout.engine import Engine, Generation, Sampling
+from megarl.rollout.engine import Engine, Generation, Sampling, hopeless
 from megarl.rollout.exit_figures import summarise
 from megarl.trajectory import Completion, Finish, Group, Probe, Prompt, derive_seed
 
@@ -81,13 +81,13 @@ class Plan:
         return math.floor(self.settings.thinking_share * self.sampling.max_tokens)
 
     @property
-    def least_logprob(self) -> float:
+    def least_logprob(self) -> float | None:
         """What a trial's log-probs, the first left out, must sum to for its confidence to pass the threshold, however
         long it becomes and however sure of the rest it is: tokens of probability 1 lift a geometric mean the most
         where there are as many as there may be. The hair is for rounding."""
         exits = self.settings
         if not exits.refuse_early or exits.averaging != "geometric":
-            return -math.inf
+            return None
         return (exits.probe_tokens - 1) * math.log(exits.threshold) - 1e-6
 
     def closes(self, generation: Generation) -> bool:
@@ -321,7 +321,7 @@ class _Thinker:
             experts=False,
         )
         trial = await self.engine.generate(question, sampling, self._request("probe"))
-        confidence = self._confidence(trial)
+        confidence = self._confidence(trial, sampling)
         accepted = confidence > settings.threshold
         self.draft.probes.append(Probe(marker.token, tuple(trial.token_ids), confidence, accepted))
         return accepted
@@ -343,13 +343,13 @@ class _Thinker:
             self.draft.discarded += len(generation.token_ids)
         return accepted, generation
 
-    def _confidence(self, trial: Generation) -> float:
+    def _confidence(self, trial: Generation, sampling: Sampling) -> float:
         """Mean probability of the trial's tokens, the first left out; 0 for a trial that did not close, if strict. Of a
         trial that the engine refused it is that of the tokens it had, which is under the threshold."""
         settings = self.plan.settings
         closed = self.plan.ends(trial) if settings.variant == "paper_text" else self.plan.closes(trial)
         rest = trial.logprobs[1:]
-        refused = trial.finish == "abort" and math.fsum(rest) < self.plan.least_logprob
+        refused = trial.finish == "abort" and hopeless(trial.logprobs, sampling)
         if not rest or not refused and (trial.finish == "abort" or (settings.strict and not closed)):
             return 0.0
         if settings.averaging == "arithmetic":

@@ -34,9 +34,8 @@ class Sampling:
     stop_words: tuple[str, ...] = ()  # stand-alone words of the response: no ASCII letter directly before or after
     stop_texts: tuple[str, ...] = ()  # strings anywhere in the response, inside words too
     scratch: bool = False  # the result will not be continued (a probe): an engine need not keep its cache
-    # End, with finish "abort", once the log-probs of the tokens after the first sum to less. An engine that learns
-    # log-probs only when it is done need not.
-    least_logprob: float = -math.inf
+    # End, with finish "abort", once `hopeless`. An engine that learns log-probs only when it is done may do so late.
+    least_logprob: float | None = None
     experts: bool = False  # report the experts that every token passed through
 
 
@@ -61,6 +60,11 @@ class Generation:
     stop_start: int | None = None
     spans: list[Span] = field(default_factory=list)
     experts: np.ndarray | None = None
+
+
+def hopeless(logprobs: Sequence[float], sampling: Sampling) -> bool:
+    """Whether the log-probs of the tokens sampled after the first sum to less than `least_logprob`."""
+    return sampling.least_logprob is not None and math.fsum(logprobs[1:]) < sampling.least_logprob
 
 
 def lineage(request_id: str) -> str:

@@ -344,7 +344,9 @@ class LocalEngine:
         self._seed[slot] = sampling.seed
         self._shift[slot] = sampling.offset - request.born
         self._stop[slot] = request.stops
-        self._least[slot], self._logprob[slot] = sampling.least_logprob, np.inf
+        # A hair less: a running sum is not the exact one, and who is told "abort" looks whether it was `hopeless`.
+        self._least[slot] = -np.inf if sampling.least_logprob is None else sampling.least_logprob - 1e-9
+        self._logprob[slot] = np.inf
         self._sampling[:, slot] = sampling.temperature, sampling.top_p, sampling.top_k
         self._sampling_on_device = None
         stops = self._stop_table[request.stops]

@@ -21,7 +21,7 @@ import torch
 from megarl.config import Servers
 from megarl.errors import DeadlineExceeded, RunError
 from megarl.rollout.detokenize import Vocabulary
-from megarl.rollout.engine import Generation, Sampling
+from megarl.rollout.engine import Generation, Sampling, hopeless
 from megarl.rollout.http import Endpoint, ServerError
 from megarl.rollout.servers import POLL, Server
 from megarl.rollout.stops import Match, Stops
@@ -271,6 +271,8 @@ class RemoteEngine(ABC):
                 return Generation(tokens[given:end], logprobs[:kept], "stop", match.what, start, spans, experts)
             if len(tokens) - given >= sampling.max_tokens:
                 return Generation(tokens[given:], logprobs, "length", spans=spans, experts=experts)
+            if hopeless(logprobs, sampling):
+                return Generation(tokens[given:], logprobs, "abort", spans=spans, experts=experts)
             if segment.finish == "abort" and self._open.is_set() and request_id not in self._aborted:
                 raise ServerError(f"{self.name}: the server aborted '{request_id}' by itself")
             confirm = pending

@@ -30,8 +30,9 @@ SAMPLINGS = [
     Sampling(max_tokens=40, seed=2, temperature=0.7, top_p=0.9, top_k=50),
     Sampling(max_tokens=120, seed=3, stop_words=("Wait",), stop_token_ids=(TOKENIZER.eos_token_id,)),
     Sampling(max_tokens=120, seed=4, stop_texts=("ing",), stop_sequences=((5, 6),)),
+    Sampling(max_tokens=40, seed=5, least_logprob=-9.0),
 ]
-PROMPTS = [TOKENIZER.encode(text) for text in ("Q: ", "Why?", "Wait", "Say it: ")]
+PROMPTS = [TOKENIZER.encode(text) for text in ("Q: ", "Why?", "Wait", "Say it: ", "So: ")]
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +106,7 @@ def test_tokens_stops_and_scores_are_the_embedded_engines(policy: tuple, tmp_pat
                 assert got.stop_start == wanted.stop_start
             assert got.spans == wanted.spans
             assert got.logprobs == pytest.approx(wanted.logprobs, abs=1e-5)
-        assert {g.finish for g in made} == {"stop", "length"}
+        assert {g.finish for g in made} == {"stop", "length", "abort"}
         assert scores == pytest.approx(reference_logprobs(model, PROMPTS[3]), abs=1e-4)
 
     run(test)
