@@ -105,8 +105,10 @@ class Cluster:
         return done.stdout if check else done.stdout + done.stderr
 
     def link(self, node: str, up: bool) -> None:
-        """Plug a node's network cable in, or pull it."""
+        """Plug a node's network cable in, or pull it. Plugged in, the node is taken back as an administrator would."""
         _ip("link", "set", _port(node), "up" if up else "down")
+        if up:  # Slurm itself looks for a lost node once in a minute or more; one that it has not missed, it refuses
+            self.slurm("scontrol", "update", f"nodename={node}", "state=resume", check=False)
 
     def processes(self, job: str | None = None, node: str | None = None) -> list[int]:
         """Processes of a job, or of any job of this cluster; on a node, or on all."""
