@@ -12,7 +12,7 @@ import asyncio
 import math
 import re
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, TypeVar
 
@@ -69,9 +69,9 @@ class Plan:
         think_end = vocabulary.encode(exits.think_end)
         # Several tokens may be cut differently when sampled (">" and a line end in one token): match their text.
         if len(think_end) == 1:
-            stops = replace(sampling, stop_token_ids=(*vocabulary.end_ids, *think_end))
+            stops = sampling._replace(stop_token_ids=(*vocabulary.end_ids, *think_end))
         else:
-            stops = replace(sampling, stop_texts=(exits.think_end,))
+            stops = sampling._replace(stop_texts=(exits.think_end,))
         inducer, closing = vocabulary.encode(exits.trial_inducer), vocabulary.encode(exits.closing)
         return cls(exits, vocabulary, sampling, tuple(inducer), tuple(closing), stops)
 
@@ -197,7 +197,7 @@ async def plain(
 ) -> Completion:
     """One completion without early exit; `name` begins its request ids."""
     draft = Draft(prompt.token_ids)
-    generation = await engine.generate(draft.token_ids, replace(sampling, seed=seed), f"{name}|0")
+    generation = await engine.generate(draft.token_ids, sampling._replace(seed=seed), f"{name}|0")
     draft.append(generation)
     text = _text(draft, vocabulary)
     return draft.completion(prompt.uid, index, generation.finish, ExitReason.PLAIN, text)
@@ -295,8 +295,7 @@ class _Thinker:
         """Go on thinking until a marker, `think_end`, the end of the text or the thinking budget."""
         settings = self.plan.settings
         asking = len(self.draft.probes) + probes_under_way < settings.max_probes
-        sampling = replace(
-            self.plan.thought_stops,
+        sampling = self.plan.thought_stops._replace(
             max_tokens=self.plan.thinking_budget - len(self.draft),
             seed=self.seed,
             offset=len(self.draft),
@@ -308,8 +307,7 @@ class _Thinker:
         """Ask for a trial answer at the finished step, record it; true if its confidence passes the threshold."""
         settings, plan = self.plan.settings, self.plan
         question = [*self.draft.prefix(marker.token), *self._partial(marker), *plan.inducer]
-        sampling = replace(
-            plan.sampling if settings.variant == "paper_text" else plan.thought_stops,
+        sampling = (plan.sampling if settings.variant == "paper_text" else plan.thought_stops)._replace(
             max_tokens=settings.probe_tokens,
             temperature=settings.probe_temperature,
             top_p=1.0,
@@ -391,7 +389,7 @@ class _Thinker:
         left = self.plan.sampling.max_tokens - len(self.draft)
         if left < 1:
             return reason, "length"
-        sampling = replace(self.plan.sampling, max_tokens=left, seed=seed, offset=len(self.draft))
+        sampling = self.plan.sampling._replace(max_tokens=left, seed=seed, offset=len(self.draft))
         answer = await self.engine.generate(self.draft.token_ids, sampling, self._request("answer"))
         self.draft.append(answer)
         return (ExitReason.ABORTED if answer.finish == "abort" else reason), answer.finish

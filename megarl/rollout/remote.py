@@ -11,7 +11,7 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -253,7 +253,7 @@ class RemoteEngine(ABC):
                 return Generation(tokens[given:], logprobs, "abort", spans=spans, experts=experts)
             made = len(tokens) - given
             room = 1 if confirm else sampling.max_tokens - made
-            part = replace(sampling, max_tokens=room, offset=sampling.offset + made)
+            part = sampling._replace(max_tokens=room, offset=sampling.offset + made)
             segment = await self._run(request_id, f"{request_id}~{number}", tokens, part)
             if not segment.token_ids and segment.finish != "abort":
                 raise ServerError(f"{self.name}: an answer without tokens (finish '{segment.finish}')")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -41,7 +40,7 @@ class ServedEngine(RemoteEngine):
         """It has no weights before the first update."""
 
     async def _segment(self, server_id: str, token_ids: list[int], sampling: Sampling) -> Segment:
-        payload = {"id": server_id, "token_ids": token_ids, "sampling": asdict(sampling)}
+        payload = {"id": server_id, "token_ids": token_ids, "sampling": sampling._asdict()}
         answer = await self._post("/generate", payload, f"answer '{server_id}'", self.settings.attempt_deadline)
         self._check_version([str(version) for version in field(answer, "versions")])
         return Segment(field(answer, "token_ids"), field(answer, "logprobs"), field(answer, "finish"))

@@ -9,7 +9,6 @@ import asyncio
 import itertools
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -82,7 +81,7 @@ def test_stops_are_exact_on_a_real_server(live: Live, policy: Policy) -> None:
 
     async def ask() -> list:
         return await asyncio.gather(
-            *(live.pool.generate(PROMPT, replace(sampling, seed=i), f"g{i}/0|0") for i in range(16))
+            *(live.pool.generate(PROMPT, sampling._replace(seed=i), f"g{i}/0|0") for i in range(16))
         )
 
     generations = live.runner.run(ask())
@@ -103,7 +102,7 @@ def test_seeds(live: Live) -> None:
     sampling = Sampling(max_tokens=32, seed=11)
     first = live.runner.run(live.pool.generate(PROMPT, sampling, "g/0|0"))
     again = live.runner.run(live.pool.generate(PROMPT, sampling, "g/1|0"))
-    other = live.runner.run(live.pool.generate(PROMPT, replace(sampling, seed=12), "g/2|0"))
+    other = live.runner.run(live.pool.generate(PROMPT, sampling._replace(seed=12), "g/2|0"))
     assert first.token_ids == again.token_ids != other.token_ids
 
 

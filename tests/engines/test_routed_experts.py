@@ -6,7 +6,6 @@ Says nothing of CUDA, where SGLang chooses and keeps the experts by other code.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +67,13 @@ def test_reported_experts_are_the_models(tmp_path: Path) -> None:
     sampling = Sampling(max_tokens=40, stop_words=("the", "a", "I"), experts=True)
 
     async def ask(pool: Pool, policy: Any) -> None:
-        asked = (pool.generate(PROMPT, replace(sampling, seed=i), f"g{i}/0|0") for i in range(12))
+        asked = (pool.generate(PROMPT, sampling._replace(seed=i), f"g{i}/0|0") for i in range(12))
         made = await asyncio.gather(*asked)
         assert {"stop", "length"} == {generation.finish for generation in made}
         for generation in made:
             check(policy, PROMPT, generation)
         known = [*PROMPT, *made[0].token_ids]
-        going_on = replace(sampling, offset=len(made[0].token_ids), max_tokens=8, stop_words=())
+        going_on = sampling._replace(offset=len(made[0].token_ids), max_tokens=8, stop_words=())
         check(policy, known, await pool.generate(known, going_on, "g0/0|1"))
         assert (await pool.generate(PROMPT, Sampling(4), "plain/0|0")).experts is None
 
