@@ -146,14 +146,17 @@ class _Layer:
 class Piece:
     """Tokens to feed to some slots: `counts[r]` of them to slot `slots[r]`, into the columns from `starts[r]` on.
 
-    `tokens` int64 [R, T], padded at will; the others int64 [R]. A token's position is its column less `gaps[r]`.
+    `tokens` int64 [R, T], padded at will; `slots`, `starts` and `counts` int64 [R]. `gaps` int64 [R, 2], if given, are
+    columns, from the first to the one before the second, that hold nothing of the slot's sequence. `first`, if given:
+    the slots are this one and those that follow it, so that their cache can be read in place.
     """
 
     tokens: torch.Tensor
     slots: torch.Tensor
     starts: torch.Tensor
     counts: torch.Tensor
-    gaps: torch.Tensor
+    gaps: torch.Tensor | None = None
+    first: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,15 +167,14 @@ class _Block:
     rows: torch.Tensor  # int64 [R, T], slots to write to
     columns: torch.Tensor  # int64 [R, T]
     positions: torch.Tensor  # int64 [R, T]
-    bias: torch.Tensor  # [R, T or 1, width], added to the scores
-    slots: torch.Tensor | None  # int64 [R]; None = the first R, which are then read in place
+    bias: torch.Tensor  # [R, T, width], added to the scores: 0 for a column that the token sees, else -inf
+    slots: torch.Tensor | slice  # R of them, int64 or in a row: those are read in place
 
     def attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Queries [R T, heads, head_dim] over one layer's cache; [R, T, heads, head_dim]."""
         (R, T), H, D = self.tokens.shape, *q.shape[1:]
         KV, width = keys.shape[1], self.bias.shape[-1]
-        read = slice(R) if self.slots is None else self.slots
-        k, v = keys[read, :, :, :width].flatten(0, 1), values[read, :, :width].flatten(0, 1)
+        k, v = keys[self.slots, :, :, :width].flatten(0, 1), values[self.slots, :, :width].flatten(0, 1)
         q = q.view(R, T, KV, H // KV, D).permute(0, 2, 3, 1, 4).reshape(R * KV, H // KV * T, D)
         scores = torch.baddbmm(self.bias.new_zeros(1), q, k, beta=0, alpha=D**-0.5).view(R, KV, H // KV, T, width)
         scores.add_(self.bias[:, None, None])
@@ -201,6 +203,8 @@ class Decoder:
         self._norm = torch.zeros(shape.hidden, device=device, dtype=dtype)
         self._head = self._embedding if shape.tied else torch.zeros_like(self._embedding)
         self._rows = torch.arange(slots, device=device)
+        self._columns = torch.arange(columns + 1, device=device)
+        self._seen, self._unseen = (torch.tensor(bias, device=device, dtype=dtype) for bias in (0.0, float("-inf")))
         # Rotation of (a, b) by t: a' = a cos t - b sin t, b' = b cos t + a sin t; `_sin` carries the signs, so that
         # the halves need only be swapped. The spare column's position is in the table too.
         angles = torch.outer(torch.arange(columns + 1.0), torch.tensor(shape.frequencies))
@@ -226,22 +230,20 @@ class Decoder:
         self,
         tokens: torch.Tensor,
         columns: torch.Tensor,
-        positions: torch.Tensor,
         width: int,
+        gaps: torch.Tensor | None = None,
         late: Piece | None = None,
     ) -> torch.Tensor:
         """Feed one token to each of the first B slots; logits float32 [B, V] of the next.
 
-        All int64 [B]: the token, the column it is written to, its position in the sequence. No slot sees a column
-        from `width` on. Slots with nothing to feed write to the spare column. `late`: what some of these slots have
-        yet to be fed before, in the same pass.
+        Both int64 [B]: the token, and the column it is written to. No slot sees a column from `width` on. Slots with
+        nothing to feed write to the spare column. `gaps` int64 [B, 2] are a piece's. `late`: what some of these slots
+        have yet to be fed before, in the same pass.
         """
         before = [] if late is None else [self._block(late)]
-        rows = self._rows[: len(tokens)]
-        self.cache.bias[rows, columns] = 0
-        bias = self.cache.bias[: len(tokens), None, :width]
-        block = _Block(tokens[:, None], rows[:, None], columns[:, None], positions[:, None], bias, None)
-        return self.logits(self._forward([block, *before])[: len(tokens)])
+        rows, read = self._rows[: len(tokens), None], slice(len(tokens))
+        block = self._sighted(tokens[:, None], rows, columns[:, None], gaps, width, read)
+        return self.logits(self._forward([block, *before]))
 
     @torch.inference_mode()
     def extend(self, piece: Piece) -> torch.Tensor:
@@ -254,20 +256,36 @@ class Decoder:
         return F.linear(hidden, self._head).float()
 
     def _block(self, piece: Piece) -> _Block:
-        """The piece's tokens, each of which sees those before it; the cache lets them be seen from now on."""
-        tokens, slots = piece.tokens, piece.slots[:, None]
-        steps = torch.arange(tokens.shape[1], device=self.device)
+        """The piece's tokens."""
+        tokens = piece.tokens
+        steps = self._columns[: tokens.shape[1]]
         columns = torch.where(steps < piece.counts[:, None], piece.starts[:, None] + steps, self.cache.spare)
-        positions = (columns - piece.gaps[:, None]).clamp_(min=0)
-        self.cache.bias[slots, columns] = 0
         width = int((piece.starts + piece.counts).max())
-        later = torch.arange(width, device=self.device) > columns[:, :, None]
-        bias = self.cache.bias[piece.slots, None, :width].masked_fill(later, float("-inf"))
-        return _Block(tokens, slots.expand_as(tokens), columns, positions, bias, piece.slots)
+        read = piece.slots if piece.first is None else slice(piece.first, piece.first + len(tokens))
+        return self._sighted(tokens, piece.slots[:, None].expand_as(tokens), columns, piece.gaps, width, read)
+
+    def _sighted(
+        self,
+        tokens: torch.Tensor,
+        rows: torch.Tensor,
+        columns: torch.Tensor,
+        gaps: torch.Tensor | None,
+        width: int,
+        read: torch.Tensor | slice,
+    ) -> _Block:
+        """The block of these tokens, each of which sees its own column and those before it, but not its slot's gap."""
+        others = self._columns[:width]
+        unseen = others > columns[:, :, None]
+        positions = columns
+        if gaps is not None:
+            first, end = gaps[:, None, :1], gaps[:, None, 1:]
+            unseen |= (others >= first) & (others < end)
+            positions = (columns - (end - first)[:, 0]).clamp_(min=0)
+        return _Block(tokens, rows, columns, positions, torch.where(unseen, self._unseen, self._seen), read)
 
     def _forward(self, blocks: list[_Block]) -> torch.Tensor:
-        """Hidden states [N, h] of the blocks' N tokens, one block's after the other's, which go through all but
-        attention together."""
+        """Hidden states [N, h] of the first block's N tokens. The blocks' tokens go through all but attention together;
+        those of the others only fill the cache."""
         shape, H = self.shape, self.shape.heads
         sizes = [block.tokens.numel() for block in blocks]
         tokens = _flat([block.tokens for block in blocks])
@@ -284,6 +302,9 @@ class Decoder:
             qk = torch.addcmul(qk * cos, qk.roll(shape.head_dim // 2, -1), sin)
             keys[rows, :, :, columns] = qk[:, H:]
             values[rows, :, columns] = qkv[:, H + shape.groups :]
+            if i == shape.layers - 1 and not self._top_k:  # of the other blocks nothing is needed any more
+                blocks, sizes = blocks[:1], sizes[:1]
+                x, qk = x[: sizes[0]], qk[: sizes[0]]
             parts = zip(qk[:, :H].split(sizes), blocks, strict=True)
             mixed = _flat([block.attend(q, keys, values) for q, block in parts])
             x = _add_linear(x, mixed.view(len(x), -1), layer.out, layer.out_bias)
@@ -295,7 +316,7 @@ class Decoder:
                 continue
             gate, up = F.linear(h, layer.gate_up, layer.gate_up_bias).chunk(2, -1)
             x = _add_linear(x, F.silu(gate) * up, layer.down, layer.down_bias)
-        return _rms_norm(x, self._norm, shape.eps)
+        return _rms_norm(x[: sizes[0]], self._norm, shape.eps)
 
 
 def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Keys and values of the sequences that are being decoded, and which of them each sequence sees."""
+"""Keys and values of the sequences that are being decoded."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ class KVCache:
     """Room for `slots` sequences of `columns` tokens, per layer.
 
     Keys are [slots, groups, head_dim, columns] and values [slots, groups, columns, head_dim]: the layouts in which both
-    products of attention read memory in order. `bias` [slots, columns] is added to the scores: 0 where a sequence sees
-    the column, -inf elsewhere. `experts` int16 [slots, columns, layers, top_k] are those that a token passed through,
-    where they are kept. Column `spare`, the last, takes what padding writes and is never read.
+    products of attention read memory in order. `experts` int16 [slots, columns, layers, top_k] are those that a token
+    passed through, where they are kept. Column `spare`, the last, takes what padding writes and is never read.
     """
 
     def __init__(
@@ -30,19 +29,12 @@ class KVCache:
         self._keys = torch.zeros(layers, slots, groups, head_dim, columns + 1, device=device, dtype=dtype)
         self._values = torch.zeros(layers, slots, groups, columns + 1, head_dim, device=device, dtype=dtype)
         self.keys, self.values = self._keys.unbind(), self._values.unbind()
+        self._slot_keys, self._slot_values = self._keys.unbind(1), self._values.unbind(1)
         self.experts = torch.zeros(slots, columns + 1, layers, top_k, device=device, dtype=torch.int16)
-        self.bias = torch.full((slots, columns + 1), float("-inf"), device=device, dtype=dtype)
-        self.bias[:, 0] = 0  # an idle slot sees something: its scores stay finite
-
-    def show(self, slot: int, end: int, gap: tuple[int, int] = (0, 0)) -> None:
-        """Let a sequence see columns [0, end) but not [gap[0], gap[1])."""
-        row = self.bias[slot]
-        row[:end] = 0
-        row[max(end, 1) :] = float("-inf")
-        row[gap[0] : gap[1]] = float("-inf")
 
     def copy(self, source: int, target: int, end: int) -> None:
         """Copy columns [0, end) of one sequence over another's."""
-        self._keys[:, target, ..., :end] = self._keys[:, source, ..., :end]
-        self._values[:, target, :, :end] = self._values[:, source, :, :end]
-        self.experts[target, :end] = self.experts[source, :end]
+        for slots, columns in ((self._slot_keys, -1), (self._slot_values, -2)):
+            slots[target].narrow(columns, 0, end).copy_(slots[source].narrow(columns, 0, end))
+        if self.experts.shape[-1]:
+            self.experts[target, :end] = self.experts[source, :end]

@@ -7,6 +7,7 @@ and waiting ones enter. A tick blocks the event loop for as long as the model's 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from megarl.errors import RunError, UserError, nearest
 from megarl.rollout.decoder import Decoder, Piece, Shape
 from megarl.rollout.detokenize import Vocabulary
-from megarl.rollout.engine import Generation, Sampling
+from megarl.rollout.engine import Generation, Sampling, lineage
 from megarl.rollout.sampler import sample, uniforms
 from megarl.rollout.slots import Slots
 from megarl.rollout.stops import Match, Stops
@@ -36,6 +37,7 @@ class _Request:
     token_ids: np.ndarray  # int32 [n]
     sampling: Sampling
     stops: int  # index into LocalEngine._stops
+    completion: str  # the request's `lineage`
     future: asyncio.Future[Generation]
     born: int = 0  # column of the first sampled token
     pending: bool = False  # a stop word awaits the next character
@@ -105,7 +107,8 @@ class LocalEngine:
             raise UserError("experts: this engine keeps none; it needs keep_experts and a mixture of experts")
         if request_id in self._ids:
             raise RunError(f"local engine: request {request_id!r} is already running")
-        request = _Request(np.asarray(token_ids, np.int32), sampling, self._stops_index(sampling), asyncio.Future())
+        ids, completion = np.asarray(token_ids, np.int32), lineage(request_id)
+        request = _Request(ids, sampling, self._stops_index(sampling), completion, asyncio.Future())
         self._ids[request_id] = request
         (self._returning if sampling.offset else self._fresh).append(request)
         if self._task is None:
@@ -124,7 +127,7 @@ class LocalEngine:
             raise UserError(f"max_length: cannot score {len(token_ids)} tokens; the local engine has {self.max_length}")
         ids = torch.tensor(token_ids, device=self._device)[None]
         logprobs: list[float] = []
-        for start, hidden in self._feed([self._slots.count], [np.asarray(token_ids[:-1])], [0], [0]):
+        for start, hidden in self._feed([self._slots.count], [np.asarray(token_ids[:-1])], [0]):
             targets = ids[0, start + 1 : start + 1 + hidden.shape[1]]
             logits = self._decoder.logits(hidden[0, : len(targets)])
             logprobs += logits.log_softmax(-1).gather(1, targets[:, None])[:, 0].tolist()
@@ -199,13 +202,12 @@ class LocalEngine:
         n = int(np.flatnonzero(slots.active)[-1]) + 1
         active, end = slots.active[:n], slots.end[:n]
         columns = np.where(active, end - 1, self._decoder.cache.spare)
-        positions = columns - np.where(active, slots.gap[:n], 0)
         newest = slots.tokens[np.arange(n), np.minimum(columns, slots.columns - 1)].astype(np.int64)
         logits = self._decoder.decode(
             self._upload(newest),
             self._upload(columns),
-            self._upload(positions),
             int(end[active].max()),
+            self._gaps(slots.gaps(slice(n))),
             self._late(np.flatnonzero(active & (slots.fed[:n] < end - 1))),
         )
         uniform = self._upload(uniforms(self._seed[:n], (end + self._shift[:n]).clip(0)))
@@ -256,12 +258,11 @@ class LocalEngine:
             spans=self._spans(request, end),
             experts=self._experts(slot) if request.sampling.experts else None,
         )
-        if not np.isfinite(slots.logprobs[slot, born:end]).all():
+        if not math.isfinite(sum(generation.logprobs)):
             raise RunError("local engine: the model's logits are not finite")
         self._requests[slot] = None
         at_word = match is not None and match.what in request.sampling.stop_words
-        if slots.stop(slot, at_word, request.sampling.scratch):
-            self._decoder.cache.show(slot, int(slots.fed[slot]))
+        slots.stop(slot, at_word, request.sampling.scratch)
         if not request.future.done():
             request.future.set_result(generation)
 
@@ -300,40 +301,33 @@ class LocalEngine:
         while self._returning or self._fresh:
             queue = self._returning or self._fresh
             request = queue[0]
-            ids = request.token_ids
-            shareable = not request.sampling.scratch
-            leader = leaders.get(ids.tobytes()) if shareable else None
-            placement = slots.place(ids, request.sampling.max_tokens, request.sampling.scratch)
+            ids, scratch = request.token_ids, request.sampling.scratch
+            placement = slots.place(ids, request.sampling.max_tokens, scratch, request.completion)
             if placement is None:
                 break
             queue.popleft()
             slot = placement.slot
-            lost = slots.fed[slot] - placement.shared
             if placement.source != slot:
                 self._decoder.cache.copy(placement.source, slot, placement.shared)
-            slots.start(placement, ids)
-            if placement.branch:
-                self._decoder.cache.show(slot, int(slots.fed[slot]), (placement.shared, int(slots.fed[slot])))
-            elif placement.source != slot or lost or not placement.shared:
-                self._decoder.cache.show(slot, placement.shared)
+            slots.start(placement, ids, scratch, request.completion)
             self._enter(slot, request)
-            if leader is not None and placement.shared < len(ids) - 1:
-                followers.append((leader, slot))
-            else:
+            if placement.shared == len(ids) - 1:
+                continue
+            leader = slot if scratch else leaders.setdefault(ids.tobytes(), slot)
+            if leader == slot:
                 entered.append(slot)
-                if shareable:
-                    leaders.setdefault(ids.tobytes(), slot)
+            else:
+                followers.append((leader, slot))
         behind = [s for s in entered if slots.end[s] - slots.fed[s] > 1 + _RIDING]
         if behind:
             starts = [int(slots.fed[s]) for s in behind]
             pieces = [slots.tokens[s, slots.fed[s] : slots.end[s] - 1] for s in behind]
-            for _ in self._feed(behind, pieces, starts, [int(slots.gap[s]) for s in behind]):
+            for _ in self._feed(behind, pieces, starts, slots.gaps(behind)):
                 pass
             slots.fed[behind] = slots.end[behind] - 1
         for leader, slot in followers:
             done = int(slots.fed[leader])
             self._decoder.cache.copy(leader, slot, done)
-            self._decoder.cache.show(slot, done)
             slots.fed[slot] = done
 
     def _enter(self, slot: int, request: _Request) -> None:
@@ -366,10 +360,7 @@ class LocalEngine:
             if not len(left):
                 return
             source, target = n - 1, int(left[0])
-            end, gap = int(slots.fed[source]), int(slots.gap[source])
-            hidden = (int(slots.trunk_end[source]) - gap, int(slots.trunk_end[source])) if gap else (0, 0)
-            self._decoder.cache.copy(source, target, end)
-            self._decoder.cache.show(target, end, hidden)
+            self._decoder.cache.copy(source, target, int(slots.fed[source]))
             slots.move(source, target)
             for array in (self._limit, self._seed, self._shift, self._stop, self._pending, self._least, self._logprob):
                 array[target] = array[source]
@@ -378,7 +369,11 @@ class LocalEngine:
             self._sampling_on_device = None
 
     def _feed(
-        self, slots: Sequence[int], pieces: Sequence[np.ndarray], starts: Sequence[int], gaps: Sequence[int]
+        self,
+        slots: Sequence[int],
+        pieces: Sequence[np.ndarray],
+        starts: Sequence[int],
+        gaps: np.ndarray | None = None,
     ) -> Iterable[tuple[int, torch.Tensor]]:
         """Prefill: feed each slot's piece of tokens from its start column on, many slots and tokens a pass.
 
@@ -398,7 +393,8 @@ class LocalEngine:
                 )
                 parts = [pieces[i][done : done + step] for i in chosen]
                 begin = [starts[i] + done for i in chosen]
-                piece = self._piece(parts, [slots[i] for i in chosen], begin, [gaps[i] for i in chosen])
+                hidden = None if gaps is None else gaps[chosen]
+                piece = self._piece(parts, [slots[i] for i in chosen], begin, hidden)
                 yield done, self._decoder.extend(piece)
                 done += step
 
@@ -407,18 +403,30 @@ class LocalEngine:
         slots = self._slots
         if not len(late):
             return None
-        return self._piece(
-            [slots.tokens[s, slots.fed[s] : slots.end[s] - 1] for s in late], late, slots.fed[late], slots.gap[late]
-        )
+        parts = [slots.tokens[s, slots.fed[s] : slots.end[s] - 1] for s in late]
+        return self._piece(parts, late, slots.fed[late], slots.gaps(late))
 
-    def _piece(self, parts: Sequence[np.ndarray], *where: Sequence[int] | np.ndarray) -> Piece:
+    def _piece(
+        self,
+        parts: Sequence[np.ndarray],
+        slots: Sequence[int] | np.ndarray,
+        starts: Sequence[int] | np.ndarray,
+        gaps: np.ndarray | None,
+    ) -> Piece:
         """Token ids, and of each part the slot, the column of its first token, and the gap."""
         counts = np.array([len(part) for part in parts])
         tokens = np.zeros((len(parts), counts.max()), np.int64)
         for row, part in zip(tokens, parts, strict=True):
             row[: len(part)] = part
-        slots, starts, gaps = (self._upload(np.asarray(numbers)) for numbers in where)
-        return Piece(self._upload(tokens), slots, starts, self._upload(counts), gaps)
+        in_a_row = np.array_equal(slots, np.arange(slots[0], slots[0] + len(parts)))
+        return Piece(
+            self._upload(tokens),
+            self._upload(np.asarray(slots)),
+            self._upload(np.asarray(starts)),
+            self._upload(counts),
+            self._gaps(gaps),
+            int(slots[0]) if in_a_row else None,
+        )
 
     def _renew(self, version: int) -> None:
         """After a weight update: close the spans of running requests and compute their caches anew."""
@@ -432,10 +440,9 @@ class LocalEngine:
             self._limit[slot] -= moved
             self._shift[slot] += moved
             request.spans = self._spans(request, int(slots.end[slot]))
-            self._decoder.cache.show(slot, 0)
         running = [slot for slot, request in enumerate(self._requests) if request]
         pieces = [slots.tokens[s, : slots.fed[s]] for s in running]
-        for _ in self._feed(running, pieces, [0] * len(running), [0] * len(running)):
+        for _ in self._feed(running, pieces, [0] * len(running)):
             pass
         self.version = version
 
@@ -463,6 +470,9 @@ class LocalEngine:
 
     def _upload(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device)
+
+    def _gaps(self, gaps: np.ndarray | None) -> torch.Tensor | None:
+        return None if gaps is None else self._upload(gaps)
 
     def _check_serving(self) -> None:
         if self._failure:

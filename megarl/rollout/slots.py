@@ -7,6 +7,7 @@ in a gap that the branch does not see, so that going on with the trunk afterward
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy as np
 _REWIND = 64  # an idle slot is rewound, and not copied, when that loses at most so many tokens
 _RECENT = 2  # ticks within which a finished request's sequence is expected to be continued
 _HELD = 64  # the same at a stop word, where it may have to wait for a probe
+_NEARLY = 8  # a cache that lacks at most so many of a request's tokens is taken without looking for a better one
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +43,10 @@ class Slots:
         self.trunk_end = np.zeros(count, np.int64)  # 0 = no branch
         self.awaited = np.full(count, -1, np.int64)  # the last tick in which an idle slot may yet be continued
         self.tick = 0
+        self._homes: dict[str, int] = {}  # completion → the slot of its newest request, probes apart
+        self._owners: list[str | None] = [None] * count  # the same by slot
 
-    def place(self, token_ids: np.ndarray, max_tokens: int, scratch: bool) -> Placement | None:
+    def place(self, token_ids: np.ndarray, max_tokens: int, scratch: bool, completion: str) -> Placement | None:
         """The best slot for a request; None when all are active. `token_ids` int32 [n], all but the last to be cached.
 
         A sequence whose cache is in an idle slot goes on there. What is in an active slot, or would be lost by going
@@ -50,9 +54,7 @@ class Slots:
         """
         if self.active.all():
             return None
-        shared = self._shared(token_ids)
-        best = int(np.argmax(2 * shared + ~self.active))
-        n = int(shared[best])
+        best, n = self._nearest(token_ids, completion)
         if n and not self.active[best]:
             lost = int(self.fed[best]) - n
             room = self.columns - int(self.end[best]) - (len(token_ids) - n) - max_tokens
@@ -64,6 +66,19 @@ class Slots:
         if target is None:  # the only idle slot is the one with the shared tokens
             return Placement(best, n, best)
         return Placement(target, n, best if n else target)
+
+    def _nearest(self, token_ids: np.ndarray, completion: str) -> tuple[int, int]:
+        """The slot whose cache holds most of the tokens, and how many; see `_shared`."""
+        home = self._homes.get(completion)
+        if home is not None:
+            held = min(len(token_ids) - 1, int(self.trunk_fed[home] if self.trunk_end[home] else self.fed[home]))
+            same = self.tokens[home, :held] == token_ids[:held]
+            n = held if same.all() else int(same.argmin())
+            if n >= len(token_ids) - 1 - _NEARLY:
+                return home, n
+        shared = self._shared(token_ids)
+        best = int(np.argmax(2 * shared + ~self.active))
+        return best, int(shared[best])
 
     def _shared(self, token_ids: np.ndarray) -> np.ndarray:
         """How many of `token_ids`, from the first on and without the last, each slot's cache holds, int64 [count]."""
@@ -83,9 +98,11 @@ class Slots:
         left = free[self.awaited[free] < self.tick]
         return int(left[0]) if len(left) else int(free[np.argmin(self.awaited[free])])
 
-    def start(self, placement: Placement, token_ids: np.ndarray) -> None:
+    def start(self, placement: Placement, token_ids: np.ndarray, scratch: bool, completion: str) -> None:
         """Put a request's tokens into its slot."""
         slot, n = placement.slot, placement.shared
+        if not placement.branch:
+            self._own(slot, None if scratch else completion)
         begin = n
         if placement.branch:
             self.trunk_fed[slot], self.trunk_end[slot] = self.fed[slot], self.end[slot]
@@ -98,30 +115,46 @@ class Slots:
         self.end[slot] = begin + len(token_ids) - n
         self.active[slot] = True
 
-    def stop(self, slot: int, at_word: bool, scratch: bool) -> bool:
-        """The slot falls idle, its tokens kept for a continuation; a branch is dropped. True if there was one.
+    def _own(self, slot: int, completion: str | None) -> None:
+        """The slot holds this completion's sequence from now on, and not another's."""
+        before = self._owners[slot]
+        if before is not None and self._homes.get(before) == slot:
+            del self._homes[before]
+        self._owners[slot] = completion
+        if completion is not None:
+            self._homes[completion] = slot
+
+    def gaps(self, slots: Sequence[int] | np.ndarray | slice) -> np.ndarray | None:
+        """Each slot's columns that its branch does not see, the first and the one behind the last, int64 [n, 2]; None
+        if none of the slots has a branch."""
+        end = self.trunk_end[slots]
+        return np.stack([end - self.gap[slots], end], 1) if end.any() else None
+
+    def stop(self, slot: int, at_word: bool, scratch: bool) -> None:
+        """The slot falls idle, its tokens kept for a continuation; a branch is dropped.
 
         `at_word`: the request stopped at a stop word; `scratch`: it was one that will not be continued.
         """
         self.active[slot] = False
         if not self.trunk_end[slot]:
             self.awaited[slot] = self.tick + (-1 if scratch else _HELD if at_word else _RECENT)
-            return False
+            return
         self.awaited[slot] = self.tick + _RECENT
         self.fed[slot], self.end[slot] = self.trunk_fed[slot], self.trunk_end[slot]
         self.gap[slot] = self.trunk_end[slot] = 0
-        return True
 
     def forget(self, slot: int) -> None:
         """Nothing in an idle slot's cache is valid any more."""
         self.fed[slot] = self.end[slot] = self.gap[slot] = self.trunk_end[slot] = 0
         self.awaited[slot] = -1
+        self._own(slot, None)
 
     def move(self, source: int, target: int) -> None:
         """Hand an active slot's sequence over to an idle slot."""
         for array in (self.tokens, self.logprobs, self.fed, self.end, self.gap, self.trunk_fed, self.trunk_end):
             array[target] = array[source]
         self.active[target], self.active[source] = True, False
+        self._own(target, self._owners[source])
         self.forget(source)
 
     def straighten(self, slot: int) -> int:

@@ -61,24 +61,24 @@ def test_logits_are_transformers(name):
     def close(logits, reference):
         torch.testing.assert_close(logits, reference, rtol=0, atol=1e-4)
 
-    first = decoder.logits(decoder.extend(Piece(ids[:, :12], slots, zeros, torch.tensor([12, 9]), zeros)))
+    first = decoder.logits(decoder.extend(Piece(ids[:, :12], slots, zeros, torch.tensor([12, 9]))))
     close(first[0], expected[0, :12])
     close(first[1, :9], expected[1, :9])
     tokens = torch.stack([ids[0, 12:20], ids[1, 9:17]])
-    second = decoder.logits(decoder.extend(Piece(tokens, slots, torch.tensor([12, 9]), torch.tensor([8, 8]), zeros)))
+    second = decoder.logits(decoder.extend(Piece(tokens, slots, torch.tensor([12, 9]), torch.tensor([8, 8]))))
     close(second[0], expected[0, 12:20])
     close(second[1], expected[1, 9:17])
     spare = decoder.cache.spare
     for step in range(5):
         columns = torch.tensor([spare, 17 + step, spare, spare, 20 + step])
         fed = torch.tensor([0, int(ids[1, 17 + step]), 0, 0, int(ids[0, 20 + step])])
-        logits = decoder.decode(fed, columns, columns, 21 + step)
+        logits = decoder.decode(fed, columns, 21 + step)
         close(logits[4], expected[0, 20 + step])
         close(logits[1], expected[1, 17 + step])
-    late = Piece(ids[:, 22:27], slots, torch.tensor([25, 22]), torch.tensor([3, 5]), zeros)
+    late = Piece(ids[:, 22:27], slots, torch.tensor([25, 22]), torch.tensor([3, 5]))
     late.tokens[0, :3] = ids[0, 25:28]
     columns = torch.tensor([spare, 27, spare, spare, 28])
-    logits = decoder.decode(ids[[0, 1, 0, 0, 0], [0, 27, 0, 0, 28]], columns, columns, 29, late)
+    logits = decoder.decode(ids[[0, 1, 0, 0, 0], [0, 27, 0, 0, 28]], columns, 29, late=late)
     close(logits[4], expected[0, 28])
     close(logits[1], expected[1, 27])
 
