@@ -15,7 +15,6 @@ import asyncio
 import statistics
 import time
 from collections.abc import Coroutine, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,7 +40,7 @@ PROBES = {"every": [], "once": ONCE, "once_whole": [*ONCE, "rollout.early_exit.r
 def main(
     json: Annotated[Path | None, typer.Option(help="Write the rows to this file.")] = None,
     batch: Annotated[int, typer.Option(help="Completions at once.")] = 64,
-    repeats: Annotated[int, typer.Option(help="Runs of each kind.")] = 5,
+    repeats: Annotated[int, typer.Option(help="Runs of each kind.")] = 15,
 ) -> None:
     """Median overhead of each schedule, and what it was made of.
 
@@ -87,7 +86,7 @@ async def _measure(schedule: str, probes: str, batch: int, repeats: int) -> dict
         return found
 
     def plain(prompt: Prompt, index: int, seed: int, length: int) -> Coroutine[Any, Any, Completion]:
-        sampling = replace(plan.sampling, max_tokens=length, stop_token_ids=())
+        sampling = plan.sampling._replace(max_tokens=length, stop_token_ids=())
         return early_exit.plain(engine, prompt, index, sampling, vocabulary, seed, f"plain/{index}")
 
     for repeat in range(repeats + 1):
