@@ -25,13 +25,15 @@ from typing import Literal
 from megarl.boxed import answer_part, last_boxed
 
 Split = Literal["train", "validation", "heldout"]
-Kind = Literal["easy", "long", "hopeless"]
+Kind = Literal["easy", "long", "hopeless", "longer"]
 
 LARGEST = 10
 """Numbers of a problem are drawn from 1 … LARGEST."""
 
-LENGTHS: Mapping[Kind, tuple[int, ...]] = MappingProxyType({"easy": (4,), "long": (5, 6), "hopeless": (5,)})
-"""Numbers in the list of a problem of each kind."""
+LENGTHS: Mapping[Kind, tuple[int, ...]] = MappingProxyType(
+    {"easy": (4,), "long": (5, 6), "hopeless": (5,), "longer": (7,)}
+)
+"""Numbers in the list of a problem of each kind. Longer ones are never taught nor trained on."""
 
 MIX: Mapping[Kind, float] = MappingProxyType({"easy": 0.2, "long": 0.7, "hopeless": 0.1})
 """Share of each kind. No pair solves a hopeless problem, so accuracy cannot pass 0.9."""

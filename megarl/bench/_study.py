@@ -51,9 +51,12 @@ def taught(wanted: Settings, ranks: int) -> list[dict[str, Any]]:
     return read_metrics(wanted.run)
 
 
-def evaluated(wanted: Settings, temperatures: list[float], after_training: bool = True) -> list[dict[str, Any]]:
-    """Held-out figures at each temperature, of the run's newest checkpoint or of the model it starts from."""
-    file = wanted.run / f"evaluation_{'after' if after_training else 'before'}.json"
+def evaluated(
+    wanted: Settings, temperatures: list[float], after_training: bool = True, name: str = "evaluation"
+) -> list[dict[str, Any]]:
+    """Held-out figures at each temperature, of the run's newest checkpoint or of the model it starts from; kept in a
+    file of this name."""
+    file = wanted.run / f"{name}_{'after' if after_training else 'before'}.json"
     if file.is_file():
         rows = json.loads(file.read_text())
         if [row["temperature"] for row in rows] == temperatures:

@@ -33,6 +33,10 @@ SHARED = [  # by all methods
     "rollout.max_response_tokens=256",  # as in evaluation; under a tighter limit GRPO alone becomes brief
 ]
 TEMPERATURES = [0.6, 1.0]
+HELDOUT = Path("examples/quickstart/problems/heldout.jsonl")
+LONGER = Path("examples/step_grpo/problems/longer.jsonl")  # beside HELDOUT, and only there: nothing is chosen on it
+AVERAGED = ["accuracy", "tokens", "accuracy_t1", "tokens_t1", "rollout_tokens"]
+AVERAGED += ["accuracy_longer", "tokens_longer", "accuracy_longer_t1", "tokens_longer_t1"]
 
 
 def main(
@@ -68,17 +72,20 @@ def measure(method: str, seed: int, base: Path, runs: Path, overrides: Sequence[
             **confident_exits(settings.run),
             "seconds": sum(line["seconds_total"] for line in steps),
         }
-    cool, warm = _study.evaluated(settings, TEMPERATURES, after_training=switches is not None)
-    return {
-        "method": method,
-        "seed": seed,
-        "accuracy": cool["eval/accuracy"],
-        "tokens": cool["eval/response_tokens"],
-        "steps": cool["eval/steps_per_response"],
-        "accuracy_t1": warm["eval/accuracy"],
-        "tokens_t1": warm["eval/response_tokens"],
-        **cost,
-    }
+    evaluations = {"": _study.evaluated(settings, TEMPERATURES, switches is not None)}
+    if settings.data.eval == [HELDOUT]:
+        settings.data.eval = [LONGER]
+        evaluations["_longer"] = _study.evaluated(settings, TEMPERATURES, switches is not None, "longer")
+    figures: dict[str, Any] = {}
+    for problems, (cool, warm) in evaluations.items():
+        figures |= {
+            f"accuracy{problems}": cool["eval/accuracy"],
+            f"tokens{problems}": cool["eval/response_tokens"],
+            f"steps{problems}": cool["eval/steps_per_response"],
+            f"accuracy{problems}_t1": warm["eval/accuracy"],
+            f"tokens{problems}_t1": warm["eval/response_tokens"],
+        }
+    return {"method": method, "seed": seed, **figures, **cost}
 
 
 _LAST_CHECK = re.compile(r"= (\d+) (yes|no)\s*$")
@@ -116,8 +123,10 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     result = []
     for method, group in groups.items():
         line: dict[str, Any] = {"method": method, "seeds": len(group)}
-        for key in ("accuracy", "tokens", "accuracy_t1", "tokens_t1", "rollout_tokens"):
-            values = [row[key] for row in group]
+        for key in AVERAGED:
+            values = [row[key] for row in group if key in row]
+            if not values:
+                continue
             line[key] = mean(values)
             line[f"{key}_sd"] = stdev(values) if len(values) > 1 else 0.0
         if "vanilla" in bases:

@@ -119,6 +119,8 @@ LESSON = [
          leaves="examples/quickstart/problems/train.jsonl"),
     here("python -m examples.quickstart.make_problems examples/dppo/problems *",
          leaves="examples/dppo/problems/train.jsonl"),
+    here("python -m examples.quickstart.make_problems examples/step_grpo/problems *",
+         leaves="examples/step_grpo/problems/longer.jsonl"),
     here("python -m examples.quickstart.make_model examples/quickstart/reasoner",
          leaves="examples/quickstart/reasoner/tokenizer.json"),
     here("python -m examples.quickstart.make_problems runs/lesson --lesson 96000", leaves="runs/lesson",

@@ -18,6 +18,7 @@ from examples.quickstart.search_verify import MIX, SURE, Habits, Problem, draw_p
 from megarl.rewards.workers import Graders
 
 FOLDER = Path("examples/quickstart")
+LONGER = Path("examples/step_grpo/problems/longer.jsonl")
 SPLITS = ("train", "validation", "heldout")
 
 
@@ -35,6 +36,9 @@ def test_the_shipped_problems_are_what_the_command_writes(tmp_path: Path) -> Non
     make_problems.main(tmp_path)
     for split in SPLITS:
         assert (tmp_path / f"{split}.jsonl").read_bytes() == (FOLDER / "problems" / f"{split}.jsonl").read_bytes()
+    make_problems.main(tmp_path / "longer", train=0, validation=0, heldout=0, longer=500)
+    assert [file.name for file in (tmp_path / "longer").iterdir()] == [LONGER.name]
+    assert (tmp_path / "longer" / LONGER.name).read_bytes() == LONGER.read_bytes()
 
 
 def test_splits_are_disjoint_up_to_permutation() -> None:
@@ -51,6 +55,8 @@ def test_splits_are_disjoint_up_to_permutation() -> None:
     assert not (seen["train"] | taught) & seen["validation"]
     assert not (seen["train"] | taught) & seen["heldout"]
     assert not seen["validation"] & seen["heldout"]
+    assert {problem.count(",") + 1 for problem in seen["train"] | taught} == {4, 5, 6}
+    assert all(len(row["answer"].partition(" -> ")[0].split()) == 7 for row in read(LONGER))
 
 
 def test_the_split_ignores_the_order_of_the_numbers() -> None:
