@@ -135,9 +135,9 @@ def test_the_command_does_what_it_says(executed: tuple[Path, dict[str, dict[str,
 
 
 def test_shipped_problems_are_what_their_commands_write(executed: tuple[Path, dict[str, dict[str, Any]]]) -> None:
-    """To the byte, of both examples."""
+    """To the byte, of all three examples."""
     tree, _ = executed
     written = list((tree / "examples").glob("*/problems/*"))
-    assert len(written) == 4
+    assert len(written) == 5
     for file in written:
         assert file.read_bytes() == (pages.ROOT / file.relative_to(tree)).read_bytes(), file
