@@ -195,7 +195,8 @@ class RemoteEngine(ABC):
                 if waited >= deadline:
                     raise DeadlineExceeded(f"{self.name} to hand back {len(self._segments)} requests", deadline)
                 await self._abort_all()
-                await asyncio.wait(list(self._segments.values()), timeout=ABORT_AGAIN)
+                if running := list(self._segments.values()):  # not all ended meanwhile
+                    await asyncio.wait(running, timeout=ABORT_AGAIN)
                 waited += ABORT_AGAIN
             yield
         finally:

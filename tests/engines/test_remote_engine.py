@@ -161,6 +161,30 @@ def test_a_request_is_carried_over_a_weight_update_and_each_span_has_its_version
     with_fake("noWait and then", body)
 
 
+def test_requests_may_end_while_they_are_cut_short() -> None:
+    """The last one is done before the server has answered that it was told to stop: there is nothing to wait for."""
+
+    async def body(fake: FakeSGLang, engine: SGLangEngine, prompt: list[int]) -> None:
+        fake.mode = "slow"
+        task = asyncio.ensure_future(engine.generate(prompt, Sampling(max_tokens=5), "a"))
+        while not fake.calls["generate"]:
+            await asyncio.sleep(0)
+        original = engine._abort_all
+
+        async def abort_all() -> None:
+            await original()
+            fake.go.set()
+            while engine._segments:
+                await asyncio.sleep(0)
+
+        engine._abort_all = abort_all  # type: ignore[method-assign]
+        async with engine.quiet():
+            assert not engine._segments
+        assert said(await task) == "hello"
+
+    with_fake("hello", body)
+
+
 @pytest.mark.parametrize(
     ("mode", "error", "says"),
     [
