@@ -375,7 +375,8 @@ class LocalEngine:
         starts: Sequence[int],
         gaps: np.ndarray | None = None,
     ) -> Iterable[tuple[int, torch.Tensor]]:
-        """Prefill: feed each slot's piece of tokens from its start column on, many slots and tokens a pass.
+        """Prefill: feed each slot's piece of tokens from its start column on, many slots and tokens a pass. `gaps` are
+        `Slots.gaps`.
 
         Yields (tokens of the pieces fed before this pass, hidden states [R, T, h]).
         """

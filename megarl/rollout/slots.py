@@ -147,7 +147,6 @@ class Slots:
         """Nothing in an idle slot's cache is valid any more."""
         self.fed[slot] = self.end[slot] = self.gap[slot] = self.trunk_end[slot] = 0
         self.awaited[slot] = -1
-        self._own(slot, None)
 
     def move(self, source: int, target: int) -> None:
         """Hand an active slot's sequence over to an idle slot."""

@@ -51,6 +51,15 @@ def generate(text: str, **sampling) -> tuple[Generation, int]:
     return results[0]
 
 
+async def begun(fake: FakeSGLang, engine: SGLangEngine, prompt: list[int]) -> asyncio.Task[Generation]:
+    """A request "a" for five tokens, which the server has and does not answer before `fake.go`."""
+    fake.mode = "slow"
+    task = asyncio.ensure_future(engine.generate(prompt, Sampling(max_tokens=5), "a"))
+    while not fake.calls["generate"]:
+        await asyncio.sleep(0)
+    return task
+
+
 def said(generation: Generation) -> str:
     return TOKENIZER.decode(generation.token_ids)
 
@@ -118,10 +127,7 @@ def test_the_budget_holds_over_resumptions() -> None:
 
 def test_an_abort_returns_what_there_is() -> None:
     async def body(fake: FakeSGLang, engine: SGLangEngine, prompt: list[int]) -> None:
-        fake.mode = "slow"
-        task = asyncio.ensure_future(engine.generate(prompt, Sampling(max_tokens=5), "a"))
-        while not fake.calls["generate"]:
-            await asyncio.sleep(0)
+        task = await begun(fake, engine, prompt)
         await engine.abort("a")
         assert (await task).finish == "abort"
         await engine.abort("a")  # finished ids are ignored
@@ -165,10 +171,7 @@ def test_requests_may_end_while_they_are_cut_short() -> None:
     """The last one is done before the server has answered that it was told to stop: there is nothing to wait for."""
 
     async def body(fake: FakeSGLang, engine: SGLangEngine, prompt: list[int]) -> None:
-        fake.mode = "slow"
-        task = asyncio.ensure_future(engine.generate(prompt, Sampling(max_tokens=5), "a"))
-        while not fake.calls["generate"]:
-            await asyncio.sleep(0)
+        task = await begun(fake, engine, prompt)
         original = engine._abort_all
 
         async def abort_all() -> None:
