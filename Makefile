@@ -47,7 +47,7 @@ test-report: setup
 
 # A real Slurm of four nodes on this machine, as root on Debian: installed when absent, started, submitted to, taken down.
 test-slurm: setup
-	$(BIN)/python tests/slurm/cluster.py install
+	$(BIN)/python tests/support/cluster.py install
 	$(BIN)/python -m pytest -m slurm tests/slurm
 
 lint: setup

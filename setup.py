@@ -44,5 +44,10 @@ setup(
         # gguf reads the real weights that the conversion is tested with.
         "dev": [*WANDB, *MLFLOW, "gguf", "pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "selenium>=4.20"],
     },
-    entry_points={"console_scripts": ["megarl=megarl.cli:main"]},
+    entry_points={
+        "console_scripts": ["megarl=megarl.cli:main"],
+        # How megarl finds what stands above it: it imports nothing of checkpoints_conv.
+        "megarl.commands": ["convert=checkpoints_conv.cli:app"],
+        "megarl.benchmarks": ["conversion=checkpoints_conv.bench"],
+    },
 )

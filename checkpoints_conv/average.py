@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from checkpoints_conv.checkpoint import Checkpoint
-from checkpoints_conv.rules import Rule
-from checkpoints_conv.shape import ModelShape
-from checkpoints_conv.tensor_io import loaded
 from megarl.errors import UserError
+from megarl.models.files.tensor_io import loaded
+from megarl.models.rules import Rule
+from megarl.models.shape import ModelShape
 
 
 class Average:

@@ -15,15 +15,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from checkpoints_conv.archive import data_start, described, placed
 from checkpoints_conv.checkpoint import RELEASE, TRACKER, megatron_arguments, megatron_folders, parts_of
-from checkpoints_conv.families import rules
-from checkpoints_conv.layout import Layout, chunks, local_rules, padded_vocab
-from checkpoints_conv.rules import Rule, Spec
-from checkpoints_conv.shape import ModelShape, read_shape
-from checkpoints_conv.tensor_io import Values, bands, in_one_piece, pwrite, tensor_bytes
 from checkpoints_conv.unit import Unit
 from megarl.errors import UserError
+from megarl.models.config_json import read_shape
+from megarl.models.families import rules
+from megarl.models.files.archive import data_start, described, placed
+from megarl.models.files.tensor_io import Values, bands, in_one_piece, pwrite, tensor_bytes
+from megarl.models.layout import Layout, chunks, local_rules, padded_vocab
+from megarl.models.rules import Rule, Spec
+from megarl.models.shape import ModelShape
 
 FILE = "model_optim_rng.pt"
 FOLDER = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?(?:_(\d{3}))?")

@@ -10,18 +10,19 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from checkpoints_conv.average import Average
-from checkpoints_conv.checkpoint import Checkpoint, open_checkpoint
+from checkpoints_conv.checkpoint import Checkpoint
 from checkpoints_conv.classic import ClassicWriter
 from checkpoints_conv.convert import Plan, convert, plan
-from checkpoints_conv.families import rules
-from checkpoints_conv.hf import HfWriter
-from checkpoints_conv.layout import Layout
-from checkpoints_conv.rules import Spec
-from checkpoints_conv.tensor_io import loaded
+from checkpoints_conv.formats import open_checkpoint
+from checkpoints_conv.hf_writer import HfWriter
 from checkpoints_conv.torch_dist import TorchDistWriter
 from checkpoints_conv.unit import Writer
 from checkpoints_conv.verify import Comparison, compare, misplaced
 from megarl.errors import UserError, nearest
+from megarl.models.families import parameters, rules
+from megarl.models.files.tensor_io import loaded
+from megarl.models.layout import Layout
+from megarl.models.rules import Spec
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -106,7 +107,7 @@ def inspect(source: Path, config: Path | None = None) -> None:
     console = _wide_console()
     console.print(table)
     console.print(
-        f"{source}: {checkpoint.format}, {checkpoint.model.family}, {checkpoint.model.parameters:,} parameters in "
+        f"{source}: {checkpoint.format}, {checkpoint.model.family}, {parameters(checkpoint.model):,} parameters in "
         f"{count} tensors, {total:,} bytes in {len(checkpoint.files())} files"
     )
 

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 
 from checkpoints_conv.checkpoint import Checkpoint
-from checkpoints_conv.rules import Rule
-from checkpoints_conv.tensor_io import Values, loaded
 from checkpoints_conv.unit import Unit, Writer, units_of
 from megarl.errors import UserError
+from megarl.models.families import parameters
+from megarl.models.files.tensor_io import Values, loaded
+from megarl.models.rules import Rule
 
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".distcp"}
 SMALL = 64 * 2**20  # bytes; larger files beside the weights are not configuration
@@ -48,7 +49,7 @@ class Plan:
             "source": f"{os.path.commonpath([file.parent for file in self.source.files()])} ({self.source.format})",
             "destination": f"{self.destination} ({', '.join(f'{k}={v}' for k, v in self.writer.settings.items())})",
             "model": f"{model.family}, {model.layers} layers, hidden {model.hidden}",
-            "parameters": f"{model.parameters:,}",
+            "parameters": f"{parameters(model):,}",
             "tensors": sum(len(unit.rules) for unit in self.units),
             "type": ", ".join(dtypes),
             "bytes": f"{self.writer.nbytes(self.units):,}",

@@ -14,14 +14,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
-    _MEM_FORMAT_ENCODING,
     BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
@@ -31,16 +30,18 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from checkpoints_conv.archive import ALIGNMENT, OVERHEAD, ArchiveWriter, read_archive
 from checkpoints_conv.checkpoint import RELEASE, TRACKER, megatron_arguments, megatron_folders, parts_of
-from checkpoints_conv.families import rules
-from checkpoints_conv.layout import Layout
-from checkpoints_conv.rules import Rule
-from checkpoints_conv.safetensors_file import DTYPES, NAMES
-from checkpoints_conv.shape import ModelShape, read_shape
-from checkpoints_conv.tensor_io import Values, in_one_piece, read
 from checkpoints_conv.unit import Unit
 from megarl.errors import UserError
+from megarl.models.config_json import read_shape
+from megarl.models.families import rules
+from megarl.models.files.archive import ALIGNMENT, OVERHEAD, ArchiveWriter, read_archive
+from megarl.models.files.safetensors_file import DTYPES, NAMES
+from megarl.models.files.tensor_io import Values, in_one_piece, read
+from megarl.models.files.torch_metadata import load_metadata
+from megarl.models.layout import Layout
+from megarl.models.rules import Rule
+from megarl.models.shape import ModelShape
 
 
 class Key(NamedTuple):
@@ -271,45 +272,3 @@ class TorchDistWriter:
 def torch_dist_folder(path: Path) -> Path | None:
     """The folder of the torch_dist checkpoint at or under `path`, if there is one."""
     return next((folder for folder in megatron_folders(path) if (folder / ".metadata").is_file()), None)
-
-
-def load_metadata(file: Path) -> Metadata:
-    """Read a `.metadata` file. It is a pickle: only the classes that describe a checkpoint are let through."""
-    try:
-        with open(file, "rb") as stream:
-            metadata = _MetadataUnpickler(stream).load()
-    except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, IndexError) as e:
-        raise UserError(f"{file}: not the metadata of a torch_dist checkpoint ({e})") from None
-    if not isinstance(metadata, Metadata) or metadata.storage_data is None:
-        raise UserError(f"{file}: not the metadata of a torch_dist checkpoint")
-    return metadata
-
-
-class _Inert:
-    """Stands in for what a saver keeps in the metadata for itself, its save plans."""
-
-    def __init__(self, *_: Any) -> None: ...
-    def __setstate__(self, state: Any) -> None: ...
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    INERT = "torch.distributed.checkpoint.", "megatron.core.dist_checkpointing."
-    ALLOWED = {
-        **{("torch.distributed.checkpoint.metadata", cls.__name__): cls for cls in (
-            Metadata, TensorStorageMetadata, BytesStorageMetadata, ChunkStorageMetadata, TensorProperties,
-            MetadataIndex, StorageMeta, _MEM_FORMAT_ENCODING,
-        )},
-        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _StorageInfo,
-        ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
-        ("torch", "Size"): torch.Size,
-        ("pathlib", "PosixPath"): PurePosixPath,
-    }  # fmt: skip
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in self.ALLOWED:
-            return self.ALLOWED[module, name]
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if module.startswith(self.INERT):
-            return _Inert
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 import torch
 
-from checkpoints_conv.rules import Rule
-from checkpoints_conv.tensor_io import Values
+from megarl.models.files.tensor_io import Values
+from megarl.models.rules import Rule
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from checkpoints_conv.checkpoint import Checkpoint
-from checkpoints_conv.families import rules
-from checkpoints_conv.tensor_io import INTEGERS, loaded, tensor_bytes
 from megarl.errors import UserError
+from megarl.models.families import rules
+from megarl.models.files.tensor_io import INTEGERS, loaded, tensor_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,9 +2,7 @@
 
 Floors (a file imports only from the floors below it):
 
-    cli  →  train  →  algorithms < data · rewards · rollout · learner  →  config, trajectory, errors
-
-`data`, `rewards`, `rollout` and `learner` do not import each other; `train` wires them.
+TODO
 """
 
 __version__ = "0.1.0"

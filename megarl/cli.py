@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -90,7 +89,7 @@ def tail(
     once: Annotated[bool, typer.Option("--once", help="Show what there is, do not follow.")] = False,
 ) -> None:
     """Watch a run from outside: a live view on a terminal (r shows the last rollouts), else a line a step."""
-    from megarl.tail import tail as follow
+    from megarl.view.tail import tail as follow
 
     follow(run, rollouts, once)
 
@@ -101,7 +100,7 @@ def trace(
     out: Annotated[Path | None, typer.Option(help="The file to write; default: trace.json in the run.")] = None,
 ) -> None:
     """Write the phases of every rank as a Chrome trace, for ui.perfetto.dev or chrome://tracing."""
-    from megarl import trace as traces
+    from megarl.view import trace as traces
 
     typer.echo(traces.write(run, out))
 
@@ -117,7 +116,7 @@ def serve(
 ) -> None:
     """Run an engine server of this configuration on this node; under srun, one a task (slurm/launch.sh)."""
     from megarl import config as settings_file
-    from megarl.rollout.serve import serve as run
+    from megarl.rollout.servers.serve import serve as run
 
     run(settings_file.load(config, overrides), port, idle_deadline)
 
@@ -141,9 +140,9 @@ def settings(
     name: Annotated[str | None, typer.Argument(help="One section or setting, e.g. rollout.early_exit.")] = None,
 ) -> None:
     """Print every setting with its type, default and meaning, as Markdown."""
-    from megarl import reference
+    from megarl.config import docs
 
-    typer.echo(reference.PREFACE + reference.markdown() if name is None else reference.markdown(name), nl=False)
+    typer.echo(docs.PREFACE + docs.markdown() if name is None else docs.markdown(name), nl=False)
 
 
 @app.command()
@@ -172,9 +171,8 @@ def plan(context: typer.Context) -> None:
 @app.command(context_settings=_PASS_ON, add_help_option=False)
 def convert(context: typer.Context) -> None:
     """Convert checkpoints between Hugging Face and Megatron, and prove it."""
-    from checkpoints_conv.cli import app as commands
-
-    commands(args=context.args, prog_name="megarl convert")
+    [command] = entry_points(group="megarl.commands", name="convert")
+    command.load()(args=context.args, prog_name="megarl convert")
 
 
 @app.command(context_settings=_PASS_ON, add_help_option=False)
@@ -183,21 +181,16 @@ def bench(
     name: Annotated[str | None, typer.Argument(help="Which benchmark; without it, they are listed.")] = None,
 ) -> None:
     """Run a benchmark: prints its table and, with --json FILE, writes it."""
-    from megarl import bench as package
+    from megarl import bench as benchmarks
 
-    known = [
-        m.name
-        for m in pkgutil.iter_modules(package.__path__)
-        if m.name not in ("record", "models") and not m.name.startswith("_")
-    ]
+    known = benchmarks.names()
     if name in (None, "--help"):
         for each in known:
-            module = importlib.import_module(f"megarl.bench.{each}")
-            typer.echo(f"{each:12} {(module.__doc__ or '').strip().splitlines()[0]}")
+            typer.echo(f"{each:12} {(benchmarks.load(each).__doc__ or '').strip().splitlines()[0]}")
         return
     if name not in known:
         raise UserError(f"bench: no benchmark is called '{name}'{nearest(str(name), known)}")
-    _run(importlib.import_module(f"megarl.bench.{name}").main, f"megarl bench {name}", context.args)
+    _run(benchmarks.load(str(name)).main, f"megarl bench {name}", context.args)
 
 
 def _run(function: Any, name: str, arguments: list[str]) -> None:

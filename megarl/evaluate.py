@@ -8,18 +8,18 @@ from typing import Any
 
 from megarl import config
 from megarl.algorithms import presets
-from megarl.checkpoints import Checkpoints
-from megarl.collector import Collector
 from megarl.config import Settings
-from megarl.controller import Controller
 from megarl.data.tokenizer import load_tokenizer
-from megarl.engines import Engines
 from megarl.errors import UserError
-from megarl.event_loop import EventLoop
-from megarl.experience import Experience
 from megarl.learner import parallel
 from megarl.learner.learner import Learner
-from megarl.progress import RunProgress
+from megarl.loop.batching import Experience
+from megarl.loop.checkpoints import Checkpoints
+from megarl.loop.collector import Collector
+from megarl.loop.controller import Controller
+from megarl.loop.rollout_engine import Engines
+from megarl.runtime.event_loop import EventLoop
+from megarl.view.progress import RunProgress
 
 
 def evaluate(settings: Settings, trained: bool, temperatures: list[float]) -> list[dict[str, Any]]:

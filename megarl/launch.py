@@ -10,20 +10,23 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from checkpoints_conv.families import rules
-from checkpoints_conv.hf import HfWeights
-from checkpoints_conv.shape import ModelShape, read_shape
-from megarl import config, environment, report, trackers
+from megarl import config, report
 from megarl.algorithms import presets, steps
 from megarl.config import Settings
 from megarl.data.prompts import read_prompts
 from megarl.data.tokenizer import load_tokenizer
 from megarl.errors import RunError, Stopped, UserError, nearest
 from megarl.learner import parallel, precision, router
-from megarl.learner.spawn import spawn
+from megarl.models.config_json import read_shape
+from megarl.models.families import rules
+from megarl.models.files.hf import HfWeights
+from megarl.models.shape import ModelShape
 from megarl.planner.fitting import fitting
-from megarl.rollout import early_exit, flags
-from megarl.summary import summary
+from megarl.rollout.early_exit import plan
+from megarl.rollout.servers import flags
+from megarl.run import provenance, trackers
+from megarl.runtime.spawn import spawn
+from megarl.view.summary import summary
 
 
 def train(settings: Settings, nproc: int | None, resume: bool, dry_run: bool) -> None:
@@ -69,7 +72,7 @@ def evaluate(settings: Settings, trained: bool, temperatures: list[float], nproc
     """As `train`, for evaluation; prints a table."""
     world_size = _world_size(settings, nproc)
     preflight(settings, world_size, resume=True)
-    from megarl.bench.record import show_rows
+    from megarl.bench.common.result import show_rows
     from megarl.evaluate import evaluate as run
 
     rows = _start(run, (settings, trained, temperatures), world_size, {})
@@ -80,7 +83,7 @@ def evaluate(settings: Settings, trained: bool, temperatures: list[float], nproc
 def replay(run: Path, step: int, overrides: list[str] | None, nproc: int | None) -> None:
     """As `train`, for one recorded step; prints a table. RunError when the layout is the run's and a bit differs."""
     from megarl import replay as recorded
-    from megarl.bench.record import show_rows
+    from megarl.bench.common.result import show_rows
 
     settings = config.load(run / "config.yaml", [*(overrides or []), f"run={run}"])
     if settings.rollout.replay_routing:
@@ -89,7 +92,7 @@ def replay(run: Path, step: int, overrides: list[str] | None, nproc: int | None)
             "replayed bit by bit; add rollout.replay_routing=false to replay it through the learner's own routers"
         )
     start = recorded.find(run, step)
-    ranks = environment.read(run).get("ranks", settings.parallel.model_ranks)
+    ranks = provenance.read(run).get("ranks", settings.parallel.model_ranks)
     world_size = parallel.launch_info().world_size if parallel.under_launcher() else nproc or ranks
     parallel.check(settings.parallel, read_shape(settings.model.path))
     parallel.check_ranks(settings.parallel, world_size)
@@ -134,7 +137,7 @@ def preflight(settings: Settings, world_size: int, resume: bool) -> ModelShape:
     trackers.check(settings.trackers)
     presets.resolve(settings.algorithm, settings.rollout.max_response_tokens, settings.batch.updates_per_step)
     steps.check_shaping(settings.reward, settings.rollout.max_response_tokens)
-    early_exit.check(settings.rollout, load_tokenizer(settings.model.path))
+    plan.check(settings.rollout, load_tokenizer(settings.model.path))
     if not resume and (settings.run / "metrics.jsonl").exists():
         raise UserError(
             f"run: {settings.run} already holds a run; pass --resume to go on with it, or name another folder"

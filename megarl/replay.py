@@ -14,18 +14,19 @@ from typing import Any
 
 import numpy as np
 
-from megarl import commit, figures, logprobs
 from megarl.algorithms import presets, pruning
 from megarl.algorithms.loss import policy_loss
 from megarl.config import Settings
-from megarl.controller import STATE
 from megarl.errors import UserError
-from megarl.experience import Collected, Experience
-from megarl.learner import parallel
+from megarl.learner import checkpoint, parallel
 from megarl.learner.learner import Learner
-from megarl.rundir import read_metrics, read_rollouts, rollouts_file
-from megarl.trajectory import Batch
-from megarl.watchdog import doing
+from megarl.loop import logprobs, metrics
+from megarl.loop.batching import Collected, Experience
+from megarl.loop.controller import STATE
+from megarl.run import atomic
+from megarl.run.directory import read_metrics, read_rollouts, rollouts_file
+from megarl.runtime.watchdog import doing
+from megarl.types import Batch
 
 
 def replay(settings: Settings, step: int, start: int) -> list[dict[str, Any]]:
@@ -41,7 +42,7 @@ def replay(settings: Settings, step: int, start: int) -> list[dict[str, Any]]:
         stack.callback(world.close)
         learner = Learner(settings, world, total_updates=settings.steps * updates)
         if start:
-            learner.load(commit.folder_of(settings.run / "checkpoints", start) / "learner")
+            checkpoint.load(learner, atomic.folder_of(settings.run / "checkpoints", start) / "learner")
         record = Record(settings, start, Experience(settings, switches, world.dp_size)) if world.is_controller else None
         rows: list[dict[str, Any]] = []
         for each in range(start + 1, step + 1):
@@ -63,7 +64,7 @@ class Record:
         self.metrics = {line["step"]: line for line in read_metrics(settings.run)}
         self.expected_length = pruning.ExpectedLength()
         if start:
-            file = commit.folder_of(settings.run / "checkpoints", start) / STATE
+            file = atomic.folder_of(settings.run / "checkpoints", start) / STATE
             with np.load(file, allow_pickle=False) as state:
                 self.expected_length.restore({k[7:]: v for k, v in state.items() if k.startswith("length_")})
 
@@ -80,8 +81,8 @@ class Record:
     def compare(self, step: int, batches: list[Batch], trained: list[dict[str, float]]) -> list[dict[str, Any]]:
         """The figures that training makes, as recorded and as replayed."""
         replayed = {
-            **figures.learner_figures(trained),
-            "packing_density": figures.density(batches, self.settings.batch.tokens_per_row),
+            **metrics.learner_figures(trained),
+            "packing_density": metrics.density(batches, self.settings.batch.tokens_per_row),
         }
         recorded = self.metrics[step]
         return [
@@ -101,10 +102,10 @@ def find(run: Path, step: int) -> int:
         done = f"it has the steps 1 to {max(recorded)}" if recorded else "it has none yet"
         raise UserError(f"step: {step} is not recorded in {run}; {done}")
     checkpoints = run / "checkpoints"
-    start = max((each for each in commit.steps(checkpoints) if each < step), default=0)
+    start = max((each for each in atomic.steps(checkpoints) if each < step), default=0)
     missing = [each for each in range(start + 1, step + 1) if not rollouts_file(run, each).is_file()]
     if missing:
         raise UserError(f"step: {step} cannot be replayed: {rollouts_file(run, missing[0])} is gone")
-    if start and (damage := commit.verify(commit.folder_of(checkpoints, start))):
+    if start and (damage := atomic.verify(atomic.folder_of(checkpoints, start))):
         raise UserError(f"step: {step} cannot be replayed: the checkpoint of step {start} is damaged ({damage})")
     return start

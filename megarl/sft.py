@@ -17,13 +17,13 @@ import numpy as np
 from megarl.config import Settings
 from megarl.data.demonstrations import Demonstration, read_demonstrations
 from megarl.data.tokenizer import load_tokenizer
-from megarl.experience import pack_rows
-from megarl.export import export
 from megarl.learner import parallel
+from megarl.learner.export import export
 from megarl.learner.learner import Learner, sft_objective
-from megarl.progress import RunProgress
-from megarl.runlock import only_job
-from megarl.trajectory import Batch, Sample, derive_seed
+from megarl.loop.batching import pack_rows
+from megarl.run.lock import only_job
+from megarl.types import Batch, Sample, derive_seed
+from megarl.view.progress import RunProgress
 
 
 def sft(settings: Settings) -> None:

@@ -3,13 +3,13 @@
 One step, as the papers tell it:
 
     draw prompts; DPPO leaves out those whose history says little        data/loader.py
-    roll out G completions each; Step-GRPO ends finished thoughts early  rollout/early_exit.py, through collector.py
-    (with async_steps, the next steps' rollouts go on from here on)      event_loop.py
+    roll out G completions each; Step-GRPO ends finished thoughts early  loop/collector.py, rollout/early_exit/
+    (with async_steps, the next steps' rollouts go on from here on)      runtime/event_loop.py
     grade, shape the reward, take advantages over whole groups           rewards/, algorithms/steps.py, advantage.py
     drop completions of low |advantage|, weight what is kept, pack       algorithms/pruning.py, data/packing.py
     old and reference log-probs; forward and backward; optimizer         learner/, algorithms/loss.py
-    push the new weights into the engines, proven by a canary            engines.py, rollout/weight_sync.py
-    commit weights, data position and history by one rename              checkpoints.py
+    push the new weights into the engines, proven by a canary            loop/rollout_engine.py, rollout/weights/
+    commit weights, data position and history by one rename              loop/checkpoints.py
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 
-from megarl import figures, logprobs
 from megarl.algorithms import presets
 from megarl.algorithms.loss import policy_loss
-from megarl.checkpoints import Checkpoints
-from megarl.collector import Collector
 from megarl.config import Settings
-from megarl.controller import Controller
 from megarl.data.tokenizer import load_tokenizer
-from megarl.engines import Engines
-from megarl.event_loop import EventLoop
-from megarl.exchange import broadcast
-from megarl.experience import Experience
-from megarl.interrupt import Interrupt
 from megarl.learner import parallel
 from megarl.learner.learner import Learner
-from megarl.phases import PhaseLog
-from megarl.progress import RunProgress, Stopwatch
-from megarl.runlock import only_job
-from megarl.trajectory import Batch
+from megarl.loop import logprobs, metrics
+from megarl.loop.batching import Experience
+from megarl.loop.checkpoints import Checkpoints
+from megarl.loop.collectives import broadcast
+from megarl.loop.collector import Collector
+from megarl.loop.controller import Controller
+from megarl.loop.rollout_engine import Engines
+from megarl.run.lock import only_job
+from megarl.run.timeline import PhaseLog
+from megarl.runtime.event_loop import EventLoop
+from megarl.runtime.interrupt import Interrupt
+from megarl.types import Batch
+from megarl.view.progress import RunProgress, Stopwatch
 
 
 def train(settings: Settings, resume: bool = False) -> bool:
@@ -77,7 +77,7 @@ def train(settings: Settings, resume: bool = False) -> bool:
 
         def evaluate(step: int) -> dict[str, float]:
             with watch("evaluation"):
-                return collector.evaluate() if figures.evaluation_due(step, settings) else {}
+                return collector.evaluate() if metrics.evaluation_due(step, settings) else {}
 
         with watch("sync"):
             engines.push(version=done)
@@ -107,10 +107,10 @@ def train(settings: Settings, resume: bool = False) -> bool:
             measured = evaluate(step)
 
             if controller:
-                measured |= figures.of_step(step, collected, made, trained, engines, settings)
+                measured |= metrics.of_step(step, collected, made, trained, engines, settings)
                 controller.finish_step(step, collected, measured | watch.lap())
             leaving = broadcast(interrupt.asked, world)
-            if leaving or figures.checkpoint_due(step, settings):
+            if leaving or metrics.checkpoint_due(step, settings):
                 with watch("checkpoint"):
                     checkpoints.save(step)
             if leaving:

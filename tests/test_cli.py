@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megarl import cli
-from megarl.learner import device
+from megarl.runtime import device
 
 ROOT = Path(__file__).parents[1]
 CONFIG = "examples/quickstart/train.yaml"

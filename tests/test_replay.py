@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megarl import commit
 from megarl.errors import UserError
 from megarl.replay import find
+from megarl.run import atomic
 
 
 @pytest.fixture
@@ -22,8 +22,8 @@ def run(tmp_path: Path) -> Path:
             if step:
                 (tmp_path / "rollouts" / f"step_{step:06d}.jsonl").touch()
     for step in (2, 4):
-        (commit.prepare(tmp_path / "checkpoints", step) / "weights").write_bytes(b"weights")
-        commit.commit(tmp_path / "checkpoints", step, keep=2)
+        (atomic.prepare(tmp_path / "checkpoints", step) / "weights").write_bytes(b"weights")
+        atomic.commit(tmp_path / "checkpoints", step, keep=2)
     return tmp_path
 
 

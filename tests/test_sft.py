@@ -12,8 +12,8 @@ from examples.quickstart.make_problems import write_jsonl
 from examples.quickstart.search_verify import lesson_rows
 from megarl.config import Settings, load
 from megarl.data.demonstrations import read_demonstrations
-from megarl.export import WEIGHTS
-from megarl.learner.spawn import spawn
+from megarl.learner.export import WEIGHTS
+from megarl.runtime.spawn import spawn
 from megarl.sft import draw_order, sft
 
 REASONER = Path("examples/quickstart/reasoner")

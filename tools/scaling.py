@@ -20,7 +20,7 @@ from rich.progress import track
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file: megarl beside it, and `examples` for rewards
 
-from megarl.bench.record import publish
+from megarl.bench.common.result import publish
 from megarl.errors import RunError, UserError
 from megarl.scaling import cells, plot, table
 from megarl.scaling.study import EFFICIENCY, Study, read

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megarl.algorithms.kl import LOG_RATIO_BOUND, kl_estimate
 from megarl.algorithms.presets import Aggregation, Switches
-from megarl.trajectory import MicroBatch
+from megarl.types import MicroBatch
 
 SequenceSum = Callable[[Tensor], Tensor]
 """values [T] -> [T]: each sequence's sum (over every rank that holds a part of it), at each of its positions."""

@@ -33,7 +33,7 @@ import numpy as np
 from megarl import config
 from megarl.algorithms.presets import Switches
 from megarl.errors import UserError
-from megarl.trajectory import derive_seed
+from megarl.types import derive_seed
 
 Draw = Literal["bernoulli", "fixed"]
 Selection = Literal["random_low", "proportional", "deterministic"]

@@ -18,16 +18,14 @@ from aiohttp import web
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megarl.bench import record
+from megarl.bench.common import result
 from megarl.config import Servers, Settings, parse
-from megarl.rollout import early_exit
 from megarl.rollout.detokenize import Vocabulary
 from megarl.rollout.engine import Generation, Sampling
-from megarl.rollout.pool import Pool
-from megarl.rollout.remote import RemoteEngine
-from megarl.rollout.sglang import SGLangEngine
-from megarl.rollout.transport import Outcome
-from megarl.trajectory import Prompt, Span
+from megarl.rollout.servers.pool import Pool
+from megarl.rollout.servers.remote import Outcome, RemoteEngine
+from megarl.rollout.servers.sglang import SGLangEngine
+from megarl.types import Prompt, Span
 
 THOUGHT = "so 5+2=7 is no good. Wait, 5+9=14 is not it either. Wait, 9+2=11 fits. Wait, "
 ANSWER = " 11 </think>"
@@ -47,7 +45,7 @@ def main(
     """
     with _Endpoints(endpoints, latency) as addresses:
         rows = asyncio.run(_measure(completions, addresses))
-    record.publish("controller", rows, json)
+    result.publish("controller", rows, json)
 
 
 async def _measure(completions: int, addresses: list[str]) -> list[dict[str, Any]]:
@@ -60,7 +58,7 @@ async def _measure(completions: int, addresses: list[str]) -> list[dict[str, Any
     vocabulary = Vocabulary(tokenizer)
 
     def cost(engine: Any) -> Any:
-        return _cpu(lambda: early_exit.rollout(engine, prompts, settings, tokenizer, 0))
+        return _cpu(lambda: groups.rollout(engine, prompts, settings, tokenizer, 0))
 
     rows: list[dict[str, Any]] = []
 

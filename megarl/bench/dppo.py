@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from megarl.bench import _study, record
-from megarl.bench._choice import chosen
+from megarl.bench.common import result, training_runs
+from megarl.bench.common.choice import chosen
 
 # What peers run: dense rows by token budget (as dense as dynamic batching gets), every group trained.
 PEERS = ["packing.strategy=first_fit", "pruning.drop_zero_variance=false"]
@@ -70,10 +70,10 @@ def main(
         for method, rate in variants(wanted, asked):
             switches = [text.format(rate=rate) for text in METHODS[method]]
             name = f"{method}-{rate:g}-{seed}" if rate else f"{method}-{seed}"
-            settings = _study.settings(
+            settings = training_runs.settings(
                 config, runs / name, seed, [f"evaluation.every={every}", *overrides.split(), *UNPRUNED, *switches]
             )
-            curve = smooth(learning_curve(_study.trained(settings)))
+            curve = smooth(learning_curve(training_runs.trained(settings)))
             if target is None:
                 target = curve[-1]["accuracy"]
             there = reached(curve, target)
@@ -91,8 +91,8 @@ def main(
                     "accuracy": curve[-1]["accuracy"],
                 }
             )
-            record.show_rows("so far", rows)
-    record.publish("dppo", rows, json, summary=summary(rows))
+            result.show_rows("so far", rows)
+    result.publish("dppo", rows, json, summary=summary(rows))
 
 
 def variants(methods: Sequence[str], rates: Sequence[float] = ()) -> list[tuple[str, float]]:

@@ -23,14 +23,15 @@ import typer
 from safetensors.torch import load_file
 
 from megarl import config
-from megarl.bench import record
+from megarl.bench.common import result
 from megarl.data.prompts import read_prompts
 from megarl.data.tokenizer import load_tokenizer
 from megarl.errors import UserError
-from megarl.rollout import early_exit
+from megarl.rollout import groups
 from megarl.rollout.detokenize import vocabulary_of
-from megarl.rollout.local import LocalEngine
-from megarl.trajectory import Completion, Prompt, derive_seed
+from megarl.rollout.early_exit import plan, thinker
+from megarl.rollout.local.engine import LocalEngine
+from megarl.types import Completion, Prompt, derive_seed
 
 CONFIG = Path("examples/quickstart/train.yaml")
 ONCE = ["rollout.early_exit.max_probes=1"]
@@ -53,8 +54,8 @@ def main(
         for schedule in ("blocking", "speculative"):
             with asyncio.Runner() as runner:
                 rows.append(runner.run(_measure(schedule, probes, batch, repeats)))
-            record.show_rows("so far", rows)
-    record.publish("early_exit", rows, json, threads=torch.get_num_threads(), batch=batch)
+            result.show_rows("so far", rows)
+    result.publish("early_exit", rows, json, threads=torch.get_num_threads(), batch=batch)
 
 
 async def _measure(schedule: str, probes: str, batch: int, repeats: int) -> dict[str, Any]:
@@ -63,7 +64,7 @@ async def _measure(schedule: str, probes: str, batch: int, repeats: int) -> dict
     vocabulary = vocabulary_of(tokenizer, settings.model.path)
     table, _ = read_prompts(settings.data.eval, tokenizer, settings.data, setting="data.eval")
     prompts = [table[i] for i in range(batch)]
-    plan = early_exit.Plan.of(settings.rollout, vocabulary)
+    exit_plan = plan.Plan.of(settings.rollout, vocabulary)
     exits = settings.rollout.early_exit
     weights = load_file(settings.model.path / "model.safetensors")
     # Room for every completion's probe beside it.
@@ -71,7 +72,7 @@ async def _measure(schedule: str, probes: str, batch: int, repeats: int) -> dict
         settings.model.path,
         vocabulary,
         batch_slots=2 * batch,
-        max_length=early_exit.longest_sequence(settings) + exits.max_probes * exits.probe_tokens + exits.probe_tokens,
+        max_length=groups.longest_sequence(settings) + exits.max_probes * exits.probe_tokens + exits.probe_tokens,
     )
     seconds: dict[str, list[float]] = {"early": [], "same": [], "decoded": []}
     cpu: dict[str, list[float]] = {"early": [], "same": [], "decoded": []}
@@ -86,13 +87,13 @@ async def _measure(schedule: str, probes: str, batch: int, repeats: int) -> dict
         return found
 
     def plain(prompt: Prompt, index: int, seed: int, length: int) -> Coroutine[Any, Any, Completion]:
-        sampling = plan.sampling._replace(max_tokens=length, stop_token_ids=())
-        return early_exit.plain(engine, prompt, index, sampling, vocabulary, seed, f"plain/{index}")
+        sampling = exit_plan.sampling._replace(max_tokens=length, stop_token_ids=())
+        return groups.plain(engine, prompt, index, sampling, vocabulary, seed, f"plain/{index}")
 
     for repeat in range(repeats + 1):
         seeds = [derive_seed(settings.seed, repeat, prompt.uid) for prompt in prompts]
         jobs = list(zip(prompts, range(batch), seeds, strict=True))
-        found = await timed("early", [early_exit.complete(engine, p, i, plan, s, f"early/{i}") for p, i, s in jobs])
+        found = await timed("early", [thinker.complete(engine, p, i, exit_plan, s, f"early/{i}") for p, i, s in jobs])
         for name, length in (("same", len), ("decoded", _decoded)):
             lengths = [length(completion) for completion in found]
             await timed(name, [plain(*job, n) for job, n in zip(jobs, lengths, strict=True)])

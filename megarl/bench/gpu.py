@@ -13,20 +13,20 @@ import numpy as np
 import torch
 import typer
 
-from checkpoints_conv.shape import read_shape
 from megarl import config
-from megarl.bench import record
-from megarl.bench.models import Sizes, write_model
+from megarl.bench.common import result
+from megarl.bench.common.models import Sizes, write_model
 from megarl.bench.parity import samples, split
 from megarl.errors import UserError
-from megarl.learner import device
-from megarl.learner.spawn import spawn
+from megarl.models.config_json import read_shape
 from megarl.planner.hardware import GIB, GPUS
 from megarl.planner.job import sizes, software
 from megarl.planner.layout import Layout
 from megarl.planner.memory import plan_memory
 from megarl.planner.steptime import step_time
-from megarl.trajectory import Batch, Sample
+from megarl.runtime import device
+from megarl.runtime.spawn import spawn
+from megarl.types import Batch, Sample
 
 DEADLINE = 500.0
 RECIPES = ("tensorwise", "delayed", "blockwise", "mxfp8")
@@ -46,7 +46,7 @@ def main(
 ) -> None:
     """Layer specs, packing, FP8 curves, speed and memory on one GPU."""
     rows = measure()
-    record.publish("gpu", rows, json)
+    result.publish("gpu", rows, json)
     if report:
         report.write_text(page(rows))
 
@@ -136,13 +136,13 @@ def chain(step: int, tokens: int = 16) -> Batch:
 
 def page(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
-    machine = record.machine()
+    machine = result.machine()
     lines = ["# Results on one GPU", "", f"Made by `make test-gpu` on {machine['gpu']}, torch {machine['torch']}.", ""]
     for check in dict.fromkeys(row["check"] for row in rows):
         chosen = [row for row in rows if row["check"] == check]
         names = [name for name in chosen[0] if name != "check"]
         lines += [f"## {check}", "", f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
-        lines += [f"| {' | '.join(record._cell(row[name]) for name in names)} |" for row in chosen] + [""]
+        lines += [f"| {' | '.join(result._cell(row[name]) for name in names)} |" for row in chosen] + [""]
     return "\n".join(lines)
 
 

@@ -14,11 +14,11 @@ import typer
 
 from megarl.algorithms.loss import policy_loss
 from megarl.algorithms.presets import Switches
-from megarl.bench import record
-from megarl.bench.models import Sizes, write_model
+from megarl.bench.common import result
+from megarl.bench.common.models import Sizes, write_model
 from megarl.bench.parity import LAYOUTS, settings
-from megarl.learner.spawn import spawn
-from megarl.trajectory import Batch, Sample
+from megarl.runtime.spawn import spawn
+from megarl.types import Batch, Sample
 
 DEADLINE = 300.0
 VOCAB = 126
@@ -45,7 +45,7 @@ def main(
     draws: Annotated[int, typer.Option(help="Random ways to split the work.")] = 24,
 ) -> None:
     """Largest gradient difference over the largest gradient, per tensor, against one sequence a row at tp1."""
-    record.publish("invariance", measure([draw(number) for number in range(draws)]), json)
+    result.publish("invariance", measure([draw(number) for number in range(draws)]), json)
 
 
 def measure(draws: list[Draw]) -> list[dict[str, Any]]:

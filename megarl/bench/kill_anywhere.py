@@ -16,15 +16,15 @@ import numpy as np
 import psutil
 import typer
 
-from megarl import commit, runlock
-from megarl.bench import _study, record
+from megarl.bench.common import result, training_runs
 from megarl.config import Settings
-from megarl.controller import STATE
 from megarl.data.ledger import Ledger
 from megarl.data.order import EpochOrder
 from megarl.errors import RunError
-from megarl.learner import spawn as ranks
-from megarl.rundir import read_metrics
+from megarl.loop.controller import STATE
+from megarl.run import atomic, lock
+from megarl.run.directory import read_metrics
+from megarl.runtime import spawn as ranks
 from megarl.train import train
 
 VICTIMS = {"rank": 0.3, "controller": 0.3, "grader": 0.15, "job": 0.25}  # and how often each is chosen
@@ -57,7 +57,7 @@ def main(
     json: Annotated[Path | None, typer.Option(help="Write the rows to this file.")] = None,
     kills: Annotated[int, typer.Option(min=1, help="Kills in all, over as many runs as it takes.")] = 50,
     seed: Annotated[int, typer.Option(help="Of the moments and the victims.")] = 0,
-    config: Annotated[Path, typer.Option(help="Settings of the run, made small.")] = _study.QUICKSTART,
+    config: Annotated[Path, typer.Option(help="Settings of the run, made small.")] = training_runs.QUICKSTART,
     overrides: Annotated[str, typer.Option(help="Settings of every run, separated by spaces.")] = "",
     runs: Annotated[Path, typer.Option(help="Where the runs go; finished ones are not repeated.")] = Path(
         "runs/bench/kill_anywhere"
@@ -72,26 +72,26 @@ def main(
     ranks.PRELOAD.append("megarl.train")  # the many starts take seconds
     problems = _problems(config, runs)
     chosen = [*SMALL, f"data.train=[{problems}]", *overrides.split()]
-    untouched = _study.settings(config, runs / "untouched", 0, chosen)
-    reference = _study.trained(untouched)
+    untouched = training_runs.settings(config, runs / "untouched", 0, chosen)
+    reference = training_runs.trained(untouched)
     rows: list[dict[str, Any]] = []
     while (left := kills - sum(row["kills"] for row in rows)) > 0:
         number = len(rows)
-        under_fire = _study.settings(config, runs / f"run-{number}", 0, chosen)
+        under_fire = training_runs.settings(config, runs / f"run-{number}", 0, chosen)
         file = under_fire.run / "kills.json"
         if not file.is_file():
-            _study.forget(under_fire.run)
+            training_runs.forget(under_fire.run)
             tally = _train_under_fire(under_fire, reference, left, np.random.default_rng([seed, number]))
             file.write_text(jsons.dumps(_row(number, tally) | _account(under_fire, untouched)))
         rows.append(jsons.loads(file.read_text()))
-        record.show_rows("so far", rows)
-    record.publish("kill_anywhere", [_total(rows)], json, runs=rows)
+        result.show_rows("so far", rows)
+    result.publish("kill_anywhere", [_total(rows)], json, runs=rows)
 
 
 def _problems(config: Path, runs: Path) -> Path:
     """The first few of the training problems, as a file of their own."""
     runs.mkdir(parents=True, exist_ok=True)
-    source = _study.settings(config, runs, 0, []).data.train[0]
+    source = training_runs.settings(config, runs, 0, []).data.train[0]
     lines = source.read_text().splitlines(keepends=True)[:PROMPTS]
     file = runs / "problems.jsonl"
     file.write_text("".join(lines))
@@ -162,8 +162,8 @@ class Gun(threading.Thread):
             self._pause(self._step_seconds)
         else:
             checkpoints = self.settings.run / "checkpoints"
-            until = min(max(commit.steps(checkpoints), default=0) + ahead, self.settings.steps)
-            half = commit.partial_of(checkpoints, until)
+            until = min(max(atomic.steps(checkpoints), default=0) + ahead, self.settings.steps)
+            half = atomic.partial_of(checkpoints, until)
             while not (half.exists() and self._saving()) and not self._over.wait(0.002):
                 pass
             self._pause(self._save_seconds)
@@ -215,7 +215,7 @@ def _processes(run: Path) -> tuple[set[int], set[int], set[int]]:
             elif process.ppid() in servers and process.status() != psutil.STATUS_ZOMBIE:
                 found.add(process.pid)
     with contextlib.suppress(OSError, ValueError):
-        return found, graders, found & {jsons.loads((run / runlock.FILE).read_text())["pid"]}
+        return found, graders, found & {jsons.loads((run / lock.FILE).read_text())["pid"]}
     return found, graders, set()
 
 
@@ -262,7 +262,7 @@ def _account(killed: Settings, untouched: Settings) -> dict[str, int]:
 
 def _records(settings: Settings) -> tuple[Ledger, int]:
     """The ledger of the finished run, and the prompts that it took."""
-    folder = commit.folder_of(settings.run / "checkpoints", settings.steps)
+    folder = atomic.folder_of(settings.run / "checkpoints", settings.steps)
     with np.load(folder / STATE, allow_pickle=False) as state:
         return Ledger.load(folder), int(state["position"])
 

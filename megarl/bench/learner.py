@@ -21,13 +21,13 @@ import torch
 import torch.nn.functional as F
 import typer
 
-from megarl.bench import record
-from megarl.bench.models import Sizes, write_model
+from megarl.bench.common import result
+from megarl.bench.common.models import Sizes, write_model
 from megarl.bench.parity import settings
 from megarl.config import Settings
 from megarl.data.packing import pack
-from megarl.learner.spawn import spawn
-from megarl.trajectory import Batch, Sample
+from megarl.runtime.spawn import spawn
+from megarl.types import Batch, Sample
 
 DEADLINE = 3600.0
 SIZES: Sizes = {
@@ -54,7 +54,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder), tied=True, **SIZES)
         rows = spawn(_measure, 1, (Path(folder), sequences, repeats), DEADLINE)[0]
-    record.publish("learner", rows, json, threads=torch.get_num_threads(), sequences=sequences, room=ROOM)
+    result.publish("learner", rows, json, threads=torch.get_num_threads(), sequences=sequences, room=ROOM)
 
 
 def draw(count: int, seed: int = 0) -> list[Sample]:

@@ -16,17 +16,17 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from checkpoints_conv.shape import read_shape
-from megarl.bench import record
-from megarl.bench._choice import chosen
-from megarl.bench.models import Sizes, write_model
+from megarl.bench.common import result
+from megarl.bench.common.choice import chosen
+from megarl.bench.common.models import Sizes, write_model
 from megarl.bench.parity import settings
 from megarl.config import Parallel
-from megarl.learner.spawn import spawn
+from megarl.models.config_json import read_shape
 from megarl.planner.job import recomputed, sizes
 from megarl.planner.layout import Layout, Software
 from megarl.planner.memory import plan_memory
-from megarl.trajectory import Batch, Sample
+from megarl.runtime.spawn import spawn
+from megarl.types import Batch, Sample
 
 DEADLINE = 400.0
 TOKENS = 1024  # of a row
@@ -57,7 +57,7 @@ def main(
     """Peak memory of CPU ranks, planned and measured, layout by layout."""
     rows = compare(chosen(layout or LAYOUTS, LAYOUTS, "layout"))
     worst = max(abs(row["error"]) for row in rows)
-    record.publish("memory", rows, json, summary={"worst_error": worst})
+    result.publish("memory", rows, json, summary={"worst_error": worst})
     print(f"worst error: {worst:.1%}")
 
 

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from megarl.bench.record import publish
+from megarl.bench.common.result import publish
 from megarl.data.balance import Cost, balance, imbalance
 from megarl.data.packing import density, first_fit, pack
 

@@ -12,11 +12,11 @@ import torch
 import typer
 
 from megarl import config
-from megarl.bench import record
-from megarl.bench._choice import chosen
-from megarl.bench.models import Family, write_model
-from megarl.learner.spawn import spawn
-from megarl.trajectory import Batch, Sample
+from megarl.bench.common import result
+from megarl.bench.common.choice import chosen
+from megarl.bench.common.models import Family, write_model
+from megarl.runtime.spawn import spawn
+from megarl.types import Batch, Sample
 
 DEADLINE = 240.0
 LENGTHS = (7, 33, 5, 60, 21)  # response tokens
@@ -89,7 +89,7 @@ def main(
 ) -> None:
     """Loss and every gradient of the learner against transformers, in float32, for every layout."""
     wanted = chosen(layout or {**LAYOUTS, **EXPERT_LAYOUTS}, {**LAYOUTS, **EXPERT_LAYOUTS}, "layout")
-    record.publish("parity", compare([case for case in cases() if case.layout in wanted]), json)
+    result.publish("parity", compare([case for case in cases() if case.layout in wanted]), json)
 
 
 def compare(wanted: list[Case]) -> list[dict[str, Any]]:

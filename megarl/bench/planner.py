@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from megarl.bench import record
+from megarl.bench.common import result
 from megarl.errors import UserError
 from megarl.planner.calibrate import PRIORS, fit, held_out_errors
 from megarl.planner.hardware import LAWS, Laws
@@ -52,7 +52,7 @@ def main(
             details[f"time_median_abs_error_unseen_{name}"] = median(errors)
             details[f"time_p90_abs_error_unseen_{name}"] = quantile(errors, 0.9)
     reasons = dict(Counter(s.reason for s in skipped).most_common())
-    record.publish("planner", rows, json, summary=summary, details=details, skipped=reasons)
+    result.publish("planner", rows, json, summary=summary, details=details, skipped=reasons)
     for name, value in (summary | details).items():
         print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
     for reason, count in reasons.items():

@@ -25,8 +25,8 @@ from typing import Annotated, Any
 
 import typer
 
-from megarl.bench import _study, record
-from megarl.bench._choice import chosen
+from megarl.bench.common import result, training_runs
+from megarl.bench.common.choice import chosen
 
 REFERENCE, AGAIN = "bf16", "bf16_again"
 PRECISIONS = {
@@ -65,15 +65,15 @@ def main(
             if rl_steps and seed < rl_seeds:
                 row |= train(name, seed, rl_steps, runs, overrides.split())
             rows.append(row)
-            record.show_rows("so far", rows)
-    record.publish("precision", rows, json, summary=summary(rows))
-    record.show_rows(f"against {REFERENCE}", summary(rows))
+            result.show_rows("so far", rows)
+    result.publish("precision", rows, json, summary=summary(rows))
+    result.show_rows(f"against {REFERENCE}", summary(rows))
 
 
 def teach(precision: str, seed: int, steps: int, runs: Path, overrides: Sequence[str]) -> Row:
     """The lesson, `steps` updates long: losses halfway and at the end, nats a response token."""
     lesson = runs / f"lesson-{steps}-{seed}" / "lesson.jsonl"
-    settings = _study.settings(
+    settings = training_runs.settings(
         LESSON,
         runs / f"sft-{precision}-{steps}-{seed}",
         _seed(precision, seed),
@@ -81,7 +81,7 @@ def teach(precision: str, seed: int, steps: int, runs: Path, overrides: Sequence
          f"optimizer.warmup_steps={min(50, steps // 4)}", *overrides],
     )  # fmt: skip
     _lesson(lesson.parent, steps * settings.batch.prompts_per_step, seed)
-    metrics = _study.taught(settings, LESSON_RANKS)
+    metrics = training_runs.taught(settings, LESSON_RANKS)
 
     def before(end: int) -> float:
         return mean(line["nll"] for line in metrics[end - max(1, steps // 10) : end])
@@ -95,13 +95,13 @@ def teach(precision: str, seed: int, steps: int, runs: Path, overrides: Sequence
 
 def train(precision: str, seed: int, steps: int, runs: Path, overrides: Sequence[str]) -> Row:
     """Reinforcement learning from the shipped reasoner: held-out accuracy before and after, with standard errors."""
-    settings = _study.settings(
-        _study.QUICKSTART,
+    settings = training_runs.settings(
+        training_runs.QUICKSTART,
         runs / f"rl-{precision}-{steps}-{seed}",
         _seed(precision, seed),
         [*WARM, f"steps={steps}", f"precision={PRECISIONS[precision]}", *overrides],
     )
-    metrics = _study.trained(settings)
+    metrics = training_runs.trained(settings)
     before, after = metrics[0], metrics[-1]
     lines = [line for line in metrics if line["step"] > 0]
     return {

@@ -19,11 +19,11 @@ from typing import Annotated, Any
 import typer
 
 from megarl import report
-from megarl.bench._browser import DESKTOP, PHONE, chromium, opened, wait
-from megarl.bench._synthetic import write
-from megarl.bench.record import publish
+from megarl.bench.common.browser import DESKTOP, PHONE, chromium, opened, wait
+from megarl.bench.common.result import publish
+from megarl.bench.common.synthetic import write
 from megarl.errors import UserError
-from megarl.rundir import rollouts_file
+from megarl.run.directory import rollouts_file
 
 GROUPS, PER_GROUP = 50, 8  # of a step
 # What a reader does next: an earlier step, by the viewer's own list.

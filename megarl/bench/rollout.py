@@ -23,16 +23,16 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
 
-from megarl.bench import record
-from megarl.bench._choice import chosen
-from megarl.bench.models import Sizes, write_model
+from megarl.bench.common import result
+from megarl.bench.common.choice import chosen
+from megarl.bench.common.models import Sizes, write_model
 from megarl.config import parse
 from megarl.errors import UserError
-from megarl.rollout import fleet
 from megarl.rollout.detokenize import Vocabulary
 from megarl.rollout.engine import Engine, Sampling
-from megarl.rollout.local import LocalEngine
-from megarl.rollout.pool import Pool
+from megarl.rollout.local.engine import LocalEngine
+from megarl.rollout.servers import factory
+from megarl.rollout.servers.pool import Pool
 
 WIDER: Sizes = {  # a random model in which the matrix products dominate
     "hidden_size": 384,
@@ -98,8 +98,8 @@ def main(
         ):
             for size in _sizes(batches):
                 rows += _measure(model, folder, names, size, repeats, runner, servers)
-                record.show_rows("so far", rows)
-    record.publish("rollout", rows, json, threads=torch.get_num_threads())
+                result.show_rows("so far", rows)
+    result.publish("rollout", rows, json, threads=torch.get_num_threads())
 
 
 def _sizes(given: str) -> list[int]:
@@ -242,7 +242,7 @@ class _Servers:
                     "rollout": {"engine": kind, "servers": {"flags": flags}},
                 }
             )
-            pool = fleet.build(settings, Vocabulary(_NoTokenizer()))  # type: ignore[arg-type]
+            pool = factory.build(settings, Vocabulary(_NoTokenizer()))  # type: ignore[arg-type]
             self._runner.run(pool.start())
             self._pools[kind] = pool
         return self._pools[kind]

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from megarl.bench.record import publish
+from megarl.bench.common.result import publish
 from megarl.errors import UserError
-from megarl.rundir import read_metrics
+from megarl.run.directory import read_metrics
 
 PHASES = ("rollout", "train", "sync", "total")
 

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from megarl.bench import _study, record
-from megarl.bench._choice import chosen
+from megarl.bench.common import result, training_runs
+from megarl.bench.common.choice import chosen
 
 PLAIN = ["rollout.early_exit.enabled=false"]
 EXITS = ["rollout.early_exit.enabled=true"]
@@ -44,7 +44,7 @@ def main(
     seeds: Annotated[int, typer.Option(min=1, help="Seeds per method: 0, 1, …")] = 4,
     methods: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(METHODS),
     overrides: Annotated[str, typer.Option(help="Settings of every run, separated by spaces.")] = "",
-    config: Annotated[Path, typer.Option(help="Settings that the methods vary.")] = _study.QUICKSTART,
+    config: Annotated[Path, typer.Option(help="Settings that the methods vary.")] = training_runs.QUICKSTART,
     runs: Annotated[Path, typer.Option(help="Where the runs go; finished ones are not repeated.")] = Path(
         "runs/bench/step_grpo"
     ),
@@ -55,27 +55,29 @@ def main(
     for name in wanted:
         for seed in range(seeds):
             rows.append(measure(name, seed, config, runs, overrides.split()))
-            record.show_rows("so far", summary(rows))
-    record.publish("step_grpo", rows, json, summary=summary(rows))
+            result.show_rows("so far", summary(rows))
+    result.publish("step_grpo", rows, json, summary=summary(rows))
 
 
 def measure(method: str, seed: int, base: Path, runs: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """One row: the held-out figures after training with a method and a seed, and what the rollouts cost."""
     switches = METHODS[method]
-    settings = _study.settings(base, runs / f"{method}-{seed}", seed, [*SHARED, *overrides, *(switches or PLAIN)])
+    settings = training_runs.settings(
+        base, runs / f"{method}-{seed}", seed, [*SHARED, *overrides, *(switches or PLAIN)]
+    )
     cost: dict[str, Any] = {"rollout_tokens": 0, "probe_tokens": 0, "seconds": 0.0}
     if switches is not None:
-        steps = [line for line in _study.trained(settings) if line["step"] > 0]
+        steps = [line for line in training_runs.trained(settings) if line["step"] > 0]
         cost = {
             "rollout_tokens": sum(line["tokens_generated"] for line in steps),
             "probe_tokens": sum(line["probe_tokens"] for line in steps),
             **confident_exits(settings.run),
             "seconds": sum(line["seconds_total"] for line in steps),
         }
-    evaluations = {"": _study.evaluated(settings, TEMPERATURES, switches is not None)}
+    evaluations = {"": training_runs.evaluated(settings, TEMPERATURES, switches is not None)}
     if settings.data.eval == [HELDOUT]:
         settings.data.eval = [LONGER]
-        evaluations["_longer"] = _study.evaluated(settings, TEMPERATURES, switches is not None, "longer")
+        evaluations["_longer"] = training_runs.evaluated(settings, TEMPERATURES, switches is not None, "longer")
     figures: dict[str, Any] = {}
     for problems, (cool, warm) in evaluations.items():
         figures |= {

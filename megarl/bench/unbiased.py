@@ -26,10 +26,10 @@ from megarl.algorithms.advantage import advantages
 from megarl.algorithms.loss import policy_loss, token_scale, within_row
 from megarl.algorithms.presets import PRESETS, Aggregation, Switches
 from megarl.algorithms.pruning import Draw, History, Selection, completion_weights, prompt_weights
-from megarl.bench import record
-from megarl.bench._choice import chosen
+from megarl.bench.common import result
+from megarl.bench.common.choice import chosen
 from megarl.errors import RunError
-from megarl.trajectory import MicroBatch
+from megarl.types import MicroBatch
 
 TOLERANCE = {"fp64": 1e-12, "fp32": 1e-6}
 BIASED = 1e-2  # what a biased estimator must exceed
@@ -90,7 +90,7 @@ def main(
     """Enumerate every pruning of a small batch; compare the expected gradient with the unpruned one."""
     wanted = chosen(estimators, ESTIMATORS, "estimators")
     rows = [measure(case) for case in cases() if case.estimator in wanted]
-    record.publish("unbiased", rows, json)
+    result.publish("unbiased", rows, json)
     wrong = [f"{r['estimator']}/{r['preset']}/{r['draw']}/{r['level']}" for r in rows if not as_expected(r)]
     if wrong:
         raise RunError(f"bench unbiased: not as expected: {', '.join(wrong)}")

@@ -15,14 +15,14 @@ import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from megarl.bench import record
+from megarl.bench.common import result
 from megarl.config import parse
-from megarl.rollout import fleet
 from megarl.rollout.detokenize import Vocabulary
-from megarl.rollout.transport import Transport
-from megarl.rollout.transport.disk import DiskTransport
-from megarl.rollout.transport.distributed import DistributedTransport
-from megarl.rollout.transport.tensor import TensorTransport
+from megarl.rollout.servers import factory
+from megarl.rollout.servers.remote import Transport
+from megarl.rollout.weights.broadcast import DistributedTransport
+from megarl.rollout.weights.disk import DiskTransport
+from megarl.rollout.weights.shared_memory import TensorTransport
 
 SIZES = {"1M": (128, 2), "30M": (512, 8), "120M": (1024, 8)}  # hidden size, layers
 
@@ -40,7 +40,7 @@ def main(
         for size in sizes.split(","):
             with tempfile.TemporaryDirectory() as folder:
                 rows += asyncio.run(_measure(engine, size, Path(folder), repeats))
-    record.publish("weight_sync", rows, json)
+    result.publish("weight_sync", rows, json)
 
 
 async def _measure(engine: str, size: str, folder: Path, repeats: int) -> list[dict[str, Any]]:
@@ -53,7 +53,7 @@ async def _measure(engine: str, size: str, folder: Path, repeats: int) -> list[d
             "rollout": {"engine": engine},
         }
     )
-    pool = fleet.build(settings, Vocabulary(tokenizer))
+    pool = factory.build(settings, Vocabulary(tokenizer))
     named = [(name, tensor.detach()) for name, tensor in model.named_parameters()]
     total = sum(tensor.nbytes for _, tensor in named)
     rows = []

@@ -11,7 +11,7 @@ from megarl.config.section import Fraction, Natural, Positive, Section
 
 
 class EarlyExit(Section):
-    """Step-GRPO's dynamic truncated rollout (arXiv 2604.16890); defaults are the paper's. See rollout/early_exit.py."""
+    """Step-GRPO's dynamic truncated rollout (arXiv 2604.16890); defaults are the paper's. See rollout/early_exit."""
 
     enabled: bool = False
     """Truncate training rollouts at step markers. Evaluation never exits early."""

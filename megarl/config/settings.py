@@ -7,7 +7,6 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from megarl.config import checks
 from megarl.config.algorithm import Algorithm, Pruning, Reward
 from megarl.config.data import Batch, Data, Packing
 from megarl.config.learner import Checkpoint, Experts, Model, Optimizer, Parallel, Precision
@@ -52,5 +51,108 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
-        checks.check(self)
+        _check(self)
         return self
+
+
+# What settings of different groups must fit together. Each check raises ValueError, naming a setting and what is valid.
+
+
+def _check(settings: Settings) -> None:
+    """Every check that needs neither model nor machine."""
+    for each in (
+        _check_batch,
+        _check_experts,
+        _check_routing,
+        _check_optimizer,
+        _check_pruning,
+        _check_asynchrony,
+        _check_early_exit,
+    ):
+        each(settings)
+
+
+def _check_batch(settings: Settings) -> None:
+    b = settings.batch
+    if b.prompts_per_update and b.prompts_per_step % b.prompts_per_update:
+        nearest_valid = _nearest_divisor(b.prompts_per_step, b.prompts_per_update)
+        raise ValueError(
+            f"batch.prompts_per_update: {b.prompts_per_update} does not divide prompts_per_step "
+            f"{b.prompts_per_step}; the nearest that does is {nearest_valid}"
+        )
+
+
+def _check_experts(settings: Settings) -> None:
+    x = settings.experts
+    if (x.router_load_balancing_type == "none") != (x.aux_loss_coeff == 0):
+        raise ValueError(
+            f"experts.aux_loss_coeff: {x.aux_loss_coeff:g} with router_load_balancing_type "
+            f"{x.router_load_balancing_type}; valid: 0 with none, above 0 (e.g. 1e-3) with aux_loss or seq_aux_loss"
+        )
+
+
+def _check_routing(settings: Settings) -> None:
+    """Of the experts' choice, which auxiliary losses and replay look into."""
+    rollout, replay = settings.rollout, settings.rollout.replay_routing
+    if (settings.experts.auxiliary or replay) and "moe" in settings.parallel.recomputed:
+        raise ValueError(
+            "parallel.recompute_modules: moe loses track of the row that auxiliary losses and replayed routing are "
+            "of; take it out, or set recompute: full"
+        )
+    if replay and not (rollout.embedded or rollout.engine == "sglang"):
+        engine = {
+            "local": "a served local engine does not report its experts",
+            "vllm": "vllm reports its experts only with Triton, which no CPU here has, and was never asked for them",
+        }[rollout.engine]
+        raise ValueError(
+            f"rollout.replay_routing: true, but {engine}; set rollout.engine: sglang, or local without "
+            "servers.addresses, or false"
+        )
+    if replay and rollout.partial:
+        raise ValueError(
+            "rollout.replay_routing: true, but with rollout.partial one completion has the experts of several "
+            "weights; set one of them to false"
+        )
+
+
+def _check_optimizer(settings: Settings) -> None:
+    o = settings.optimizer
+    if o.min_lr > o.lr:
+        raise ValueError(f"optimizer.min_lr: {o.min_lr:g} is above lr; at most {o.lr:g}")
+
+
+def _check_pruning(settings: Settings) -> None:
+    p = settings.pruning
+    if p.selection == "proportional" and p.draw == "fixed":
+        raise ValueError("pruning.draw: fixed has one chance for all, proportional one for each; set bernoulli")
+
+
+def _check_asynchrony(settings: Settings) -> None:
+    """Of rollouts that run ahead of training."""
+    a, partial = settings.async_steps, settings.rollout.partial
+    if a and settings.algorithm.tis_cap is None and settings.algorithm.old_logprobs != "rollout":
+        raise ValueError(
+            f"algorithm.tis_cap: unset, but with async_steps {a} older weights sample what is trained; set e.g. 2"
+        )
+    if a > 1 and not partial:
+        raise ValueError(
+            f"async_steps: {a} needs rollout.partial: true, for a weight update that waits for whole completions "
+            "leaves nothing to roll out further ahead; else at most 1"
+        )
+    if partial and not a:
+        raise ValueError("rollout.partial: true does nothing with async_steps 0; set that to 1 or more")
+
+
+def _check_early_exit(settings: Settings) -> None:
+    e, budget = settings.rollout.early_exit, settings.rollout.max_response_tokens
+    if e.enabled and not e.markers:
+        raise ValueError("rollout.early_exit.markers: [] names no marker; the paper's is ['Wait']")
+    if e.enabled and budget - int(e.thinking_share * budget) < 2:
+        raise ValueError(
+            f"rollout.early_exit.thinking_share: {e.thinking_share} of {budget} tokens "
+            "leaves no room for an answer; lower it, e.g. 0.9"
+        )
+
+
+def _nearest_divisor(n: int, wanted: int) -> int:
+    return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(d - wanted))

@@ -16,7 +16,7 @@ from megarl.algorithms.pruning import History, prompt_weights, uniforms
 from megarl.data.order import EpochOrder
 from megarl.data.table import PromptTable
 from megarl.errors import RunError, UserError
-from megarl.trajectory import Prompt
+from megarl.types import Prompt
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from megarl.trajectory import derive_seed
+from megarl.types import derive_seed
 
 
 class EpochOrder:

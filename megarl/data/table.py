@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from megarl.trajectory import Prompt
+from megarl.types import Prompt
 
 
 @dataclass(slots=True)

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from checkpoints_conv.shape import read_shape
 from megarl.config import Settings
 from megarl.doctor.finding import Finding, fail, ok, warn
+from megarl.models.config_json import read_shape
 from megarl.planner.job import sizes
 
 GIB = 2**30

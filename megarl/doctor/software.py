@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from megarl.config import Settings
 from megarl.doctor.finding import Finding, fail, ok, warn
-from megarl.learner import device
+from megarl.runtime import device
 
 ENGINE_DEADLINE = 30.0  # seconds for an engine's interpreter to name its version
 ENGINES_DIR = ".engines"

@@ -18,8 +18,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from checkpoints_conv.shape import ModelShape
 from megarl.learner.router import Routing
+from megarl.models.shape import ModelShape
 
 
 @dataclass

@@ -14,7 +14,7 @@ from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
@@ -29,14 +29,12 @@ from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from checkpoints_conv.shape import ModelShape
-from checkpoints_conv.torch_dist import load_metadata
 from megarl.errors import RunError, UserError
+from megarl.learner.learner import Learner
 from megarl.learner.model import unwrap, vocabulary_rows
 from megarl.learner.parallel import World
-
-if TYPE_CHECKING:
-    from megarl.learner.learner import Learner
+from megarl.models.files.torch_metadata import load_metadata
+from megarl.models.shape import ModelShape
 
 MANIFEST = "learner.json"
 READING_FAILED = (
@@ -45,7 +43,12 @@ READING_FAILED = (
 EXTRA_STATE = "_extra_state"  # Transformer Engine's FP8 history: rebuilt in a few steps, and absent elsewhere
 
 
-def saving(learner: Learner, folder: Path, aside: World | None) -> Callable[[], None]:
+def save(learner: Learner, folder: Path) -> None:
+    """Write weights, optimizer and version into `folder` (empty), loadable under any layout. Collective."""
+    saving(learner, folder)()
+
+
+def saving(learner: Learner, folder: Path, aside: World | None = None) -> Callable[[], None]:
     """Describe the learner's state in `folder`, which exists and is empty; what is returned writes the tensors there.
 
     Both are collective. Without `settings.checkpoint.optimizer`, the weights alone. With `aside`, the tensors are

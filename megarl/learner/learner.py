@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from operator import attrgetter
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -24,20 +23,21 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from checkpoints_conv.shape import ModelShape, read_shape
 from megarl.algorithms.metrics import summarise
 from megarl.config import Settings
 from megarl.errors import RunError
-from megarl.learner import checkpoint, router
 from megarl.learner import precision as precisions
+from megarl.learner import router
 from megarl.learner.attention import inverse_frequencies
+from megarl.learner.broadcast_batch import share
 from megarl.learner.model import build, transformer_config, unquantised, unwrap, user_buffers
 from megarl.learner.parallel import World, check
 from megarl.learner.rows import Alignment, Row, build_row, sequence_sum
 from megarl.learner.schedule import learning_rate
-from megarl.learner.transport import share
 from megarl.learner.weights import Weights
-from megarl.trajectory import Batch, MicroBatch
+from megarl.models.config_json import read_shape
+from megarl.models.shape import ModelShape
+from megarl.types import Batch, MicroBatch
 
 log = logging.getLogger(__name__)
 
@@ -181,21 +181,6 @@ class Learner:
         sums = self._total(self._run(self.models, batch, partial(self._loss, objective)))
         self.optimizer.prepare_grads()
         return {**sums, "grad_norm": float(self.optimizer.get_grad_norm())}
-
-    def save(self, folder: Path) -> None:
-        """Write weights, optimizer and version into `folder` (empty), loadable under any layout; see checkpoint.py."""
-        self.saving(folder)()
-
-    def saving(self, folder: Path, aside: World | None = None) -> Callable[[], None]:
-        """`save` in two halves: what is returned writes the tensors, as they are now.
-
-        With `aside` it writes a copy, for a thread to call: the ranks talk over that group.
-        """
-        return checkpoint.saving(self, folder, aside)
-
-    def load(self, folder: Path) -> None:
-        """Continue from what `save` wrote, under this layout. Raises UserError if it is not a whole, fitting one."""
-        checkpoint.load(self, folder)
 
     def finish_parameter_gather(self) -> None:
         """With overlap, updated parameters are gathered when first used; whoever reads them directly must wait."""

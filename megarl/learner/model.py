@@ -29,17 +29,18 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from checkpoints_conv.layout import padded_vocab
-from checkpoints_conv.rules import Spec
-from checkpoints_conv.shape import Experts as ExpertShape
-from checkpoints_conv.shape import ModelShape
 from megarl.config import Experts, Parallel, Precision
 from megarl.errors import UserError
-from megarl.learner import cpu, device, emulation, router
+from megarl.learner import cpu, emulation, router
 from megarl.learner import precision as precisions
 from megarl.learner.attention import PackedAttention, PackedRow, inverse_frequencies
 from megarl.learner.logprobs import logprobs_and_entropy
 from megarl.learner.norm import RMSNorm
+from megarl.models.layout import padded_vocab
+from megarl.models.rules import Spec
+from megarl.models.shape import Experts as ExpertShape
+from megarl.models.shape import ModelShape
+from megarl.runtime import device
 
 
 class ScoringLayer(ColumnParallelLinear):

@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from checkpoints_conv.layout import Layout
-from checkpoints_conv.shape import ModelShape
 from megarl.config import Parallel, Precision
 from megarl.errors import DeadlineExceeded, RanksLost, RunError, UserError
-from megarl.learner import device
 from megarl.learner import precision as precisions
-from megarl.watchdog import Watchdog, waiting
+from megarl.models.layout import Layout
+from megarl.models.shape import ModelShape
+from megarl.runtime import device
+from megarl.runtime.watchdog import Watchdog, waiting
 
 CUDA_ONLY = {
     "overlap_tp": False, "gradient_accumulation_fusion": False, "cp_comm": "p2p", "offload_optimizer": 0.0,

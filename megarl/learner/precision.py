@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from checkpoints_conv.shape import ModelShape
 from megarl.config import Precision
 from megarl.errors import UserError
-from megarl.learner import device
 from megarl.learner.quantise import E4M3, HISTORY, block_shape, formats
+from megarl.models.shape import ModelShape
+from megarl.runtime import device
 
 RECIPES = {"delayed": "delayed", "tensorwise": "tensorwise", "blockwise": "blockwise", "mxfp8": "mxfp8"}
 """Setting → Megatron's `fp8_recipe`."""

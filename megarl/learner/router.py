@@ -22,9 +22,9 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from checkpoints_conv.shape import ModelShape
 from megarl.config import Experts, Settings
 from megarl.errors import UserError
+from megarl.models.shape import ModelShape
 
 
 @dataclass(slots=True)

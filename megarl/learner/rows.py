@@ -16,7 +16,7 @@ from megarl.config import Parallel, Precision
 from megarl.learner.attention import PackedRow
 from megarl.learner.precision import row_multiple
 from megarl.learner.router import Routing
-from megarl.trajectory import MicroBatch, Sample
+from megarl.types import MicroBatch, Sample
 
 
 @dataclass(frozen=True, slots=True)

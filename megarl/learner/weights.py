@@ -13,14 +13,14 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from torch import Tensor
 
-from checkpoints_conv.families import rules as family_rules
-from checkpoints_conv.hf import HfWeights, load_shards
-from checkpoints_conv.layout import local_rules
-from checkpoints_conv.rules import Rule
-from checkpoints_conv.shape import ModelShape
 from megarl.learner.model import PolicyModel, spec_kind, vocabulary_rows
 from megarl.learner.parallel import World
-from megarl.trajectory import derive_seed
+from megarl.models.families import rules as family_rules
+from megarl.models.files.hf import HfWeights, load_shards
+from megarl.models.layout import local_rules
+from megarl.models.rules import Rule
+from megarl.models.shape import ModelShape
+from megarl.types import derive_seed
 
 BUCKET_BYTES = 1 << 26  # of full tensors gathered at a time
 

@@ -10,10 +10,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from checkpoints_conv.layout import Layout as Divisions
-from checkpoints_conv.shape import read_shape
 from megarl import config as configs
 from megarl.errors import UserError
+from megarl.models.config_json import read_shape
+from megarl.models.layout import Layout as Divisions
 from megarl.planner import chart as charts
 from megarl.planner import hardware
 from megarl.planner.count import count

@@ -13,9 +13,9 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from checkpoints_conv.shape import Experts, ModelShape
 from megarl.config import Parallel
 from megarl.errors import DeadlineExceeded, RunError
+from megarl.models.shape import Experts, ModelShape
 from megarl.planner.memory import Holding
 
 

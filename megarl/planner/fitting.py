@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from checkpoints_conv.shape import ModelShape
 from megarl.config import Settings
 from megarl.errors import UserError
+from megarl.models.shape import ModelShape
 from megarl.planner.command import refusal
 from megarl.planner.hardware import GIB, GPUS
 from megarl.planner.job import check_engine_flags, plan

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from checkpoints_conv.shape import ModelShape
 from megarl.config import Parallel, Settings
 from megarl.errors import UserError
+from megarl.models.shape import ModelShape
 from megarl.planner.hardware import GIB, LAWS, Dtype, Gpu
 from megarl.planner.layout import Layout, Recompute, Software
 from megarl.planner.memory import Holding, StageMemory, plan_memory, stage_holdings

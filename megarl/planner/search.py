@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import log2
 
-from checkpoints_conv.layout import Layout as Divisions
-from checkpoints_conv.shape import ModelShape
 from megarl.config import Parallel, Settings
 from megarl.errors import UserError
+from megarl.models.layout import Layout as Divisions
+from megarl.models.shape import ModelShape
 from megarl.planner.hardware import Gpu
 from megarl.planner.job import Plan, plan, recomputed, with_parallel
 

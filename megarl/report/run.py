@@ -12,10 +12,11 @@ from typing import Any
 
 import yaml
 
-from megarl import commit, environment, reference
+from megarl.config import docs
 from megarl.data import ledger
 from megarl.errors import RunError
-from megarl.rundir import read_metrics
+from megarl.run import atomic, provenance
+from megarl.run.directory import read_metrics
 
 LEDGER_ROWS = 50_000  # of the look-up table; the totals always count everything
 
@@ -51,12 +52,12 @@ def read(folder: Path) -> Run:
         settings = {}
         notices.append(f"{file} is missing: settings are not shown")
     steps: list[ledger.Step] = []
-    if committed := commit.steps(folder / "checkpoints"):
+    if committed := atomic.steps(folder / "checkpoints"):
         try:
-            steps = list(ledger.Ledger.load(commit.folder_of(folder / "checkpoints", committed[-1])))
+            steps = list(ledger.Ledger.load(atomic.folder_of(folder / "checkpoints", committed[-1])))
         except RunError as e:
             notices.append(f"the data ledger is not shown: {e}")
-    return Run(folder, folder.resolve().name, metrics, settings, environment.read(folder), steps, notices)
+    return Run(folder, folder.resolve().name, metrics, settings, provenance.read(folder), steps, notices)
 
 
 def columns(metrics: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
@@ -105,19 +106,19 @@ def tiles(run: Run) -> list[dict[str, Any]]:
 
 def settings_rows(tree: dict[str, Any]) -> list[dict[str, Any]]:
     """Every setting `{key, value, default, changed, doc}`; a required one has no default, and is not `changed`."""
-    known = {setting.key: setting for group in reference.groups() for setting in group.settings}
+    known = {setting.key: setting for group in docs.groups() for setting in group.settings}
     rows = []
     for key, value in _flat(tree):
         setting = known.get(key)
         if setting is None:
             default, changed = "unknown setting", True
-        elif setting.default is reference.REQUIRED:
+        elif setting.default is docs.REQUIRED:
             default, changed = "required", False
         else:
-            default = reference.text(setting.default)
-            changed = reference.text(value) != default
+            default = docs.text(setting.default)
+            changed = docs.text(value) != default
         doc = setting.doc if setting else ""
-        rows.append({"key": key, "value": reference.text(value), "default": default, "changed": changed, "doc": doc})
+        rows.append({"key": key, "value": docs.text(value), "default": default, "changed": changed, "doc": doc})
     return rows
 
 

@@ -12,7 +12,7 @@ from megarl.boxed import answer_part, last_boxed
 from megarl.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from megarl.trajectory import Verdict
+    from megarl.types import Verdict
 
 VERDICTS = ("right", "wrong", "timeout", "error")
 

@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from megarl.trajectory import Finish, Span
+from megarl.types import Finish, Span
 
 
 class Sampling(NamedTuple):

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from checkpoints_conv.shape import read_shape
 from megarl import config
 from megarl.config import Settings
 from megarl.errors import UserError
+from megarl.models.config_json import read_shape
+from megarl.models.families import parameters
 from megarl.planner import hardware
 from megarl.planner.job import plan
 from megarl.scaling.study import GPUS, PARAMETERS, TO_TARGET, Cell, Study, cells
@@ -61,7 +62,7 @@ def results(study: Study, folder: Path) -> list[dict[str, Any]]:
     for i, cell in there:
         row = {**cell.point, "seed": cell.seed, **do(study, i, folder)}
         if study.x == PARAMETERS:
-            row[PARAMETERS] = read_shape(settings_of(study, cell, folder).model.path).parameters
+            row[PARAMETERS] = parameters(read_shape(settings_of(study, cell, folder).model.path))
         rows.append(row)
     return rows
 
@@ -76,7 +77,7 @@ def settings_of(study: Study, cell: Cell, folder: Path) -> Settings:
 
 def measured(study: Study, cell: Cell, settings: Settings) -> Figures:
     """Train the cell's run and take its figures: seconds are those of steps, evaluation and checkpoints apart."""
-    from megarl.bench import _study as runs
+    from megarl.bench.common import training_runs as runs
 
     metrics = runs.trained(settings, cell.ranks)
     steps = [line for line in metrics if "seconds_total" in line and line["step"] > study.skip]

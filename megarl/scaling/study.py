@@ -10,8 +10,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from megarl import reference
-from megarl.config import Section
+from megarl.config import Section, docs
 from megarl.errors import UserError, nearest
 
 GPUS = "gpus"
@@ -67,7 +66,7 @@ class Study(Section):
 
     @model_validator(mode="after")
     def _known(self) -> Self:
-        known = [GPUS, *(s.key for g in reference.groups() for s in g.settings)]
+        known = [GPUS, *(s.key for g in docs.groups() for s in g.settings)]
         varied = {*self.vary, *(key for point in self.points for key in point)}
         for key in (*self.settings, *varied):
             if key not in known:
@@ -82,7 +81,7 @@ class Study(Section):
                 raise ValueError(f"{name}: '{axis}' must be in every point")
         for value in (*self.vary.get(self.x, []), *(point.get(self.x, 0) for point in self.points)):
             if isinstance(value, bool) or not isinstance(value, int | float):
-                raise ValueError(f"x: {self.x}={reference.text(value)} is no number; put it on lines")
+                raise ValueError(f"x: {self.x}={docs.text(value)} is no number; put it on lines")
         figures = [*FIGURES[self.how], *([EFFICIENCY] if self.x == GPUS else [])]
         for figure in self.y:
             if figure not in figures:
@@ -104,7 +103,7 @@ class Cell:
     @property
     def name(self) -> str:
         """A file name that tells the cell."""
-        parts = [f"{key.rpartition('.')[2]}={reference.text(value)}" for key, value in self.point.items()]
+        parts = [f"{key.rpartition('.')[2]}={docs.text(value)}" for key, value in self.point.items()]
         return ",".join([*parts, f"seed={self.seed}"]).replace("/", "_").replace(" ", "")
 
     @property

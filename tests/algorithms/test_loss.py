@@ -10,13 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_rows import make_row
 
 from megarl.algorithms.kl import kl_estimate, kl_penalty
 from megarl.algorithms.loss import policy_loss, token_scale, within_row
 from megarl.algorithms.metrics import summarise
 from megarl.algorithms.presets import PRESETS, Switches
-from megarl.trajectory import MicroBatch
+from megarl.types import MicroBatch
+from tests.support.loss_rows import make_row
 
 BASE = Switches(
     advantage="grpo",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megarl.bench import conversion
+from checkpoints_conv import bench as conversion
 
 SMALL = {
     "hidden_size": 64,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megarl.bench import memory
-from megarl.bench.models import write_model
+from megarl.bench.common.models import write_model
 from megarl.config import Parallel
 
 

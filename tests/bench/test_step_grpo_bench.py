@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megarl.bench import _study, step_grpo
+from megarl.bench import step_grpo
+from megarl.bench.common import training_runs
 
 VALIDATION = "data.eval=[examples/quickstart/problems/validation.jsonl]"
 
@@ -21,8 +22,8 @@ def test_longer_lists_go_with_the_held_out_problems_alone(monkeypatch, tmp_path,
         figures = {"eval/accuracy": accuracy, "eval/response_tokens": 60.0, "eval/steps_per_response": 6.0}
         return [figures, {**figures, "eval/accuracy": accuracy / 2}]
 
-    monkeypatch.setattr(_study, "evaluated", evaluated)
-    rows = [step_grpo.measure("vanilla", seed, _study.QUICKSTART, tmp_path, overrides) for seed in (0, 1)]
+    monkeypatch.setattr(training_runs, "evaluated", evaluated)
+    rows = [step_grpo.measure("vanilla", seed, training_runs.QUICKSTART, tmp_path, overrides) for seed in (0, 1)]
     (summary,) = step_grpo.summary(rows)
     assert (step_grpo.LONGER in seen) is longer
     assert (summary["accuracy"], summary["accuracy_t1"], summary["seeds"]) == (0.75, 0.375, 2)

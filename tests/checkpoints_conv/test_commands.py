@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conversions import assert_same_bytes, read_all, write_model
 from safetensors.torch import load_file, save_file
 
 from megarl import cli
+from tests.support.conversions import assert_same_bytes, read_all, write_model
 
 
 def invoke(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:

@@ -12,25 +12,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from conversions import assert_same_bytes, convert_folder, read_all, write_model
 from hypothesis import given, settings
-from random_models import Case, cases
 from safetensors.torch import load_file, save_file
-from tiny_models import ARCHITECTURES, tiny
 from torch import Tensor
 
-from checkpoints_conv.checkpoint import open_checkpoint
 from checkpoints_conv.classic import ClassicWriter
 from checkpoints_conv.convert import convert, plan
-from checkpoints_conv.families import rules
-from checkpoints_conv.hf import HfWeights, HfWriter, load_shards
-from checkpoints_conv.layout import Layout, local_rules
-from checkpoints_conv.safetensors_file import described_tensors
-from checkpoints_conv.tensor_io import loaded
+from checkpoints_conv.formats import open_checkpoint
+from checkpoints_conv.hf_writer import HfWriter
 from checkpoints_conv.torch_dist import TorchDistWriter
 from checkpoints_conv.unit import Writer
 from checkpoints_conv.verify import compare, misplaced
 from megarl.errors import UserError
+from megarl.models.families import rules
+from megarl.models.files.hf import HfWeights, load_shards
+from megarl.models.files.safetensors_file import described_tensors
+from megarl.models.files.tensor_io import loaded
+from megarl.models.layout import Layout, local_rules
+from tests.support.conversions import assert_same_bytes, convert_folder, read_all, write_model
+from tests.support.random_models import Case, cases
+from tests.support.tiny_models import ARCHITECTURES, tiny
 
 LAYOUTS = {
     "dense": [Layout(), Layout(tp=4), Layout(tp=2, pp=2, vpp=2), Layout(pp=4)],

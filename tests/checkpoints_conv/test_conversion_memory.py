@@ -7,19 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conversions import convert_folder, write_model
 
 from checkpoints_conv.classic import ClassicWriter
-from checkpoints_conv.families import rules
-from checkpoints_conv.hf import HfWriter
-from checkpoints_conv.layout import Layout
-from checkpoints_conv.shape import ModelShape, read_shape
+from checkpoints_conv.hf_writer import HfWriter
 from checkpoints_conv.torch_dist import TorchDistWriter
 from megarl.config import Parallel, Precision
 from megarl.learner.model import build, transformer_config
 from megarl.learner.parallel import start
-from megarl.learner.spawn import spawn
 from megarl.learner.weights import Weights
+from megarl.models.config_json import read_shape
+from megarl.models.families import rules
+from megarl.models.layout import Layout
+from megarl.models.shape import ModelShape
+from megarl.runtime.spawn import spawn
+from tests.support.conversions import convert_folder, write_model
 
 SIZES = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 16, "vocab_size": 2048, "head_dim": 64}
 M_MMAP_THRESHOLD = -3  # of malloc.h

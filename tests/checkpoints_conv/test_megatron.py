@@ -8,25 +8,27 @@ from unittest import mock
 
 import pytest
 import torch
-from conversions import assert_same_bytes, convert_folder, write_model
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.models.gpt import GPTModel, gpt_layer_specs
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from te_stand_ins import Norm, StandIns
-from tiny_models import ARCHITECTURES
 
-from checkpoints_conv.families import rules
-from checkpoints_conv.hf import HfWeights, HfWriter, load_shards
-from checkpoints_conv.layout import local_rules, padded_vocab
-from checkpoints_conv.rules import Rule, Spec
-from checkpoints_conv.shape import ModelShape, read_shape
+from checkpoints_conv.hf_writer import HfWriter
 from checkpoints_conv.torch_dist import TorchDistWriter
 from megarl.config import Parallel, Precision
 from megarl.learner.parallel import World, layout_of, start
-from megarl.learner.spawn import spawn
+from megarl.models.config_json import read_shape
+from megarl.models.families import rules
+from megarl.models.files.hf import HfWeights, load_shards
+from megarl.models.layout import local_rules, padded_vocab
+from megarl.models.rules import Rule, Spec
+from megarl.models.shape import ModelShape
+from megarl.runtime.spawn import spawn
+from tests.support.conversions import assert_same_bytes, convert_folder, write_model
+from tests.support.te_stand_ins import Norm, StandIns
+from tests.support.tiny_models import ARCHITECTURES
 
 pytestmark = pytest.mark.parallel
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 import yaml
 
-from checkpoints_conv.families import rules
-from checkpoints_conv.layout import Layout, chunks, local_rules, padded_vocab
-from checkpoints_conv.rules import Rule
-from checkpoints_conv.shape import ModelShape, read_shape
+from megarl.models.config_json import read_shape
+from megarl.models.families import parameters, rules
+from megarl.models.layout import Layout, chunks, local_rules, padded_vocab
+from megarl.models.rules import Rule
+from megarl.models.shape import ModelShape
 
 CONFIGS = json.loads((Path(__file__).parent / "published_configs.json").read_text())
 
@@ -91,7 +92,7 @@ def test_every_tensor_is_mapped_once(name: str) -> None:
         assert max(Counter(part.name for part in parts).values()) == 1
         assert max(Counter(rule.megatron for rule in owned).values()) == 1
         assert {part.name: part.shape for part in parts} == transformers_tensors(name)
-    assert shape.parameters == PARAMETERS[name]
+    assert parameters(shape) == PARAMETERS[name]
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -8,22 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import smollm2
 import torch
-from conversions import convert_folder
-from megatron_logits import logits
 from safetensors.torch import save_file
 from torch import Tensor
 
 from checkpoints_conv import commands
 from checkpoints_conv.convert import convert, plan
-from checkpoints_conv.hf import HfWeights
-from checkpoints_conv.rules import Rule
-from checkpoints_conv.shape import read_shape
-from checkpoints_conv.tensor_io import loaded
 from checkpoints_conv.torch_dist import TorchDistWriter
 from megarl.config import Parallel
-from megarl.learner.spawn import spawn
+from megarl.models.config_json import read_shape
+from megarl.models.files.hf import HfWeights
+from megarl.models.files.tensor_io import loaded
+from megarl.models.rules import Rule
+from megarl.runtime.spawn import spawn
+from tests.support import smollm2
+from tests.support.conversions import convert_folder
+from tests.support.megatron_logits import logits
 
 pytestmark = [pytest.mark.parallel, pytest.mark.timeout(600)]  # the first test may fetch the weights
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint
-from conversions import convert_folder, read_all, write_model
-from tiny_models import tiny
 
-from checkpoints_conv.families import rules
 from checkpoints_conv.torch_dist import TorchDistWriter, stored_keys
+from megarl.models.families import rules
+from tests.support.conversions import convert_folder, read_all, write_model
+from tests.support.tiny_models import tiny
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])

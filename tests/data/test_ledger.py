@@ -1,7 +1,6 @@
 """The ledger: what is recorded comes back, damage is noticed, and the audit finds every lost or repeated prompt."""
 
 import pytest
-import tables
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -9,6 +8,7 @@ from megarl.config import Pruning
 from megarl.data.ledger import FILE, Audit, Entry, Fate, Ledger, Step
 from megarl.data.loader import Loader
 from megarl.errors import RunError
+from tests.support import tables
 
 pruned = st.builds(Entry, st.integers(0, 99), st.integers(0, 3), st.just(Fate.PRUNED))
 rolled_out = st.builds(

@@ -4,7 +4,6 @@ import io
 
 import numpy as np
 import pytest
-import tables
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,6 +11,7 @@ from megarl.config import Pruning
 from megarl.data import loader as loader_module
 from megarl.data.loader import Draw, Loader, told_apart
 from megarl.errors import RunError, UserError
+from tests.support import tables
 
 PRUNING = Pruning(prompts=0.5)
 

@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pages
 import pytest
+
+from tests.support import pages
 
 DOCS, QUICKSTART = pages.ROOT / "docs", pages.ROOT / "examples" / "quickstart"
 PAGES = [DOCS / f"add_{name}.md" for name in ("reward", "algorithm", "engine", "model_family")]

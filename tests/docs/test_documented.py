@@ -17,10 +17,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import commands
-import pages
 import pytest
 import yaml
+
+from tests.support import commands, pages
 
 DOCUMENTED = sorted({command for page in pages.pages() for command in pages.shell(page)})
 HERE = [c for c in DOCUMENTED if (found := commands.rule(c)) and found.run]
@@ -59,7 +59,7 @@ def executed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     (tree / "commands.json").write_text(json.dumps([to_run(command) for command in wanted]))
     environment = os.environ | {"PYTHONPATH": str(pages.ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("driver.py")), "commands.json", "results.json"],
+        [sys.executable, str(pages.ROOT / "tests" / "support" / "driver.py"), "commands.json", "results.json"],
         cwd=tree, env=environment, capture_output=True, text=True, timeout=TIMEOUT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]

@@ -8,25 +8,26 @@ import re
 from pathlib import Path
 from typing import Any
 
-import pages
 import pytest
 import typer
 from typer.main import get_command
 
 from checkpoints_conv.cli import app as conversions
-from megarl import cli, config, launch, reference
+from megarl import bench, cli, config, launch
+from megarl.config import docs
 from megarl.planner.command import main as planner
 from megarl.scaling import cells, study
+from tests.support import pages
 
 PAGES = [pytest.param(page, id=str(page.relative_to(pages.ROOT))) for page in pages.pages()]
-KEYS = {s.key for g in reference.groups() for s in g.settings} | {g.key for g in reference.groups()}
+KEYS = {s.key for g in docs.groups() for s in g.settings} | {g.key for g in docs.groups()}
 
 
 def test_the_settings_reference_is_current() -> None:
     """Else: megarl settings > docs/configuration.md"""
     page = (pages.ROOT / "docs" / "configuration.md").read_text()
-    assert page == reference.PREFACE + reference.markdown()
-    assert [s.key for g in reference.groups() for s in g.settings if not s.doc] == []
+    assert page == docs.PREFACE + docs.markdown()
+    assert [s.key for g in docs.groups() for s in g.settings if not s.doc] == []
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -99,7 +100,7 @@ def _parse(words: list[str]) -> None:
     if name == "bench":
         if not rest or rest[0].isupper():
             return
-        module = importlib.import_module(f"megarl.bench.{rest[0]}")
+        module = bench.load(rest[0])
         sub, rest = _single(module.main), rest[1:]
     elif name == "plan":
         sub = _single(planner)

@@ -1,11 +1,8 @@
 """The end-to-end tests share `runs.py`; the graders import the quick start's module from the repository's root."""
 
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(autouse=True)

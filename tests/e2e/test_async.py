@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
 
 from megarl import config
 from megarl.data.ledger import Ledger
 from megarl.errors import RunError
-from megarl.learner.spawn import spawn
-from megarl.rundir import read_metrics
+from megarl.run.directory import read_metrics
+from megarl.runtime.spawn import spawn
 from megarl.train import train
+from tests.support import runs
 
 pytestmark = [pytest.mark.e2e, pytest.mark.parallel]
 
@@ -34,7 +34,7 @@ def train_holding_back(wanted: config.Settings) -> list[int]:
     """Train; each update but the last waits until the engine has sampled for the step after it. Returns the tokens that
     were sampled during each update."""
     from megarl.learner.learner import Learner
-    from megarl.rollout.local import LocalEngine
+    from megarl.rollout.local.engine import LocalEngine
 
     update, tick = Learner.train_step, LocalEngine._tick
     ticked, ticks, during = threading.Event(), [0], []

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import runs
 
 from megarl.data.ledger import Fate, Ledger
 from megarl.data.order import EpochOrder
+from tests.support import runs
 
 pytestmark = [pytest.mark.e2e, pytest.mark.parallel]
 

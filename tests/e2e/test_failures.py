@@ -13,15 +13,16 @@ from pathlib import Path
 
 import psutil
 import pytest
-import runs
 
-from megarl import commit, config
+from megarl import config
 from megarl.errors import RunError
-from megarl.learner.spawn import spawn
-from megarl.phases import read_phases
-from megarl.rundir import read_metrics
-from megarl.runlock import only_job
+from megarl.run import atomic
+from megarl.run.directory import read_metrics
+from megarl.run.lock import only_job
+from megarl.run.timeline import read_phases
+from megarl.runtime.spawn import spawn
 from megarl.train import train
+from tests.support import runs
 
 pytestmark = [pytest.mark.e2e, pytest.mark.parallel]
 
@@ -87,7 +88,7 @@ def train_with_a_jumping_clock(settings: config.Settings) -> None:
 
 def train_with_a_dying_engine(settings: config.Settings) -> None:
     """The engine's decoder fails in the second step."""
-    from megarl.rollout.decoder import Decoder
+    from megarl.rollout.local.decoder import Decoder
 
     original, calls = Decoder.logits, [0]
 
@@ -129,7 +130,7 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path: Path) -> None:
         assert all(0 <= value < took for name, value in line.items() if name.startswith("seconds_")), line
     spans = read_phases(wanted.run)
     assert spans and all(span.end is not None and 0 <= span.end - span.begin < took for span in spans)
-    assert commit.newest_good(wanted.run / "checkpoints", pytest.fail) == 2
+    assert atomic.newest_good(wanted.run / "checkpoints", pytest.fail) == 2
     with only_job(wanted.run, pytest.fail):
         pass
 
@@ -168,7 +169,11 @@ def test_a_grader_that_hangs_is_a_verdict_of_its_own(tmp_path: Path) -> None:
     """Each grade runs into its time limit, its worker is replaced, and the run goes on."""
     metrics = runs.run(
         runs.settings(
-            tmp_path / "run", "parallel.tp=1", "steps=1", "reward.function=tests.e2e.graders:hang", "reward.timeout=0.2"
+            tmp_path / "run",
+            "parallel.tp=1",
+            "steps=1",
+            "reward.function=tests.support.graders:hang",
+            "reward.timeout=0.2",
         )
     )
     assert metrics[0]["verdict_timeout"] == 16
@@ -176,7 +181,7 @@ def test_a_grader_that_hangs_is_a_verdict_of_its_own(tmp_path: Path) -> None:
 
 
 def test_a_grader_that_always_fails_ends_the_run(tmp_path: Path) -> None:
-    settings = runs.settings(tmp_path / "run", "parallel.tp=1", "reward.function=tests.e2e.graders:fail")
+    settings = runs.settings(tmp_path / "run", "parallel.tp=1", "reward.function=tests.support.graders:fail")
     with pytest.raises(RunError, match="every one of 16 grades failed.*the verifier is broken"):
         runs.run(settings)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import runs
+
+from tests.support import runs
 
 pytestmark = [pytest.mark.e2e, pytest.mark.parallel]
 

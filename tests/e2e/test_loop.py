@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from checkpoints_conv import commands
 from megarl import replay as recorded
-from megarl.learner.spawn import spawn
-from megarl.rundir import read_metrics
+from megarl.run.directory import read_metrics
+from megarl.runtime.spawn import spawn
 from megarl.train import train
+from tests.support import runs
 
 pytestmark = [pytest.mark.e2e, pytest.mark.parallel]
 

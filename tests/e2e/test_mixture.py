@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import runs
 
 from megarl import config, launch
-from megarl.bench.models import write_model
+from megarl.bench.common.models import write_model
 from megarl.errors import UserError
-from megarl.rundir import read_rollouts
+from megarl.run.directory import read_rollouts
+from tests.support import runs
 
 pytestmark = [pytest.mark.e2e, pytest.mark.parallel]
 
@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.parallel]
 def settings(folder: Path, *more: str) -> config.Settings:
     """Two steps of a random Qwen3-MoE with the quick start's vocabulary; about half of its responses are right."""
     return runs.settings(
-        folder / "run", f"model.path={folder / 'model'}", "reward.function=tests.e2e.graders:odd",
+        folder / "run", f"model.path={folder / 'model'}", "reward.function=tests.support.graders:odd",
         "reward.shaping=none", "pruning.completions=0", "optimizer.lr=1e-2", "parallel={}", *more,
     )  # fmt: skip
 

@@ -7,11 +7,11 @@ import secrets
 from collections.abc import Iterator
 
 import pytest
-from real_servers import KEY_VARIABLE, TOKENIZER, Live, Policy, settings
-from tiny_policy import make_model
 
-from megarl.rollout import fleet
 from megarl.rollout.detokenize import Vocabulary
+from megarl.rollout.servers import factory
+from tests.support.real_servers import KEY_VARIABLE, TOKENIZER, Live, Policy, settings
+from tests.support.tiny_policy import make_model
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -34,7 +34,7 @@ def live(
     request: pytest.FixtureRequest, policy: Policy, api_key: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Live]:
     """One server of each kind, started once; tests that need another number start their own."""
-    pool = fleet.build(settings(policy, tmp_path_factory.mktemp("run"), request.param), Vocabulary(TOKENIZER))
+    pool = factory.build(settings(policy, tmp_path_factory.mktemp("run"), request.param), Vocabulary(TOKENIZER))
     with asyncio.Runner() as runner:
         runner.run(pool.start())
         yield Live(pool, runner)

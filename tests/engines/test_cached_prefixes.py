@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 from aiohttp import web
-from tiny_policy import make_tokenizer
 
 from megarl.config import Servers
 from megarl.errors import DeadlineExceeded
-from megarl.rollout import vllm
 from megarl.rollout.detokenize import Vocabulary
-from megarl.rollout.http import Refused
-from megarl.rollout.remote import RemoteEngine
-from megarl.rollout.sglang import SGLangEngine
-from megarl.rollout.vllm import VLLMEngine
+from megarl.rollout.servers import vllm
+from megarl.rollout.servers.http import Refused
+from megarl.rollout.servers.remote import RemoteEngine
+from megarl.rollout.servers.sglang import SGLangEngine
+from megarl.rollout.servers.vllm import VLLMEngine
+from tests.support.tiny_policy import make_tokenizer
 
 TOKENIZER = make_tokenizer()
 

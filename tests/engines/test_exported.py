@@ -14,17 +14,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from real_servers import BF16, Policy, settings
-from tiny_policy import reference_logprobs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from checkpoints_conv import commands
 from megarl import config
-from megarl.learner.spawn import spawn
-from megarl.rollout import fleet
 from megarl.rollout.detokenize import Vocabulary
 from megarl.rollout.engine import Sampling
+from megarl.rollout.servers import factory
+from megarl.runtime.spawn import spawn
 from megarl.train import train
+from tests.support.real_servers import BF16, Policy, settings
+from tests.support.tiny_policy import reference_logprobs
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(1500)]
 
@@ -86,7 +86,7 @@ def test_a_server_loads_a_checkpoint_of_the_loop(engine: str, exported: Exported
     vocabulary = Vocabulary(AutoTokenizer.from_pretrained(folder))
 
     async def main() -> None:
-        pool = fleet.build(settings(exported.policy, tmp_path / "run", engine), vocabulary)
+        pool = factory.build(settings(exported.policy, tmp_path / "run", engine), vocabulary)
         try:
             await pool.start()
             assert distance(await pool.score(token_ids), expected, sampled) <= BF16

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from real_servers import Policy, settings
 
 from megarl.config import Settings, parse
 from megarl.errors import DeadlineExceeded, RunError, UserError
-from megarl.rollout import flags, fleet
-from megarl.rollout.servers import Server
+from megarl.rollout.servers import factory, flags
+from megarl.rollout.servers.process import Server
+from tests.support.real_servers import Policy, settings
 
 PROGRAM = """
 import argparse, os, subprocess, sys
@@ -76,7 +76,7 @@ def test_the_programs_own_parser_decides_and_nothing_is_left(
 
 
 def test_a_module_is_run_as_python_does() -> None:
-    line = [sys.executable, "-m", "megarl.engine_server", "--model", "x", "--port", "1"]
+    line = [sys.executable, "-m", "megarl.rollout.local.server", "--model", "x", "--port", "1"]
     assert flags.refusal("local", line, {}) is None
     said = flags.refusal("local", [*line, "--slot-s", "2"], {})
     assert said == "unrecognized arguments: --slot-s 2 (did you mean '--slots'?)"
@@ -118,7 +118,7 @@ def test_flags_that_may_not_stand_on_the_command_line(flag: str, words: str, tmp
     with pytest.raises(UserError, match=words):
         flags.checked(of_a_run(tmp_path, flags=[flag]))
     with pytest.raises(UserError, match=words):
-        fleet.check(of_a_run(tmp_path, python=sys.executable, flags=[flag]).rollout)
+        factory.check(of_a_run(tmp_path, python=sys.executable, flags=[flag]).rollout)
 
 
 def test_a_server_that_refuses_its_flags_is_quoted_without_the_list_of_them(tmp_path: Path) -> None:

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from key_checks import check_the_key
-from real_servers import Policy, settings
-from tiny_policy import make_model
 
 from megarl.errors import UserError
-from megarl.rollout import fleet
-from megarl.rollout.http import Endpoint
 from megarl.rollout.in_engine.megarl_guard import Guard
 from megarl.rollout.in_engine.megarl_sglang import hide_in_logs
+from megarl.rollout.servers import factory
+from megarl.rollout.servers.http import Endpoint
+from tests.support.key_checks import check_the_key
+from tests.support.real_servers import Policy, settings
+from tests.support.tiny_policy import make_model
 
 
 @pytest.fixture
@@ -28,10 +28,10 @@ def policy(tmp_path: Path) -> Policy:
 @pytest.mark.parametrize("engine", ["sglang", "vllm", "local"])
 def test_the_key_is_in_the_environment_alone(engine: str, policy: Policy, api_key: str, tmp_path: Path) -> None:
     """And a server without one does not take the key that happens to be in the trainer's environment."""
-    server = fleet.server(settings(policy, tmp_path / "run", engine), 0, engine)
+    server = factory.server(settings(policy, tmp_path / "run", engine), 0, engine)
     assert api_key in server._environment.values()
     assert not any(api_key in part for part in server._command(1))
-    keyless = fleet.server(settings(policy, tmp_path / "run", engine, api_key_env=None), 0, engine)
+    keyless = factory.server(settings(policy, tmp_path / "run", engine, api_key_env=None), 0, engine)
     assert {name: value for name, value in keyless._environment.items() if "KEY" in name} == {
         name: "" for name, value in server._environment.items() if value == api_key
     }
@@ -41,14 +41,14 @@ def test_the_key_is_in_the_environment_alone(engine: str, policy: Policy, api_ke
 def test_a_key_among_the_flags_is_refused(flags: list[str], policy: Policy, tmp_path: Path) -> None:
     wanted = settings(policy, tmp_path / "run", "local", flags=flags)
     with pytest.raises(UserError, match=r"rollout\.servers\.flags: '--api-key': .* rollout\.servers\.api_key_env"):
-        fleet.check(wanted.rollout)
+        factory.check(wanted.rollout)
 
 
 def test_the_embedded_engines_server_keeps_its_key(policy: Policy, api_key: str, tmp_path: Path) -> None:
     """The same as tests/engines/test_real_engines.py shows of SGLang and vLLM, of `megarl serve`'s own."""
 
     async def main() -> None:
-        server = fleet.server(settings(policy, tmp_path / "run", "local"), 0, "local-0")
+        server = factory.server(settings(policy, tmp_path / "run", "local"), 0, "local-0")
         server.start()
         endpoint = Endpoint(server.address, api_key=api_key)
         try:
@@ -62,13 +62,13 @@ def test_the_embedded_engines_server_keeps_its_key(policy: Policy, api_key: str,
 
 
 @pytest.fixture
-def factory() -> Iterator[None]:
+def log_factory() -> Iterator[None]:
     before = logging.getLogRecordFactory()
     yield
     logging.setLogRecordFactory(before)
 
 
-def test_log_records_do_not_show_what_is_hidden(factory: None, caplog: pytest.LogCaptureFixture) -> None:
+def test_log_records_do_not_show_what_is_hidden(log_factory: None, caplog: pytest.LogCaptureFixture) -> None:
     """In the message, in an argument, in an argument's representation, in a record that cannot be formatted."""
     hide_in_logs("s3cret")
     log = logging.getLogger("test")

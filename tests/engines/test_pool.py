@@ -7,19 +7,19 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 import pytest
 import torch
-from fake_sglang import FakeSGLang
-from tiny_policy import make_tokenizer
 
 from megarl.config import Servers
 from megarl.errors import DeadlineExceeded, RunError
-from megarl.rollout import pool as pool_module
 from megarl.rollout.detokenize import Vocabulary
 from megarl.rollout.engine import Sampling
-from megarl.rollout.http import Refused
-from megarl.rollout.pool import Pool, group_of
-from megarl.rollout.remote import RemoteEngine
-from megarl.rollout.sglang import SGLangEngine
-from megarl.rollout.transport import Checks, Outcome
+from megarl.rollout.servers import pool as pool_module
+from megarl.rollout.servers.http import Refused
+from megarl.rollout.servers.pool import Pool, group_of
+from megarl.rollout.servers.remote import Outcome, RemoteEngine
+from megarl.rollout.servers.sglang import SGLangEngine
+from megarl.rollout.weights.transport import Checks
+from tests.support.fake_sglang import FakeSGLang
+from tests.support.tiny_policy import make_tokenizer
 
 TOKENIZER = make_tokenizer()
 VOCABULARY = Vocabulary(TOKENIZER)

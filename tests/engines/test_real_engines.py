@@ -13,25 +13,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from key_checks import GUARDED, check_the_key
-from real_servers import BF16, CANARY, TOKENIZER, Live, Policy
 from safetensors.torch import load_file, save_file
-from tiny_policy import make_model, reference_logprobs
 
 from megarl.errors import RunError
-from megarl.rollout import weight_sync
 from megarl.rollout.detokenize import Vocabulary
 from megarl.rollout.engine import Generation, Sampling
 from megarl.rollout.in_engine.megarl_sglang import HIDDEN
-from megarl.rollout.pool import Pool
+from megarl.rollout.servers.pool import Pool
+from megarl.rollout.servers.remote import Transport
 from megarl.rollout.stops import Stops
-from megarl.rollout.transport import Transport
-from megarl.rollout.transport import tensor as transport_tensor
-from megarl.rollout.transport.disk import DiskTransport
-from megarl.rollout.transport.distributed import DistributedTransport
-from megarl.rollout.transport.tensor import TensorTransport
-from megarl.rollout.weight_sync import Canary
-from megarl.trajectory import Span
+from megarl.rollout.weights import shared_memory as transport_tensor
+from megarl.rollout.weights import verify
+from megarl.rollout.weights.broadcast import DistributedTransport
+from megarl.rollout.weights.disk import DiskTransport
+from megarl.rollout.weights.shared_memory import TensorTransport
+from megarl.rollout.weights.verify import Canary
+from megarl.types import Span
+from tests.support.key_checks import GUARDED, check_the_key
+from tests.support.real_servers import BF16, CANARY, TOKENIZER, Live, Policy
+from tests.support.tiny_policy import make_model, reference_logprobs
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(1500)]
 
@@ -121,8 +121,8 @@ def test_an_abort_ends_a_request_early_with_its_tokens(live: Live) -> None:
 
 async def sync(pool: Pool, version: int, tensors: Iterable[tuple[str, torch.Tensor]], canary: Canary) -> None:
     """As the run does after every step."""
-    await weight_sync.send(pool, version, tensors)
-    await weight_sync.check(pool, version, canary, BF16)
+    await verify.send(pool, version, tensors)
+    await verify.check(pool, version, canary, BF16)
 
 
 def transports(pool: Pool, policy: Policy, tmp_path: Path) -> Iterator[tuple[str, Transport]]:

@@ -6,16 +6,16 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 import pytest
-from fake_sglang import FakeSGLang
-from tiny_policy import make_tokenizer
 
 from megarl.config import Servers
 from megarl.errors import DeadlineExceeded, RunError
 from megarl.rollout.detokenize import Vocabulary
 from megarl.rollout.engine import Generation, Sampling
-from megarl.rollout.http import Refused, ServerError
-from megarl.rollout.sglang import SGLangEngine
-from megarl.trajectory import Span
+from megarl.rollout.servers.http import Refused, ServerError
+from megarl.rollout.servers.sglang import SGLangEngine
+from megarl.types import Span
+from tests.support.fake_sglang import FakeSGLang
+from tests.support.tiny_policy import make_tokenizer
 
 TOKENIZER = make_tokenizer()
 VOCABULARY = Vocabulary(TOKENIZER)

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from real_servers import KEY_VARIABLE, TOKENIZER
 
-from megarl.bench.models import write_model
+from megarl.bench.common.models import write_model
 from megarl.config import Settings, parse
-from megarl.rollout import fleet
 from megarl.rollout.detokenize import Vocabulary
 from megarl.rollout.engine import Generation, Sampling
-from megarl.rollout.pool import Pool
+from megarl.rollout.servers import factory
+from megarl.rollout.servers.pool import Pool
+from tests.support.real_servers import KEY_VARIABLE, TOKENIZER
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(900)]
 
@@ -78,7 +78,7 @@ def test_reported_experts_are_the_models(tmp_path: Path) -> None:
         assert (await pool.generate(PROMPT, Sampling(4), "plain/0|0")).experts is None
 
     async def run() -> None:
-        pool = fleet.build(settings(tmp_path), Vocabulary(TOKENIZER))
+        pool = factory.build(settings(tmp_path), Vocabulary(TOKENIZER))
         try:
             await pool.start()
             await ask(pool, model)

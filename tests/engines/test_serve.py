@@ -10,8 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-from megarl.rollout.clients import Idleness, silence
-from megarl.rollout.servers import free_port
+from megarl.rollout.servers.idle import Idleness, silence
+from megarl.rollout.servers.process import free_port
 
 ROOT = Path(__file__).parents[2]
 BOUND = 240.0  # seconds within which `megarl serve` must have ended, on a busy machine

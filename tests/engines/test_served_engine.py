@@ -11,17 +11,17 @@ import pytest
 import torch
 from aiohttp import web
 from safetensors.torch import load_file
-from tiny_policy import make_model, make_tokenizer, reference_logprobs
 
 from megarl.config import Servers
-from megarl.engine_server import LocalServer
 from megarl.errors import RunError
 from megarl.rollout.detokenize import Vocabulary
 from megarl.rollout.engine import Generation, Sampling
-from megarl.rollout.http import Refused, ServerError
-from megarl.rollout.local import LocalEngine
-from megarl.rollout.served import ServedEngine
-from megarl.rollout.transport.disk import DiskTransport
+from megarl.rollout.local.engine import LocalEngine
+from megarl.rollout.local.server import LocalServer
+from megarl.rollout.servers.http import Refused, ServerError
+from megarl.rollout.servers.local import ServedEngine
+from megarl.rollout.weights.disk import DiskTransport
+from tests.support.tiny_policy import make_model, make_tokenizer, reference_logprobs
 
 TOKENIZER = make_tokenizer()
 VOCABULARY = Vocabulary(TOKENIZER)

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from megarl.errors import DeadlineExceeded, RunError
-from megarl.rollout import keeper
-from megarl.rollout.http import Endpoint
-from megarl.rollout.servers import Server
+from megarl.rollout.servers import reaper
+from megarl.rollout.servers.http import Endpoint
+from megarl.rollout.servers.process import Server
 
 SERVE = """
 import http.server, os, subprocess, sys
@@ -144,7 +144,7 @@ def test_the_server_ends_with_the_process_that_started_it(tmp_path: Path) -> Non
         "import subprocess, sys, time; child = subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE); time.sleep(600)"
     )
     starter = subprocess.Popen(
-        [sys.executable, "-c", code, sys.executable, keeper.__file__, sys.executable, "-c", told],
+        [sys.executable, "-c", code, sys.executable, reaper.__file__, sys.executable, "-c", told],
         stdout=subprocess.PIPE,
         text=True,
     )

@@ -9,22 +9,19 @@ import asyncio
 import os
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
-from key_checks import GUARDED, check_the_key
 
 from megarl import config
-from megarl.learner.spawn import spawn
-from megarl.rollout import sglang, vllm
-from megarl.rollout.http import Endpoint
-from megarl.rollout.servers import Server
-from megarl.rundir import read_metrics
+from megarl.rollout.servers import sglang, vllm
+from megarl.rollout.servers.http import Endpoint
+from megarl.rollout.servers.process import Server
+from megarl.run.directory import read_metrics
+from megarl.runtime.spawn import spawn
 from megarl.train import train
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
-import pages  # noqa: E402
+from tests.support import pages  # noqa: E402
+from tests.support.key_checks import GUARDED, check_the_key
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(1800)]
 

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from real_servers import BF16, KEY_VARIABLE
 
 from megarl import config
-from megarl.bench.models import write_model
-from megarl.learner.spawn import spawn
-from megarl.rundir import read_metrics
+from megarl.bench.common.models import write_model
+from megarl.run.directory import read_metrics
+from megarl.runtime.spawn import spawn
 from megarl.train import train
+from tests.support.real_servers import BF16, KEY_VARIABLE
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(1800)]
 
@@ -108,7 +108,7 @@ def test_the_loop_replays_the_routing_of_a_real_server(tmp_path: Path) -> None:
         shutil.copy(file, tmp_path / "model")
     wanted = settings(
         tmp_path / "run", "sglang", f"model.path={tmp_path / 'model'}", "rollout.replay_routing=true", "steps=2",
-        "reward.function=tests.e2e.graders:odd", "reward.shaping=none", "rollout.early_exit.threshold=0.01",
+        "reward.function=tests.support.graders:odd", "reward.shaping=none", "rollout.early_exit.threshold=0.01",
         "rollout.early_exit.strict=false",
     )  # fmt: skip
     spawn(train, 1, (wanted,), DEADLINE)
@@ -123,15 +123,15 @@ def train_while_servers_die(wanted: config.Settings) -> dict[str, Any]:
     """Train on two servers, of which one gets SIGKILL in mid-rollout of step 2 and the other in the weight update after
     step 3; each is waited for before the next step. Returns what became of the pool, at the end and after each step's
     rollout and recovery."""
-    from megarl.collector import Collector
-    from megarl.rollout import fleet
-    from megarl.rollout.remote import RemoteEngine
+    from megarl.loop.collector import Collector
+    from megarl.rollout.servers import factory
+    from megarl.rollout.servers.remote import RemoteEngine
 
-    kind, *_ = fleet.ENGINES[wanted.rollout.engine]
+    kind, *_ = factory.ENGINES[wanted.rollout.engine]
     way = "load_serialized" if kind.kind == "sglang" else "load_folder"
     first, second = f"{kind.kind}-0", f"{kind.kind}-1"
     pools, killed, segments, after = [], [], [0], []
-    build, collect, segment, load = fleet.build, Collector.collect, kind._segment, getattr(kind, way)
+    build, collect, segment, load = factory.build, Collector.collect, kind._segment, getattr(kind, way)
 
     def remember(*arguments: Any) -> Any:
         pools.append(build(*arguments))
@@ -166,7 +166,7 @@ def train_while_servers_die(wanted: config.Settings) -> dict[str, Any]:
         after.append(members())
         return collected
 
-    fleet.build, kind._segment, Collector.collect = remember, counted, collect_and_wait
+    factory.build, kind._segment, Collector.collect = remember, counted, collect_and_wait
     setattr(kind, way, cut)
     train(wanted)
     return {"killed": killed, "redone": pools[0].redone, "after": after, "engines": members()}

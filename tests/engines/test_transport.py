@@ -10,13 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_policy import make_model
 
 from megarl.errors import RunError
-from megarl.rollout.sglang import FusedDigests, word_pattern
-from megarl.rollout.transport import Changes, buckets
-from megarl.rollout.transport.disk import DiskTransport, read_back
-from megarl.rollout.weight_sync import checksum
+from megarl.rollout.servers.sglang import FusedDigests, word_pattern
+from megarl.rollout.weights.disk import DiskTransport, read_back
+from megarl.rollout.weights.transport import Changes, buckets
+from megarl.rollout.weights.verify import checksum
+from tests.support.tiny_policy import make_model
 
 NAMED = [(f"t{i}", torch.full((4, 4), float(i))) for i in range(5)]
 

@@ -16,7 +16,7 @@ from examples.quickstart.make_problems import write_jsonl
 from examples.quickstart.search_verify import lesson_rows
 from megarl import config
 from megarl.data.demonstrations import read_demonstrations
-from megarl.learner.spawn import spawn
+from megarl.runtime.spawn import spawn
 from megarl.sft import sft
 
 FOLDER = Path("examples/quickstart")

@@ -12,9 +12,10 @@ from examples.quickstart.search_verify import grade
 from megarl import config
 from megarl.data.prompts import read_prompts
 from megarl.launch import preflight
-from megarl.rollout import early_exit
-from megarl.rollout.local import LocalEngine
-from megarl.trajectory import Group
+from megarl.rollout import groups
+from megarl.rollout.early_exit import plan
+from megarl.rollout.local.engine import LocalEngine
+from megarl.types import Group
 
 SETTINGS = Path("examples/quickstart/train.yaml")
 REASONER = Path("examples/quickstart/reasoner")
@@ -27,7 +28,7 @@ def test_the_settings_pass_every_check_before_the_run(name: str, tmp_path: Path)
     lesson = [f"data.train=[{tmp_path / 'lesson.jsonl'}]"] if name == "sft" else []
     settings = config.load(SETTINGS.with_name(f"{name}.yaml"), [f"run={tmp_path}", *lesson])
     preflight(settings, settings.parallel.model_ranks, resume=False)
-    early_exit.check(settings.rollout, AutoTokenizer.from_pretrained(REASONER))
+    plan.check(settings.rollout, AutoTokenizer.from_pretrained(REASONER))
 
 
 def test_the_shipped_reasoner_is_small_and_solves_problems_in_the_taught_way() -> None:
@@ -37,15 +38,15 @@ def test_the_shipped_reasoner_is_small_and_solves_problems_in_the_taught_way() -
     settings = config.load(SETTINGS, [f"data.eval=[{SETTINGS.parent / 'problems' / 'validation.jsonl'}]"])
     tokenizer = AutoTokenizer.from_pretrained(REASONER)
     table, _ = read_prompts(settings.data.eval, tokenizer, settings.data)
-    engine = LocalEngine(REASONER, tokenizer, batch_slots=100, max_length=early_exit.longest_sequence(settings))
+    engine = LocalEngine(REASONER, tokenizer, batch_slots=100, max_length=groups.longest_sequence(settings))
 
     async def responses() -> list[Group]:
         await engine.update_weights(0, load_file(REASONER / "model.safetensors").items())
-        groups = await early_exit.evaluation(engine, [table[i] for i in range(100)], settings, tokenizer)
+        found = await groups.evaluation(engine, [table[i] for i in range(100)], settings, tokenizer)
         await engine.close()
-        return groups
+        return found
 
-    groups = asyncio.run(responses())
-    right = sum(grade(c.text, group.prompt.answer) for group in groups for c in group.completions)
+    answered = asyncio.run(responses())
+    right = sum(grade(c.text, group.prompt.answer) for group in answered for c in group.completions)
     assert right >= 100 * (ACCURACY - 4 * 0.05)
-    assert sum("Wait" in c.text and "</think>" in c.text for group in groups for c in group.completions) >= 80
+    assert sum("Wait" in c.text and "</think>" in c.text for group in answered for c in group.completions) >= 80

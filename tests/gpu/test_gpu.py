@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megarl.bench import gpu
-from megarl.learner import device
+from megarl.runtime import device
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from learner_support import Alone
 
-from checkpoints_conv.shape import read_shape
-from megarl.bench.models import LLAMA3
+from megarl.bench.common.models import LLAMA3
 from megarl.learner.attention import PackedAttention, PackedRow, inverse_frequencies
+from megarl.models.config_json import read_shape
+from tests.support.learner_support import Alone
 
 
 @pytest.mark.parametrize("scaled", [False, True])

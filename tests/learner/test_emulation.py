@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from checkpoints_conv.shape import read_shape
+from megarl.bench.common.models import write_model
 from megarl.bench.gpu import chain
-from megarl.bench.models import write_model
 from megarl.bench.parity import settings
 from megarl.config import Precision
 from megarl.errors import UserError
 from megarl.learner import precision as precisions
-from megarl.learner.spawn import spawn
+from megarl.models.config_json import read_shape
+from megarl.runtime.spawn import spawn
 
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 STEPS = 25

@@ -2,13 +2,14 @@
 
 import pytest
 
-from checkpoints_conv.shape import read_shape
-from megarl.bench.models import write_model
+from megarl.bench.common.models import write_model
 from megarl.config import Parallel, Precision
 from megarl.errors import UserError
-from megarl.learner import device, parallel
+from megarl.learner import parallel
 from megarl.learner.model import transformer_config
 from megarl.learner.rows import Alignment
+from megarl.models.config_json import read_shape
+from megarl.runtime import device
 
 
 @pytest.fixture(scope="module")

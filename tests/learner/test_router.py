@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from checkpoints_conv.shape import read_shape
-from megarl.bench.models import write_model
+from megarl.bench.common.models import write_model
 from megarl.bench.parity import DEADLINE, _per_expert, samples, settings, split
 from megarl.errors import UserError
-from megarl.learner.spawn import spawn
+from megarl.models.config_json import read_shape
+from megarl.runtime.spawn import spawn
 
 LAYOUTS = {
     "tp1": (1, {}, {}),

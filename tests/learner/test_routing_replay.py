@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
-from megarl.bench.models import write_model
+from megarl.bench.common.models import write_model
 from megarl.bench.parity import DEADLINE, _per_expert, samples, settings, split
-from megarl.learner.spawn import spawn
-from megarl.trajectory import Sample
+from megarl.runtime.spawn import spawn
+from megarl.types import Sample
 
 LAYOUTS = {
     "tp1": (1, {}),

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from learner_support import Alone, random_samples
 
 from megarl.learner.rows import Alignment, Row, build_row, sequence_sum
-from megarl.trajectory import Sample
+from megarl.types import Sample
+from tests.support.learner_support import Alone, random_samples
 
 FREQUENCIES = torch.ones(2)
 

@@ -6,16 +6,18 @@ import os
 import pickle
 import resource
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from megarl.bench.models import write_model
+from megarl.bench.common.models import write_model
 from megarl.bench.parity import DEADLINE, samples, settings, split
 from megarl.errors import UserError
-from megarl.learner.spawn import spawn
+from megarl.learner import checkpoint
+from megarl.runtime.spawn import spawn
 
 pytestmark = pytest.mark.parallel
 
@@ -46,7 +48,7 @@ def save_and_go_on(model: Path, parallel: dict[str, Any], folder: Path) -> list[
     """On every rank: the losses of an uninterrupted run that saves on its way."""
     learner = _learner(model, parallel)
     losses = _train(learner, range(BEFORE))
-    learner.save(folder)
+    checkpoint.save(learner, folder)
     losses += _train(learner, range(BEFORE, BEFORE + AFTER))
     learner.world.release()
     return losses
@@ -59,7 +61,7 @@ def resume(model: Path, parallel: dict[str, Any], folder: Path) -> tuple[list[fl
         for chunk in learner.models:
             for parameter in chunk.parameters():
                 parameter.fill_(0.123)  # so that a load that does nothing does not look right
-    learner.load(folder)
+    checkpoint.load(learner, folder)
     assert learner.version == BEFORE
     states = [state for o in learner.optimizer.chained_optimizers for state in o.optimizer.state.values()]
     steps = [state["step"] for state in states]
@@ -160,15 +162,15 @@ def _refusals(model: Path, other: Path, folders: dict[str, Path]) -> dict[str, s
 
     learner = _learner(model, {})
     for name in REFUSED:
-        attempt(name, learner.load, folders[name])
+        attempt(name, partial(checkpoint.load, learner), folders[name])
     learner.world.release()
     learner = _learner(other, {})
-    attempt("other model", learner.load, folders["whole"])
+    attempt("other model", partial(checkpoint.load, learner), folders["whole"])
     learner.world.release()
     learner = _learner(model, {"distributed_optimizer": False})
-    attempt("other optimizer", learner.load, folders["whole"])
+    attempt("other optimizer", partial(checkpoint.load, learner), folders["whole"])
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))  # Python ignores SIGXFSZ
-    attempt("disk full", learner.save, folders["full"])
+    attempt("disk full", partial(checkpoint.save, learner), folders["full"])
     return messages
 
 

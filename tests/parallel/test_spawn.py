@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from megarl.learner.spawn import spawn
+from megarl.runtime.spawn import spawn
 
 DEADLINE = 120.0  # seconds
 RANKS = """

@@ -16,12 +16,14 @@ from typing import Any
 
 import pytest
 
-from megarl import commit, config, watchdog
-from megarl.checkpoints import Checkpoints
+from megarl import config
 from megarl.errors import RanksLost, RunError
-from megarl.exchange import broadcast
-from megarl.learner.spawn import spawn
-from megarl.progress import RunProgress
+from megarl.loop.checkpoints import Checkpoints
+from megarl.loop.collectives import broadcast
+from megarl.run import atomic
+from megarl.runtime import watchdog
+from megarl.runtime.spawn import spawn
+from megarl.view.progress import RunProgress
 
 pytestmark = pytest.mark.parallel
 
@@ -98,7 +100,7 @@ def save_on_a_dead_disk(run: Path) -> None:
     settings = config.parse({"run": run, "model": {"path": "m"}, "data": {"train": ["t"]}})
     world = replace(start(config.Parallel(), config.Precision(dtype="fp32"), 0, LONG), deadline_s=SHORT)
     part: Any = SimpleNamespace(save=lambda folder: None, saving=lambda folder, aside: lambda: None)
-    commit._flush = lambda path: sleep_for_ever()
+    atomic._flush = lambda path: sleep_for_ever()
     with world.watchdog(LONG, run / "logs"):
         Checkpoints(settings, world, part, part, RunProgress(1, quiet=True)).save(7)
 
@@ -107,7 +109,7 @@ def test_a_disk_that_never_answers_ends_the_job(tmp_path: Path) -> None:
     """No checkpoint appears, and the stacks show the flush that hangs."""
     with pytest.raises(RunError, match="rank 0: gave up after 3 s waiting for the checkpoint of step 7 to be on disk"):
         spawn(save_on_a_dead_disk, 1, (tmp_path,), BOUND)
-    assert commit.steps(tmp_path / "checkpoints") == []
+    assert atomic.steps(tmp_path / "checkpoints") == []
     assert "sleep_for_ever" in (tmp_path / "logs" / "stacks_rank_0.txt").read_text()
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from checkpoints_conv.shape import read_shape
 from megarl.config import parse
 from megarl.errors import UserError
+from megarl.models.config_json import read_shape
 from megarl.planner.fitting import fitting
 
 QWEN_32B = {

@@ -6,13 +6,13 @@ import xml.etree.ElementTree as tree
 
 import pytest
 
-from checkpoints_conv.families import rules
-from checkpoints_conv.layout import Layout as Divisions
-from checkpoints_conv.layout import local_rules
-from checkpoints_conv.shape import read_shape
 from megarl.config import Parallel, parse
 from megarl.errors import UserError
 from megarl.learner.model import vocabulary_rows
+from megarl.models.config_json import read_shape
+from megarl.models.families import rules
+from megarl.models.layout import Layout as Divisions
+from megarl.models.layout import local_rules
 from megarl.planner import command
 from megarl.planner.count import build_stages
 from megarl.planner.hardware import gpu

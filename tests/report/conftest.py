@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megarl.bench._browser import chromium
-
-sys.path.insert(0, str(Path(__file__).parent))
+from megarl.bench.common.browser import chromium
 
 
 @pytest.fixture(scope="session")

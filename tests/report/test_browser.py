@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import synthetic
 
-from megarl.bench._browser import DESKTOP, PHONE, opened, wait
+from megarl.bench.common.browser import DESKTOP, PHONE, opened, wait
 from megarl.report import write
-from megarl.rundir import read_metrics
+from megarl.run.directory import read_metrics
+from tests.support import synthetic
 
 pytestmark = pytest.mark.browser
 STEPS, GROUPS, PER_GROUP = 4, 6, 4

@@ -9,11 +9,11 @@ import re
 from pathlib import Path
 
 import pytest
-import synthetic
 
 from megarl import report
 from megarl.report import rollouts, run
-from megarl.rundir import read_metrics
+from megarl.run.directory import read_metrics
+from tests.support import synthetic
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ def grade(graders: Graders, *pairs: tuple[str, str]) -> list[Grade]:
 
 @pytest.fixture(scope="module")
 def graders() -> Iterator[Graders]:
-    with Graders("odd_graders:by_answer", workers=2, timeout=3.0) as graders:
+    with Graders("tests.support.odd_graders:by_answer", workers=2, timeout=3.0) as graders:
         yield graders
 
 
@@ -100,7 +100,7 @@ def test_many_calls_keep_their_order(graders):
 
 def test_a_hung_worker_is_replaced():
     """After a timeout, another process answers, and the old one is gone (reaped: its id is unknown)."""
-    with Graders("odd_graders:by_answer", workers=1, timeout=1.0) as graders:
+    with Graders("tests.support.odd_graders:by_answer", workers=1, timeout=1.0) as graders:
         before, hung, after = grade(graders, ("", "pid"), ("", "spin"), ("", "pid"))
         assert hung.verdict == "timeout"
         assert before.score != after.score
@@ -117,7 +117,7 @@ def test_a_hung_worker_is_replaced():
 def test_a_hung_workers_children_die_with_it(fifo):
     """A grading function that starts processes of its own leaves none behind when it is killed."""
     path, end = fifo
-    with Graders("odd_graders:by_answer", workers=1, timeout=2.0) as graders:
+    with Graders("tests.support.odd_graders:by_answer", workers=1, timeout=2.0) as graders:
         assert grade(graders, ("", f"spin_with_child {path}"))[0].verdict == "timeout"
         assert read(end) == b"!"
         assert read(end) == b""
@@ -129,7 +129,7 @@ def test_workers_die_with_their_parent(fifo):
     code = f"""
 import asyncio
 from megarl.rewards.workers import Graders
-graders = Graders("odd_graders:by_answer", workers=2, timeout={DEADLINE})
+graders = Graders("tests.support.odd_graders:by_answer", workers=2, timeout={DEADLINE})
 asyncio.run(graders.grade_many([("", "spin_alone {path}")] * 2))
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -143,7 +143,7 @@ asyncio.run(graders.grade_many([("", "spin_alone {path}")] * 2))
 def test_close_breaks_off_what_runs(fifo):
     """Closing amid calls ends them with an error that says so, and leaves no process."""
     path, end = fifo
-    graders = Graders("odd_graders:by_answer", workers=1, timeout=DEADLINE)
+    graders = Graders("tests.support.odd_graders:by_answer", workers=1, timeout=DEADLINE)
 
     async def close_amid() -> list[object]:
         calls = asyncio.ensure_future(
@@ -166,7 +166,7 @@ def test_close_breaks_off_what_runs(fifo):
 def test_cancelled_calls_are_not_begun(fifo):
     """Cancelling grade_many leaves nothing in the queue: the next call does not wait for it."""
     path, end = fifo
-    with Graders("odd_graders:by_answer", workers=1, timeout=2.0) as graders:
+    with Graders("tests.support.odd_graders:by_answer", workers=1, timeout=2.0) as graders:
 
         async def cancel_then_grade() -> list[Grade]:
             doomed = asyncio.ensure_future(graders.grade_many([("", f"spin_alone {path}")] + [("", "spin")] * 100))
@@ -190,7 +190,10 @@ def test_workers_are_light(graders):
     ("function", "message"),
     [
         ("odd_graders", "reward.function: 'odd_graders' is not of the form package.module:function"),
-        ("odd_graders:by_anwser", r"odd_graders has no function 'by_anwser' \(did you mean 'by_answer'\?\)"),
+        (
+            "tests.support.odd_graders:by_anwser",
+            r"tests.support.odd_graders has no function 'by_anwser' \(did you mean 'by_answer'\?\)",
+        ),
         ("no_such:grade", "reward.function: 'no_such:grade': cannot import no_such: ModuleNotFoundError"),
     ],
 )

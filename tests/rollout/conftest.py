@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tiny_rollout import byte_level_tokenizer, randomise, word_tokenizer
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from megarl.rollout.decoder import Shape
 from megarl.rollout.detokenize import Vocabulary
-from megarl.rollout.local import LocalEngine
+from megarl.rollout.local.decoder import Shape
+from megarl.rollout.local.engine import LocalEngine
+from tests.support.tiny_rollout import byte_level_tokenizer, randomise, word_tokenizer
 
 
 @pytest.fixture(scope="session")

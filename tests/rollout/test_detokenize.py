@@ -2,11 +2,11 @@
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_rollout import word_tokenizer
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from megarl.rollout.detokenize import Vocabulary
+from tests.support.tiny_rollout import word_tokenizer
 
 
 @settings(max_examples=60, deadline=None)

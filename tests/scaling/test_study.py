@@ -21,9 +21,10 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from checkpoints_conv.shape import read_shape
 from megarl import bench
 from megarl.errors import UserError
+from megarl.models.config_json import read_shape
+from megarl.models.families import parameters
 from megarl.scaling import cells, plot, study, table
 
 ROOT = Path(__file__).parents[2]
@@ -104,7 +105,7 @@ def test_the_figures_of_a_run_leave_evaluation_and_warm_up_out(tmp_path: Path, m
     metrics = [{"step": 0, "eval/accuracy": 0.1}, {**line, "step": 1, "seconds_total": 99.0}, {**line, "step": 2},
                {**line, "step": 3, "grad_norm": 3.0, "eval/accuracy": 0.7}]  # fmt: skip
     trainer = SimpleNamespace(trained=lambda settings, ranks: metrics)
-    monkeypatch.setitem(sys.modules, "megarl.bench._study", trainer)
+    monkeypatch.setitem(sys.modules, "megarl.bench.common.training_runs", trainer)
     monkeypatch.setattr(bench, "_study", trainer, raising=False)
     monkeypatch.chdir(ROOT)
     wanted = study.Study.model_validate(TRAINED | {"skip": 1})
@@ -192,7 +193,7 @@ def test_models_are_told_apart_by_their_parameters(tmp_path: Path, monkeypatch: 
     for number in range(2):
         cells.do(wanted, number, tmp_path)
     points = table.summary(wanted, cells.results(wanted, tmp_path))
-    count = {width: read_shape(Path(f"examples/scaling/sizes/h{width}")).parameters for width in (128, 256)}
+    count = {width: parameters(read_shape(Path(f"examples/scaling/sizes/h{width}"))) for width in (128, 256)}
     assert [point["parameters"] for point in points] == [count[128], count[256]]
     assert 200_000 < count[128] < count[256] / 3
     assert ">300k<" in plot.svg(wanted, cells.results(wanted, tmp_path), points, "mfu") and count[128] == 300_288

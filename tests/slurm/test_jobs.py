@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, wait_for
-from jobs import IDLE_DEADLINE, ROOT, SCRIPT, Job
+
+from tests.support.cluster import Cluster, wait_for
+from tests.support.jobs import IDLE_DEADLINE, ROOT, SCRIPT, Job
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(3600)]
 

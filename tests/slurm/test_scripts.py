@@ -14,8 +14,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from checkpoints_conv.shape import read_shape
 from megarl import config, launch
+from megarl.models.config_json import read_shape
 from megarl.planner.hardware import gpu
 from megarl.planner.job import plan
 

@@ -1,0 +1,134 @@
+"""A run's checkpoints: every rank's weights and optimizer, and the controller's state, as one commit."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from functools import partial
+from types import TracebackType
+
+from megarl.config import Settings
+from megarl.learner import checkpoint
+from megarl.learner.learner import Learner
+from megarl.learner.parallel import World
+from megarl.loop.collectives import broadcast
+from megarl.loop.controller import Controller
+from megarl.run import atomic
+from megarl.runtime.watchdog import waiting
+from megarl.view.progress import RunProgress
+
+
+class Checkpoints:
+    """Saves and restores; collective, so every rank calls it. `with checkpoints:` ends when all of them are on disk.
+
+    With `checkpoint.asynchronous`, a thread writes a copy of the state while training goes on, and its ranks talk over
+    a group of their own; the next save waits for it first.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        world: World,
+        learner: Learner,
+        controller: Controller | None,
+        progress: RunProgress,
+    ) -> None:
+        self.folder = settings.run / "checkpoints"
+        self.keep = settings.checkpoint.keep
+        self.world, self.learner, self.controller, self.progress = world, learner, controller, progress
+        self._aside = world.aside() if settings.checkpoint.asynchronous else None
+        self._writing: Future[None] | None = None
+        self._step = 0  # of what is being written
+
+    def save(self, step: int) -> None:
+        """Commit the state after `step`. On failure what was written is removed and the older checkpoints stay.
+
+        An asynchronous save that fails raises in the next call of `save` or `finish`.
+        """
+        self.finish()
+        with self._waiting(step):
+            try:
+                write = self._begin(step)
+            except BaseException:
+                self._discard(step)
+                raise
+            if self._aside is None:
+                self._complete(step, write, self.world)
+                return
+        self._writing, self._step = Future(), step
+        job = partial(self._complete, step, write, self._aside)
+        threading.Thread(target=_into, args=(self._writing, job), name=f"save of step {step}", daemon=True).start()
+
+    def finish(self) -> None:
+        """Wait for the save under way, if there is one, and raise what it raised."""
+        if self._writing:
+            writing, self._writing = self._writing, None
+            with self._waiting(self._step):
+                writing.result()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.finish()
+
+    def _waiting(self, step: int) -> AbstractContextManager[None]:
+        return waiting(f"the checkpoint of step {step} to be on disk in {self.folder}", self.world.deadline_s)
+
+    def _begin(self, step: int) -> Callable[[], None]:
+        """Write the small parts, and return what writes the learner's."""
+        folder = atomic.partial_of(self.folder, step)
+        if self.controller:
+            atomic.prepare(self.folder, step)
+            with atomic.clear_errors(self.folder):
+                (folder / "learner").mkdir()
+                self.controller.save(folder)
+        self.world.barrier("the checkpoint folder")
+        with atomic.clear_errors(self.folder):
+            return checkpoint.saving(self.learner, folder / "learner", self._aside)
+
+    def _complete(self, step: int, write: Callable[[], None], world: World) -> None:
+        try:
+            with atomic.clear_errors(self.folder):
+                write()
+            world.barrier("every rank's part of the checkpoint")
+            if self.controller:
+                atomic.commit(self.folder, step, self.keep)
+        except BaseException:
+            self._discard(step)
+            raise
+        world.barrier("the checkpoint to be committed")
+
+    def _discard(self, step: int) -> None:
+        if self.controller:
+            atomic.discard(self.folder, step)
+
+    def restore(self) -> int:
+        """Load the newest whole checkpoint; the step it was made after, 0 when there is none."""
+        step = None
+        if self.controller:
+            step = atomic.newest_good(self.folder, self.progress.say)
+        step = broadcast(step, self.world)
+        if step is None:
+            self.progress.say(f"no checkpoint in {self.folder}: starting from the beginning")
+            return 0
+        folder = atomic.folder_of(self.folder, step)
+        checkpoint.load(self.learner, folder / "learner")
+        if self.controller:
+            self.controller.load(folder)
+        self.progress.say(f"resumed after step {step}")
+        return step
+
+
+def _into(future: Future[None], work: Callable[[], None]) -> None:
+    try:
+        work()
+    except BaseException as e:
+        future.set_exception(e)
+    else:
+        future.set_result(None)

@@ -1,0 +1,35 @@
+"""Old and reference log-probs of a step: asked of the learner by every rank, filled in on the controller."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megarl.algorithms.kl import kl_penalty
+from megarl.algorithms.presets import Switches
+from megarl.learner.learner import Learner
+from megarl.loop.batching import Experience
+from megarl.types import Batch, Group
+
+
+def fill(batches: Sequence[Batch | None], learner: Learner, switches: Switches) -> None:
+    """Fill `old_logprobs` and `ref_logprobs` of every sample, as far as the loss reads them. Collective."""
+    for batch in batches:
+        samples = batch.samples if batch else []
+        if switches.old_logprobs == "recompute":
+            for i, values in learner.logprobs(batch, "policy").items():
+                samples[i].old_logprobs = values
+        elif switches.old_logprobs == "rollout":
+            for sample in samples:
+                sample.old_logprobs = sample.rollout_logprobs
+        if switches.kl_loss_coef:
+            for i, values in learner.logprobs(batch, "reference").items():
+                samples[i].ref_logprobs = values
+
+
+def penalise(groups: Sequence[Group], learner: Learner, switches: Switches, experience: Experience) -> None:
+    """Take the KL penalty off every completion's reward, before advantages are taken. Collective."""
+    batch = experience.whole(groups) if groups else None
+    policy, reference = learner.logprobs(batch, "policy"), learner.logprobs(batch, "reference")
+    completions = [c for group in groups for c in group.completions]
+    for i, c in enumerate(completions):
+        c.reward -= kl_penalty(policy[i], reference[i], switches.kl_reward_coef, switches.kl_estimator)

@@ -1,0 +1,40 @@
+"""What a family's file declares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from megarl.models.rules import Maker, norm, vocabulary
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family: how to recognise it, what its config must say, and its tables of rules.
+
+    `model` holds whole-model tensors with full names; names in `layer` follow `decoder.layers.N.` and
+    `model.layers.N.`; names in `expert` follow the expert's prefix. Megatron names are the local layer spec's.
+    """
+
+    name: str
+    architecture: str  # as in config.json
+    model: tuple[Maker, ...]
+    layer: tuple[Maker, ...]
+    expert: tuple[Maker, ...] = ()
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # what a missing config key means
+    required: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # config keys that may only have this value (or be absent)
+
+
+EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+
+MODEL = (
+    vocabulary("embedding.word_embeddings.weight", EMBEDDING),
+    norm("decoder.final_layernorm.weight", "model.norm.weight"),
+    vocabulary("output_layer.weight", OUTPUT),
+)
+"""Embedding, final norm and output layer; shared by every family so far. When tied, see `families.rules`."""

@@ -1,0 +1,19 @@
+"""Llama 2 and 3, and what shares its architecture (SmolLM2): no biases, no query/key norms."""
+
+from megarl.models.families.family import MODEL, Family
+from megarl.models.rules import attention_output, down, gate_up, norm, qkv
+
+FAMILY = Family(
+    name="llama",
+    architecture="LlamaForCausalLM",
+    required={"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"},
+    model=MODEL,
+    layer=(
+        norm("input_layernorm.weight", "input_layernorm.weight"),
+        qkv("self_attention.linear_qkv.weight", "self_attn.{x}_proj.weight"),
+        attention_output("self_attention.linear_proj.weight", "self_attn.o_proj.weight"),
+        norm("pre_mlp_layernorm.weight", "post_attention_layernorm.weight"),
+        gate_up("mlp.linear_fc1.weight", "mlp.{x}_proj.weight"),
+        down("mlp.linear_fc2.weight", "mlp.down_proj.weight"),
+    ),
+)

@@ -1,0 +1,1 @@
+"""Step-GRPO's dynamic truncated rollout: think, probe at step markers, decide, answer."""

@@ -1,0 +1,1 @@
+"""Engines behind HTTP, SGLang, vLLM and our own: their processes, their dialects, many as one pool."""

@@ -1,0 +1,184 @@
+"""The engines that the settings ask for: servers started here, or running ones, behind one pool."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megarl.config import Rollout, Servers, Settings
+from megarl.errors import UserError
+from megarl.rollout import groups
+from megarl.rollout.detokenize import Vocabulary
+from megarl.rollout.in_engine import megarl_sglang
+from megarl.rollout.servers import local, sglang, vllm
+from megarl.rollout.servers.pool import Pool
+from megarl.rollout.servers.process import Command, Server
+from megarl.rollout.servers.remote import RemoteEngine, Transport
+from megarl.rollout.weights.broadcast import DistributedTransport
+from megarl.rollout.weights.disk import DiskTransport
+from megarl.rollout.weights.shared_memory import TensorTransport
+
+ENGINES: dict[str, tuple[type[RemoteEngine], Callable[..., Any], Callable[..., dict[str, str]]]] = {
+    "sglang": (sglang.SGLangEngine, sglang.command, sglang.environment),
+    "vllm": (vllm.VLLMEngine, vllm.command, vllm.environment),
+    "local": (local.ServedEngine, local.command, local.environment),
+}
+
+
+def check(rollout: Rollout) -> None:
+    """Refuse what an engine cannot do; raises UserError. Before anything is started."""
+    servers = rollout.servers
+    if rollout.engine != "sglang" and servers.sync not in ("auto", "disk"):
+        raise UserError(f"rollout.servers.sync: '{servers.sync}' needs SGLang; {rollout.engine} takes 'disk'")
+    if rollout.engine == "vllm" and (rollout.top_p < 1 or rollout.top_k > 0):
+        name, value, valid = ("top_p", rollout.top_p, "1.0") if rollout.top_p < 1 else ("top_k", rollout.top_k, "0")
+        raise UserError(
+            f"rollout.{name}: {value}: vLLM returns log-probs after the cut, which training cannot use; "
+            f"use {valid}, or rollout.engine: sglang"
+        )
+    if not servers.addresses and not python_of(rollout).is_file():
+        raise UserError(
+            f"rollout.servers.python: {python_of(rollout)} does not exist; build it with `make engines`, or name the "
+            "interpreter of an environment that has the engine"
+        )
+    if servers.api_key_env and servers.api_key_env not in os.environ:
+        raise UserError(f"rollout.servers.api_key_env: the variable {servers.api_key_env} is not set")
+    check_flags(servers.flags)
+    if servers.attempt_deadline > servers.request_deadline:
+        raise UserError(
+            f"rollout.servers.attempt_deadline: {servers.attempt_deadline:g} is above request_deadline; "
+            f"at most {servers.request_deadline:g}"
+        )
+
+
+def check_flags(flags: Sequence[str]) -> None:
+    """Refuse flags that may not stand on a command line, or would not be read from it; raises UserError."""
+    if any(flag.partition("=")[0] == "--api-key" for flag in flags):
+        raise UserError(
+            "rollout.servers.flags: '--api-key': every user of the machine may read a command line; "
+            "name the variable that holds the key in rollout.servers.api_key_env"
+        )
+    for flag in flags:
+        if together := re.match(r"(-[\w.-]+)\s+(.*)", flag):  # vLLM would start without it
+            name, value = together.groups()
+            raise UserError(
+                f"rollout.servers.flags: '{flag}': a flag and its value are two texts: [{name}, \"{value}\"]"
+            )
+
+
+def build(settings: Settings, vocabulary: Vocabulary) -> Pool:
+    """The pool that `settings.rollout` asks for; nothing is started. Call its `start`, then use it as an `Engine`."""
+    rollout, servers, model = settings.rollout, settings.rollout.servers, settings.model
+    check(rollout)
+    config = json.loads((model.path / "config.json").read_text())
+    transport = choose_transport(rollout, model.path, dtype_of(settings), settings.run / "weights")
+    kind, *_ = ENGINES[rollout.engine]
+    routed = (config["num_hidden_layers"], config["num_experts_per_tok"]) if "num_experts_per_tok" in config else None
+    places: Sequence[str | Server] = servers.addresses or [
+        server(settings, i, f"{rollout.engine}-{i}") for i in range(servers.count)
+    ]
+    engines = [
+        kind(
+            place.name if isinstance(place, Server) else place,
+            place,
+            vocabulary,
+            servers,
+            vocab_size=int(config["vocab_size"]),
+            routed=routed,
+            transport=transport,
+            api_key=api_key_of(servers),
+        )
+        for place in places
+    ]
+    return Pool(engines, transport, servers, tied=bool(config.get("tie_word_embeddings")))
+
+
+def server(settings: Settings, index: int, name: str, port: int = 0) -> Server:
+    """The server `index` of `servers.count` on this host, not started: on a free loopback port, or on `port` of every
+    interface."""
+    rollout, servers = settings.rollout, settings.rollout.servers
+    line = command_of(settings, ["--host", "0.0.0.0"] if port else [])
+    log = settings.run / "logs" / f"{name}.log"
+    own = {**environment_of(rollout, api_key_of(servers)), **one_of(index, servers)}
+    return Server(name, line, log=log, environment=own, port=port)
+
+
+def command_of(settings: Settings, more: Sequence[str] = ()) -> Command:
+    """A server's command line, given its port; `more` flags follow those of the settings."""
+    rollout, servers, model = settings.rollout, settings.rollout.servers, settings.model
+    _, command, _ = ENGINES[rollout.engine]
+    flags = [*servers.flags, *more]
+    flags += [megarl_sglang.EXPERTS_FLAG] if rollout.engine == "sglang" and rollout.replay_routing else []
+    if rollout.engine == "local":
+        longest = groups.longest_sequence(settings)
+        flags += ["--slots", str(rollout.local_batch), "--max-length", str(longest)]
+    return command(
+        python_of(rollout),
+        model.path.resolve(),
+        dtype=str(dtype_of(settings)).removeprefix("torch."),
+        cuda=on_cuda(servers),
+        weights=model.weights,
+        flags=flags,
+    )
+
+
+def environment_of(rollout: Rollout, api_key: str | None) -> dict[str, str]:
+    """Variables that a server needs beside ours."""
+    *_, environment = ENGINES[rollout.engine]
+    return environment(cuda=on_cuda(rollout.servers), api_key=api_key)
+
+
+def choose_transport(rollout: Rollout, model: Path, dtype: torch.dtype, folder: Path) -> Transport:
+    """The way for weights: what `servers.sync` says, or for `auto` shared memory where the host is one and the servers
+    run on its CPU, a broadcast to other SGLang servers, and a folder for vLLM and `megarl serve`'s own engine."""
+    servers, cuda = rollout.servers, on_cuda(rollout.servers)
+    mode = servers.sync
+    if mode == "auto":
+        mode = "disk" if rollout.engine != "sglang" else "distributed" if cuda or servers.addresses else "tensor"
+    if mode == "disk":
+        return DiskTransport(folder, model, dtype)
+    if mode == "tensor":
+        return TensorTransport(dtype)
+    return DistributedTransport(
+        dtype, backend="nccl" if cuda else "gloo", address=os.environ.get("MASTER_ADDR", "127.0.0.1")
+    )
+
+
+def python_of(rollout: Rollout) -> Path:
+    """The interpreter that runs the servers."""
+    own = Path(sys.executable) if rollout.engine == "local" else Path(".engines") / rollout.engine / "bin" / "python"
+    return rollout.servers.python or own
+
+
+def dtype_of(settings: Settings) -> torch.dtype:
+    """The servers' compute type."""
+    return torch.float32 if settings.precision.dtype == "fp32" else torch.bfloat16
+
+
+def api_key_of(servers: Servers) -> str | None:
+    return os.environ[servers.api_key_env] if servers.api_key_env else None
+
+
+def on_cuda(servers: Servers) -> bool:
+    return servers.device == "cuda" or (servers.device == "auto" and torch.cuda.is_available())
+
+
+def one_of(index: int, servers: Servers) -> dict[str, str]:
+    """Keeps several servers of one host apart: on a CPU one thread each, on CUDA one share of the visible devices."""
+    if not on_cuda(servers):
+        return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    share = len(devices) // servers.count
+    if share == 0:
+        raise UserError(
+            f"rollout.servers.count: {servers.count} servers for {len(devices)} devices; at most {len(devices)}"
+        )
+    return {"CUDA_VISIBLE_DEVICES": ",".join(devices[index * share : (index + 1) * share])}

@@ -1,0 +1,1 @@
+"""Weights from the learner into engines: transports, checksums, the canary."""

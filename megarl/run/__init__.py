@@ -1,0 +1,1 @@
+"""A run on disk: its directory, lock, atomic checkpoints, timeline, provenance, and trackers elsewhere."""

@@ -1,0 +1,139 @@
+"""`megarl tail RUN`: watch a run from outside, on this machine or on a shared disk; it reads files and nothing else."""
+
+from __future__ import annotations
+
+import json
+import select
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+from megarl.errors import DeadlineExceeded
+from megarl.run.timeline import read_phases
+from megarl.view.live import LiveView, line
+
+POLL = 0.5  # seconds between looks
+KEYS = "r: last rollouts   q: leave"
+
+
+class Follower:
+    """Reads metrics.jsonl as it grows; a line that is still being written waits."""
+
+    def __init__(self, run: Path) -> None:
+        self.run, self._at, self._inode = run, 0, 0
+
+    def new(self) -> list[dict[str, Any]]:
+        """The steps since the last call; all of them again once a resumed run has rewritten the file."""
+        file = self.run / "metrics.jsonl"
+        with suppress(FileNotFoundError), file.open("rb") as stream:
+            status = file.stat()
+            if status.st_ino != self._inode or status.st_size < self._at:
+                self._inode, self._at = status.st_ino, 0
+            stream.seek(self._at)
+            whole = stream.read()
+            whole = whole[: whole.rfind(b"\n") + 1]
+            self._at += len(whole)
+            return [json.loads(text) for text in whole.splitlines()]
+        return []
+
+    def total(self) -> int:
+        """Steps that the run was asked for; 0 while nothing says so."""
+        with suppress(FileNotFoundError):
+            return int((yaml.safe_load((self.run / "config.yaml").read_text()) or {}).get("steps", 0))
+        return 0
+
+
+def tail(run: Path, rollouts: int, once: bool, start_deadline: float = 600.0) -> None:
+    """Follow until the last step. `rollouts`: so many responses of each step (or of the newest, when asked for).
+
+    `once` shows what there is and returns. Raises DeadlineExceeded when the run has not begun after `start_deadline`.
+    """
+    console, follower = Console(highlight=False), Follower(run)
+    until = time.monotonic() + (0 if once else start_deadline)
+    while not (total := follower.total()):
+        if time.monotonic() >= until:
+            raise DeadlineExceeded(f"{run} to begin (config.yaml)", 0 if once else start_deadline)
+        time.sleep(POLL)
+    if once or not (console.is_terminal and sys.stdin.isatty()):
+        _plain(console, follower, total, rollouts, once)
+    else:
+        _live(console, follower, total, rollouts or 3)
+
+
+def _plain(console: Console, follower: Follower, total: int, rollouts: int, once: bool) -> None:
+    done = -1
+    while True:
+        for metrics in follower.new():
+            done = metrics["step"]
+            console.print(line(done, total, metrics), soft_wrap=True)
+            if rollouts:
+                console.print(newest(follower.run, rollouts, step=done))
+        if once or done >= total:
+            return
+        time.sleep(POLL)
+
+
+def _live(console: Console, follower: Follower, total: int, rollouts: int) -> None:
+    view = LiveView(total, hint=KEYS)
+    with _single_keys(), Live(view, console=console, refresh_per_second=4):
+        while view.done < total:
+            for metrics in follower.new():
+                view.step(metrics["step"], metrics)
+            if spans := [span for span in read_phases(follower.run) if span.rank == 0 and span.end is None]:
+                view.phase(spans[-1].phase)
+            key = _key(POLL)
+            if key == "q":
+                return
+            if key == "r":
+                console.print(newest(follower.run, rollouts))
+
+
+def newest(run: Path, count: int, step: int | None = None) -> Group:
+    """The first `count` responses of a step's rollouts (default: the newest step), with what became of them."""
+    files = sorted((run / "rollouts").glob("step_*.jsonl" if step is None else f"step_{step:06d}.jsonl"))
+    if not files:
+        return Group()
+    blocks: list[Text] = []
+    with files[-1].open() as lines:
+        for text, _ in zip(lines, range(count), strict=False):
+            record = json.loads(text)
+            head = f"{record['verdict']}  reward {record['reward']:.3f}  advantage {record['advantage']:+.3f}"
+            style = "blue" if record["verdict"] == "right" else "yellow"
+            blocks.append(
+                Text(f"── {head}  {record['exit_reason']}, {len(record['response_ids'])} tokens", style=style)
+            )
+            blocks.append(Text(_harmless(record["prompt"]) + " ", style="dim") + Text(_harmless(record["response"])))
+    return Group(*blocks, Text())
+
+
+def _harmless(text: str) -> str:
+    """Without control characters: a response must not steer the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text.strip())
+
+
+@contextmanager
+def _single_keys() -> Iterator[None]:
+    """Keys come at once and are not echoed; the terminal is put back as it was."""
+    import termios
+    import tty
+
+    before = termios.tcgetattr(sys.stdin)
+    tty.setcbreak(sys.stdin)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+
+
+def _key(seconds: float) -> str:
+    """The key pressed within so many seconds, or ""."""
+    ready, _, _ = select.select([sys.stdin], [], [], seconds)
+    return sys.stdin.read(1) if ready else ""

@@ -1,0 +1,172 @@
+"""Weight sync: what a checksum sees, and that a sync that went wrong says which tensor, or that none did."""
+
+import asyncio
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megarl.errors import RunError
+from megarl.rollout.weights.verify import LIKELY, Canary, check, checksum, send
+from tests.support.tiny_rollout import teacher_forced
+
+IDS = [3, 9, 4, 60, 22, 7, 7, 31]
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_a_checksum_sees_any_change_and_any_exchange(data):
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.int8]))
+    size = data.draw(st.integers(2, 40))
+    tensor = (torch.randn(size) * 50).to(dtype)
+    i, j = data.draw(st.integers(0, size - 1)), data.draw(st.integers(0, size - 1))
+    changed, swapped = tensor.clone(), tensor.clone()
+    changed[i] = changed[i] + 1 if dtype == torch.int8 else changed[i] * 2 + 1
+    swapped[i], swapped[j] = tensor[j], tensor[i]
+    assert (checksum(changed) == checksum(tensor)) == torch.equal(changed, tensor)
+    assert (checksum(swapped) == checksum(tensor)) == torch.equal(swapped, tensor)
+
+
+def test_a_checksum_sees_an_exchange_whose_differences_cancel():
+    """13.0 is 0x4150 and 51.75 is 0x424f: one byte goes up by 1, the other down. 39 values are summed byte by byte."""
+    tensor = torch.zeros(39, dtype=torch.bfloat16)
+    tensor[25], tensor[13] = 13.0, 51.75
+    swapped = tensor.clone()
+    swapped[25], swapped[13] = 51.75, 13.0
+    assert checksum(swapped) != checksum(tensor)
+
+
+def test_a_checksum_is_of_the_bytes_in_order():
+    """Over the chunk size, and for a view that is not contiguous."""
+    tensor = torch.randn(3, 700_001)
+    assert checksum(tensor.t()) == checksum(tensor.t().contiguous()) != checksum(tensor)
+    other = tensor.clone()
+    other[2, -1] += 1
+    assert checksum(other) != checksum(tensor)
+
+
+async def sync(engine, version, tensors, canary, bound, dtype=None) -> float:
+    """As the run does after every step."""
+    await send(engine, version, tensors, dtype)
+    return await check(engine, version, canary, bound)
+
+
+def canary(model) -> Canary:
+    return Canary(IDS, teacher_forced(model, IDS[:1], IDS[1:]).tolist())
+
+
+def test_sync_moves_the_weights(make_engine, qwen3):
+    """A learner with other weights: after the sync the engine scores as it does, to 1e-4; the version is new."""
+    torch.manual_seed(3)
+    state = {name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in qwen3.state_dict().items()}
+    state.pop("lm_head.weight")
+    kept = {name: tensor.clone() for name, tensor in qwen3.state_dict().items()}
+
+    async def run():
+        engine = await make_engine()
+        worst = await sync(engine, 7, state.items(), expected, bound=1e-3)
+        assert engine.version == 7 and worst < 1e-4
+
+    qwen3.load_state_dict(state, strict=False)
+    try:
+        expected = canary(qwen3)
+        asyncio.run(run())
+    finally:
+        qwen3.load_state_dict(kept)
+
+
+def test_the_learners_precision_may_differ(make_engine, qwen3):
+    """float32 weights cast on the way to a bfloat16 engine: checksums agree, the canary within the coarser bound."""
+
+    async def run():
+        engine = await make_engine(dtype=torch.bfloat16)
+        await sync(engine, 1, qwen3.state_dict().items(), canary(qwen3), bound=0.5, dtype=torch.bfloat16)
+        with pytest.raises(RunError, match="is not at the engine as it was sent"):
+            await sync(engine, 1, qwen3.state_dict().items(), canary(qwen3), bound=0.5)
+
+    asyncio.run(run())
+
+
+def test_a_tensor_damaged_on_the_way_is_named(make_engine, qwen3):
+    async def run():
+        engine = await make_engine()
+        update = engine.update_weights
+
+        async def damaging(version, tensors):
+            def damaged():
+                for name, tensor in tensors:
+                    yield name, tensor * (1 + 1e-6) if name.endswith("0.mlp.down_proj.weight") else tensor
+
+            return await update(version, damaged())
+
+        engine.update_weights = damaging
+        with pytest.raises(RunError, match="model.layers.0.mlp.down_proj.weight is not at the engine as it was sent"):
+            await sync(engine, 2, qwen3.state_dict().items(), canary(qwen3), bound=1.0)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("shift", [0.01, float("nan")])
+def test_a_canary_that_differs_says_that_all_tensors_arrived(make_engine, qwen3, shift):
+    async def run():
+        engine = await make_engine()
+        expected = canary(qwen3)
+        logprobs = [x + (shift if i == 4 else 0) for i, x in enumerate(expected.logprobs)]
+        with pytest.raises(RunError, match="the tensors arrived.*at token 5"):
+            await sync(engine, 2, qwen3.state_dict().items(), Canary(IDS, logprobs), bound=1e-3)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("logprob", "difference", "stops"),
+    [
+        (-0.5 * LIKELY, 0.09, False),
+        (-0.5 * LIKELY, 0.11, True),
+        (-LIKELY, 0.11, True),
+        (-4 * LIKELY, 0.39, False),
+        (-4 * LIKELY, 0.41, True),
+        (-4 * LIKELY, float("nan"), True),
+        (-4 * LIKELY, float("-inf"), True),
+        (float("-inf"), float("inf"), True),
+        (float("-inf"), 0.0, True),
+    ],
+)
+def test_the_bound_of_an_unlikely_token_grows_with_its_log_prob(make_engine, qwen3, logprob, difference, stops):
+    """Bound 0.1: as it is for likely tokens, four times that at four times LIKELY. The other tokens are exact."""
+
+    async def run():
+        engine = await make_engine()
+        expected = [-1.0] * (len(IDS) - 2) + [logprob]
+
+        async def score(token_ids):
+            return [*expected[:-1], -5.0 if difference == float("inf") else logprob + difference]
+
+        engine.score = score
+        if stops:
+            with pytest.raises(RunError, match=f"at token {len(IDS) - 1}"):
+                await sync(engine, 2, qwen3.state_dict().items(), Canary(IDS, expected), bound=0.1)
+        else:
+            worst = await sync(engine, 2, qwen3.state_dict().items(), Canary(IDS, expected), bound=0.1)
+            assert worst == pytest.approx(difference)
+
+    asyncio.run(run())
+
+
+def test_the_sender_is_drained_when_the_engine_refuses(make_engine, qwen3):
+    """Ranks gather each tensor together: after the engine's refusal of an early one the rest are still consumed."""
+    gathered = []
+
+    def tensors():
+        for name, tensor in {"wrong": torch.zeros(1), **qwen3.state_dict()}.items():
+            gathered.append(name)
+            yield name, tensor
+
+    async def run():
+        engine = await make_engine()
+        with pytest.raises(RunError, match="no tensor 'wrong'"):
+            await sync(engine, 2, tensors(), canary(qwen3), bound=1.0)
+
+    asyncio.run(run())
+    assert len(gathered) == 1 + len(qwen3.state_dict())
