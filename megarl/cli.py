@@ -110,7 +110,7 @@ def serve(
     config: Config,
     overrides: Overrides = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Of the first task's server.")] = 30000,
-    idle_deadline: Annotated[
+    idle_timeout: Annotated[
         float, typer.Option(min=0, help="Seconds without a word from a client after which it ends, code 1; 0: never.")
     ] = 0.0,
 ) -> None:
@@ -118,7 +118,7 @@ def serve(
     from megarl import config as settings_file
     from megarl.rollout.servers.serve import serve as run
 
-    run(settings_file.load(config, overrides), port, idle_deadline)
+    run(settings_file.load(config, overrides), port, idle_timeout)
 
 
 @app.command()

@@ -9,7 +9,6 @@ from typing import Any
 from megarl import config
 from megarl.algorithms import presets
 from megarl.config import Settings
-from megarl.data.tokenizer import load_tokenizer
 from megarl.errors import UserError
 from megarl.learner import parallel
 from megarl.learner.learner import Learner
@@ -18,6 +17,7 @@ from megarl.loop.checkpoints import Checkpoints
 from megarl.loop.collector import Collector
 from megarl.loop.controller import Controller
 from megarl.loop.rollout_engine import Engines
+from megarl.models.tokenizer import load_tokenizer
 from megarl.runtime.event_loop import EventLoop
 from megarl.view.progress import RunProgress
 
@@ -30,10 +30,10 @@ def evaluate(settings: Settings, trained: bool, temperatures: list[float]) -> li
     if not settings.data.eval:
         raise UserError("data.eval: names no held-out problems; e.g. data.eval=[heldout.jsonl]")
     with ExitStack() as stack:
-        deadline = settings.collective_deadline + settings.rollout.deadline
+        deadline = settings.collective_timeout + settings.rollout.timeout
         world = parallel.start(settings.parallel, settings.precision, settings.seed, deadline)
         stack.callback(world.close)
-        stack.enter_context(world.watchdog(settings.heartbeat_deadline, settings.run / "logs"))
+        stack.enter_context(world.watchdog(settings.heartbeat_timeout, settings.run / "logs"))
         progress = RunProgress(len(temperatures), quiet=not world.is_controller)
         stack.callback(progress.close)
         tokenizer = load_tokenizer(settings.model.path)

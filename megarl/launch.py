@@ -8,25 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from megarl import config, report
 from megarl.algorithms import presets, steps
 from megarl.config import Settings
 from megarl.data.prompts import read_prompts
-from megarl.data.tokenizer import load_tokenizer
 from megarl.errors import RunError, Stopped, UserError, nearest
 from megarl.learner import parallel, precision, router
 from megarl.models.config_json import read_shape
 from megarl.models.families import rules
 from megarl.models.files.hf import HfWeights
 from megarl.models.shape import ModelShape
+from megarl.models.tokenizer import load_tokenizer
 from megarl.planner.fitting import fitting
 from megarl.rollout.early_exit import plan
 from megarl.rollout.servers import flags
 from megarl.run import provenance, trackers
 from megarl.runtime.spawn import spawn
 from megarl.view.summary import summary
+from megarl.view.table import show, show_rows
 
 
 def train(settings: Settings, nproc: int | None, resume: bool, dry_run: bool) -> None:
@@ -72,7 +72,6 @@ def evaluate(settings: Settings, trained: bool, temperatures: list[float], nproc
     """As `train`, for evaluation; prints a table."""
     world_size = _world_size(settings, nproc)
     preflight(settings, world_size, resume=True)
-    from megarl.bench.common.result import show_rows
     from megarl.evaluate import evaluate as run
 
     rows = _start(run, (settings, trained, temperatures), world_size, {})
@@ -83,7 +82,6 @@ def evaluate(settings: Settings, trained: bool, temperatures: list[float], nproc
 def replay(run: Path, step: int, overrides: list[str] | None, nproc: int | None) -> None:
     """As `train`, for one recorded step; prints a table. RunError when the layout is the run's and a bit differs."""
     from megarl import replay as recorded
-    from megarl.bench.common.result import show_rows
 
     settings = config.load(run / "config.yaml", [*(overrides or []), f"run={run}"])
     if settings.rollout.replay_routing:
@@ -154,7 +152,7 @@ def derived(settings: Settings, shape: ModelShape, world_size: int) -> dict[str,
         "model": f"{shape.family}, {shape.layers} layers, hidden {shape.hidden}, vocabulary {shape.vocab}",
         "layout": f"{world_size} ranks = tp {p.tp} x pp {p.pp} x cp {p.cp} x dp {dp}"
         + (f", {p.vpp} chunks a stage" if p.vpp > 1 else "")
-        + (", sequence parallel" if p.sequence_parallel else ""),
+        + (", sequence parallel" if p.uses_sequence_parallel else ""),
         "precision": settings.precision.dtype,
         "rollout": f"{settings.rollout.engine}: {b.prompts_per_step} prompts x {b.completions_per_prompt} completions "
         f"= {per_step} a step, at most {settings.rollout.max_response_tokens} tokens each",
@@ -190,13 +188,6 @@ def prompts(settings: Settings) -> dict[str, str]:
             _, report = read_prompts(files, tokenizer, settings.data, setting=f"data.{name}")
             found[f"data.{name}"] = str(report)
     return found
-
-
-def show(rows: dict[str, Any]) -> None:
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for key, value in rows.items():
-        table.add_row(f"[bold]{key}", str(value))
-    Console(stderr=True, highlight=False).print(table)
 
 
 def _near(file) -> str:

@@ -38,7 +38,7 @@ def replay(settings: Settings, step: int, start: int) -> list[dict[str, Any]]:
     switches = presets.resolve(settings.algorithm, settings.rollout.max_response_tokens, updates)
     objective = partial(policy_loss, switches=switches)
     with ExitStack() as stack:
-        world = parallel.start(settings.parallel, settings.precision, settings.seed, settings.collective_deadline)
+        world = parallel.start(settings.parallel, settings.precision, settings.seed, settings.collective_timeout)
         stack.callback(world.close)
         learner = Learner(settings, world, total_updates=settings.steps * updates)
         if start:
@@ -48,7 +48,7 @@ def replay(settings: Settings, step: int, start: int) -> list[dict[str, Any]]:
         for each in range(start + 1, step + 1):
             made = record.batches(each) if record else []
             batches: Sequence[Batch | None] = made or [None] * updates
-            with doing(f"replay of step {each}", settings.collective_deadline):
+            with doing(f"replay of step {each}", settings.collective_timeout):
                 logprobs.fill(batches, learner, switches)
                 trained = [learner.train_step(batch, objective) for batch in batches]
             if record:

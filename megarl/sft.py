@@ -16,11 +16,11 @@ import numpy as np
 
 from megarl.config import Settings
 from megarl.data.demonstrations import Demonstration, read_demonstrations
-from megarl.data.tokenizer import load_tokenizer
 from megarl.learner import parallel
 from megarl.learner.export import export
 from megarl.learner.learner import Learner, sft_objective
 from megarl.loop.batching import pack_rows
+from megarl.models.tokenizer import load_tokenizer
 from megarl.run.lock import only_job
 from megarl.types import Batch, Sample, derive_seed
 from megarl.view.progress import RunProgress
@@ -29,9 +29,9 @@ from megarl.view.progress import RunProgress
 def sft(settings: Settings) -> None:
     """Fine-tune on this rank. The loss of an update is the mean over its response tokens."""
     with ExitStack() as stack:
-        world = parallel.start(settings.parallel, settings.precision, settings.seed, settings.collective_deadline)
+        world = parallel.start(settings.parallel, settings.precision, settings.seed, settings.collective_timeout)
         stack.callback(world.close)
-        stack.enter_context(world.watchdog(settings.heartbeat_deadline, settings.run / "logs"))
+        stack.enter_context(world.watchdog(settings.heartbeat_timeout, settings.run / "logs"))
         progress = RunProgress(settings.steps, quiet=not world.is_controller)
         stack.callback(progress.close)
 

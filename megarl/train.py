@@ -21,7 +21,6 @@ from functools import partial
 from megarl.algorithms import presets
 from megarl.algorithms.loss import policy_loss
 from megarl.config import Settings
-from megarl.data.tokenizer import load_tokenizer
 from megarl.learner import parallel
 from megarl.learner.learner import Learner
 from megarl.loop import logprobs, metrics
@@ -31,6 +30,7 @@ from megarl.loop.collectives import broadcast
 from megarl.loop.collector import Collector
 from megarl.loop.controller import Controller
 from megarl.loop.rollout_engine import Engines
+from megarl.models.tokenizer import load_tokenizer
 from megarl.run.lock import only_job
 from megarl.run.timeline import PhaseLog
 from megarl.runtime.event_loop import EventLoop
@@ -44,7 +44,7 @@ def train(settings: Settings, resume: bool = False) -> bool:
     updates = settings.batch.updates_per_step
     switches = presets.resolve(settings.algorithm, settings.rollout.max_response_tokens, updates)
     objective = partial(policy_loss, switches=switches)
-    deadline = settings.collective_deadline + settings.rollout.deadline  # ranks wait for others' rollouts
+    deadline = settings.collective_timeout + settings.rollout.timeout  # ranks wait for others' rollouts
 
     with ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt())
@@ -54,7 +54,7 @@ def train(settings: Settings, resume: bool = False) -> bool:
         stack.callback(progress.close)
         if world.is_controller:
             stack.enter_context(only_job(settings.run, progress.say))
-        stack.enter_context(world.watchdog(settings.heartbeat_deadline, settings.run / "logs"))  # all ranks wait here
+        stack.enter_context(world.watchdog(settings.heartbeat_timeout, settings.run / "logs"))  # all ranks wait here
         phases = PhaseLog(settings.run, world.rank)
         stack.callback(phases.close)
         watch = Stopwatch(progress, phases, deadline)

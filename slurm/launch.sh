@@ -133,7 +133,7 @@ check doctor "$DOCTOR"
 if [[ ${#ENGINES[@]} != 0 ]]; then
     in_place "${ENGINE_CONTAINER:-${CONTAINER:-}}"
     (tasks ENGINES "$ENGINES_PER_NODE" "$LOGS/engine-%t.log" serve "$CONFIG" "${SETTINGS[@]}" \
-        --port $((PORT + 1)) --idle-deadline "$IDLE_DEADLINE") & SERVERS=$!
+        --port $((PORT + 1)) --idle-timeout "$IDLE_DEADLINE") & SERVERS=$!
     in_place "${CONTAINER:-}"
 fi
 case "$COMMAND" in

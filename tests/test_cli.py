@@ -33,7 +33,7 @@ MISTAKES = {
     "data file": (["data.train=[examples/quickstart/problems/trian.jsonl]"], ["data.train", "train.jsonl"]),
     "unknown precision": (["precision.dtype=fp4"], ["precision.dtype", "fp4"]),
     "marker": (["rollout.early_exit.markers=[]"], ["markers", "Wait"]),
-    "idle switch": (["algorithm.constant=5"], ["algorithm.constant"]),
+    "idle switch": (["algorithm.loss_divisor=5"], ["algorithm.loss_divisor"]),
     "engine flags": (
         ["rollout.engine=sglang", "rollout.servers.flags=[--tp-size=3]", "rollout.early_exit.enabled=false"],
         ["rollout.servers.flags", "size 3", "valid value: 2"],

@@ -89,7 +89,7 @@ def resolve(algorithm: config.Algorithm, max_response_tokens: int, updates_per_s
         advantage=choose("advantage"),
         ratio=choose("ratio"),
         aggregation=choose("aggregation"),
-        constant=float(algorithm.constant or max_response_tokens),
+        constant=float(algorithm.loss_divisor or max_response_tokens),
         clip_low=choose("clip_low"),
         clip_high=choose("clip_high"),
         dynamic_sampling=choose("dynamic_sampling"),
@@ -97,8 +97,8 @@ def resolve(algorithm: config.Algorithm, max_response_tokens: int, updates_per_s
         dual_clip=algorithm.dual_clip,
         tis_cap=algorithm.tis_cap,
         entropy_coef=algorithm.entropy_coef,
-        kl_loss_coef=kl.coef if kl.place == "loss" else 0.0,
-        kl_reward_coef=kl.coef if kl.place == "reward" else 0.0,
+        kl_loss_coef=kl.coef if kl.apply_to == "loss" else 0.0,
+        kl_reward_coef=kl.coef if kl.apply_to == "reward" else 0.0,
         kl_estimator=kl.estimator,
     )
     _refuse_idle(algorithm, switches)
@@ -118,9 +118,9 @@ def _refuse_idle(algorithm: config.Algorithm, switches: Switches) -> None:
             f"algorithm.dual_clip: {algorithm.dual_clip:g} does nothing with ratio cispo, whose loss is bounded "
             "already; leave it unset, or set algorithm.ratio to token"
         )
-    if algorithm.constant is not None and switches.aggregation != "constant":
+    if algorithm.loss_divisor is not None and switches.aggregation != "constant":
         raise UserError(
-            f"algorithm.constant: {algorithm.constant} does nothing with aggregation {switches.aggregation}; "
+            f"algorithm.loss_divisor: {algorithm.loss_divisor} does nothing with aggregation {switches.aggregation}; "
             "leave it unset, or set algorithm.aggregation to constant"
         )
     if algorithm.tis_cap is not None and switches.old_logprobs == "rollout":

@@ -170,7 +170,7 @@ def may_drop_zero_variance(settings: config.Pruning, switches: Switches) -> bool
 
 def active(settings: config.Pruning, step: int, steps: int) -> bool:
     """Whether step `step` of `steps` (counted from 1) prunes at random: not after the share `until` of the run."""
-    return step <= settings.until * steps + 1e-9
+    return step <= settings.until_fraction * steps + 1e-9
 
 
 def unpruned_prompts(taken: int, kept: int, refilled: bool) -> float:

@@ -12,6 +12,7 @@ import typer
 
 from megarl.bench.common import result, training_runs
 from megarl.bench.common.choice import chosen
+from megarl.view import table
 
 # What peers run: dense rows by token budget (as dense as dynamic batching gets), every group trained.
 PEERS = ["packing.strategy=first_fit", "pruning.drop_zero_variance=false"]
@@ -19,7 +20,7 @@ LONGER = "steps=80"  # twice GRPO's: who makes it to the accuracy that GRPO ends
 PACKED = [LONGER, "packing.strategy=dense", "packing.window=256"]
 STRONG = [*PACKED, "pruning.drop_zero_variance=true"]
 # Pruned prompts make a step smaller, not its draw larger; draws of fixed size add less noise.
-SMALLER = [*STRONG, "pruning.refill=false", "pruning.draw=fixed"]
+SMALLER = [*STRONG, "pruning.refill=false", "pruning.sampling=fixed"]
 BOTH = ["pruning.prompts={rate}", "pruning.completions={rate}"]
 LONGEST = "steps=120"  # where steps are so small that these take GRPO's seconds
 METHODS = {
@@ -31,7 +32,7 @@ METHODS = {
     "dppo": [*SMALLER, *BOTH, LONGEST],
     "dppo_refilled": [*STRONG, *BOTH],
     # Ours; every completion has a chance of its own, so that the draws are independent.
-    "proportional": [*SMALLER, *BOTH, LONGEST, "pruning.selection=proportional", "pruning.draw=bernoulli"],
+    "proportional": [*SMALLER, *BOTH, LONGEST, "pruning.selection=proportional", "pruning.sampling=bernoulli"],
 }
 RATES = {
     "prompts": [0.5],
@@ -91,7 +92,7 @@ def main(
                     "accuracy": curve[-1]["accuracy"],
                 }
             )
-            result.show_rows("so far", rows)
+            table.show_rows("so far", rows)
     result.publish("dppo", rows, json, summary=summary(rows))
 
 

@@ -25,13 +25,14 @@ from safetensors.torch import load_file
 from megarl import config
 from megarl.bench.common import result
 from megarl.data.prompts import read_prompts
-from megarl.data.tokenizer import load_tokenizer
 from megarl.errors import UserError
+from megarl.models.tokenizer import load_tokenizer
 from megarl.rollout import groups
 from megarl.rollout.detokenize import vocabulary_of
 from megarl.rollout.early_exit import plan, thinker
 from megarl.rollout.local.engine import LocalEngine
 from megarl.types import Completion, Prompt, derive_seed
+from megarl.view import table
 
 CONFIG = Path("examples/quickstart/train.yaml")
 ONCE = ["rollout.early_exit.max_probes=1"]
@@ -54,7 +55,7 @@ def main(
         for schedule in ("blocking", "speculative"):
             with asyncio.Runner() as runner:
                 rows.append(runner.run(_measure(schedule, probes, batch, repeats)))
-            result.show_rows("so far", rows)
+            table.show_rows("so far", rows)
     result.publish("early_exit", rows, json, threads=torch.get_num_threads(), batch=batch)
 
 

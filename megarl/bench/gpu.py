@@ -27,6 +27,7 @@ from megarl.planner.steptime import step_time
 from megarl.runtime import device
 from megarl.runtime.spawn import spawn
 from megarl.types import Batch, Sample
+from megarl.view import table
 
 DEADLINE = 500.0
 RECIPES = ("tensorwise", "delayed", "blockwise", "mxfp8")
@@ -142,7 +143,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         chosen = [row for row in rows if row["check"] == check]
         names = [name for name in chosen[0] if name != "check"]
         lines += [f"## {check}", "", f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
-        lines += [f"| {' | '.join(result._cell(row[name]) for name in names)} |" for row in chosen] + [""]
+        lines += [f"| {' | '.join(table.cell(row[name]) for name in names)} |" for row in chosen] + [""]
     return "\n".join(lines)
 
 

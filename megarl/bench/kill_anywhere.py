@@ -26,6 +26,7 @@ from megarl.run import atomic, lock
 from megarl.run.directory import read_metrics
 from megarl.runtime import spawn as ranks
 from megarl.train import train
+from megarl.view import table
 
 VICTIMS = {"rank": 0.3, "controller": 0.3, "grader": 0.15, "job": 0.25}  # and how often each is chosen
 MOMENTS = {"start": 0.15, "step": 0.4, "save": 0.45}
@@ -37,7 +38,7 @@ SMALL = [
     "parallel={tp: 2}",
     "batch={prompts_per_step: 4, completions_per_prompt: 4, tokens_per_row: 512}",
     "rollout.max_response_tokens=32",
-    "rollout.local_batch=16",
+    "rollout.local_max_sequences=16",
     "pruning={prompts: 0.5, completions: 0.5}",
     "data.eval=[]",
     "checkpoint={every: 1, keep: 2}",
@@ -84,7 +85,7 @@ def main(
             tally = _train_under_fire(under_fire, reference, left, np.random.default_rng([seed, number]))
             file.write_text(jsons.dumps(_row(number, tally) | _account(under_fire, untouched)))
         rows.append(jsons.loads(file.read_text()))
-        result.show_rows("so far", rows)
+        table.show_rows("so far", rows)
     result.publish("kill_anywhere", [_total(rows)], json, runs=rows)
 
 

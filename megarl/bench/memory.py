@@ -39,7 +39,7 @@ MODEL: Sizes = {
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp1": (1, {}),
     "tp1 full recompute": (1, {"recompute": "full"}),
-    "tp2": (2, {"tp": 2, "sp": False}),
+    "tp2": (2, {"tp": 2, "sequence_parallel": False}),
     "tp2+sp": (2, {"tp": 2}),
     "pp2": (2, {"pp": 2}),
     "dp2": (2, {"distributed_optimizer": False}),
@@ -98,7 +98,7 @@ def planned(folder: Path, parallel: Parallel, ranks: int) -> list[float]:
     )
     software = Software(
         dtype="fp32",
-        sequence_parallel=parallel.sequence_parallel,
+        sequence_parallel=parallel.uses_sequence_parallel,
         distributed_optimizer=parallel.distributed_optimizer,
         recompute=recomputed(parallel),
         chunked_loss=True,

@@ -38,7 +38,7 @@ class Case:
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp1": (1, {}),
     "tp1 selective recompute": (1, {"recompute": "selective"}),
-    "tp2": (2, {"tp": 2, "sp": False}),
+    "tp2": (2, {"tp": 2, "sequence_parallel": False}),
     "tp2+sp": (2, {"tp": 2}),
     "pp2": (2, {"pp": 2}),
     "pp2·vpp2": (2, {"pp": 2, "vpp": 2}),

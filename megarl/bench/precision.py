@@ -27,6 +27,7 @@ import typer
 
 from megarl.bench.common import result, training_runs
 from megarl.bench.common.choice import chosen
+from megarl.view import table
 
 REFERENCE, AGAIN = "bf16", "bf16_again"
 PRECISIONS = {
@@ -65,9 +66,9 @@ def main(
             if rl_steps and seed < rl_seeds:
                 row |= train(name, seed, rl_steps, runs, overrides.split())
             rows.append(row)
-            result.show_rows("so far", rows)
+            table.show_rows("so far", rows)
     result.publish("precision", rows, json, summary=summary(rows))
-    result.show_rows(f"against {REFERENCE}", summary(rows))
+    table.show_rows(f"against {REFERENCE}", summary(rows))
 
 
 def teach(precision: str, seed: int, steps: int, runs: Path, overrides: Sequence[str]) -> Row:

@@ -33,6 +33,7 @@ from megarl.rollout.engine import Engine, Sampling
 from megarl.rollout.local.engine import LocalEngine
 from megarl.rollout.servers import factory
 from megarl.rollout.servers.pool import Pool
+from megarl.view import table
 
 WIDER: Sizes = {  # a random model in which the matrix products dominate
     "hidden_size": 384,
@@ -98,7 +99,7 @@ def main(
         ):
             for size in _sizes(batches):
                 rows += _measure(model, folder, names, size, repeats, runner, servers)
-                result.show_rows("so far", rows)
+                table.show_rows("so far", rows)
     result.publish("rollout", rows, json, threads=torch.get_num_threads())
 
 

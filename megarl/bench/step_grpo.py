@@ -13,6 +13,7 @@ import typer
 
 from megarl.bench.common import result, training_runs
 from megarl.bench.common.choice import chosen
+from megarl.view import table
 
 PLAIN = ["rollout.early_exit.enabled=false"]
 EXITS = ["rollout.early_exit.enabled=true"]
@@ -55,7 +56,7 @@ def main(
     for name in wanted:
         for seed in range(seeds):
             rows.append(measure(name, seed, config, runs, overrides.split()))
-            result.show_rows("so far", summary(rows))
+            table.show_rows("so far", summary(rows))
     result.publish("step_grpo", rows, json, summary=summary(rows))
 
 

@@ -37,7 +37,7 @@ class KL(Section):
     """0 = no reference model is kept."""
     estimator: Literal["k1", "k2", "k3"] = "k3"
     """Of the KL divergence from a token's log-probs: log ratio, half its square, or the unbiased one >= 0."""
-    place: Literal["loss", "reward"] = "loss"
+    apply_to: Literal["loss", "reward"] = "loss"
     """A term of the loss, or taken off the reward of a completion."""
 
 
@@ -52,7 +52,7 @@ class Algorithm(Section):
     """Importance ratio: per token (PPO), per sequence (GSPO), or clipped weight with stop-gradient (CISPO)."""
     aggregation: Literal["token_mean", "sequence_mean", "constant"] | None = None
     """What the summed loss is divided by."""
-    constant: Positive | None = None
+    loss_divisor: Positive | None = None
     """Divisor of `constant` aggregation, in tokens; default: the response budget."""
     clip_low: Annotated[float, Field(ge=0.0)] | None = None
     """Lower clip: the ratio is held above 1 - clip_low."""
@@ -78,7 +78,7 @@ class Pruning(Section):
     """r_q: chance that a prompt of below-mean history is left out before the rollout."""
     completions: Rate = 0.0
     """r_o: chance that a completion of below-mean |advantage| is left out before training."""
-    draw: Literal["bernoulli", "fixed"] = "bernoulli"
+    sampling: Literal["bernoulli", "fixed"] = "bernoulli"
     """Independent draws, or exactly floor(rate * n) of the low class."""
     selection: Literal["random_low", "proportional", "deterministic"] = "random_low"
     """`proportional` keeps the low ones with chance score / mean score, at least 1 - rate: less added variance.
@@ -87,7 +87,7 @@ class Pruning(Section):
     """Leave out groups whose rewards are all equal when there is no KL or entropy term (exact then)."""
     refill: bool = True
     """Draw further prompts for the pruned ones, so that each step rolls out prompts_per_step."""
-    until: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    until_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """No pruning after this share of the run."""
     min_effective: Fraction = 0.25
     """Warn when the effective sample size falls below this share of the kept samples."""

@@ -21,8 +21,6 @@ class Data(Section):
     """Prepended as a system message when the chat template is used."""
     max_prompt_tokens: Positive = 2048
     """Longer prompts are left out, and counted."""
-    eval_limit: Positive | None = None
-    """Evaluate on the first so many held-out problems only."""
     shuffle: bool = True
     """A new order every epoch, from the seed."""
 

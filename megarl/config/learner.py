@@ -32,11 +32,11 @@ class Parallel(Section):
     """Expert-parallel size (mixture-of-experts models only)."""
     etp: Positive | None = None
     """Tensor-parallel size inside the experts; default: tp, as in Megatron."""
-    sp: bool | None = None
+    sequence_parallel: bool | None = None
     """Sequence parallelism of the norms; default: on when tp > 1."""
     distributed_optimizer: bool = True
     """Shard optimizer state over data-parallel ranks (ZeRO-1)."""
-    overlap: bool = False
+    overlap_grad_reduce: bool = False
     """Overlap gradient reduction (and, with the distributed optimizer, parameter gathering) with compute."""
     overlap_tp: bool = False
     """Overlap tensor-parallel communication with matrix products, by Transformer Engine's user buffers (CUDA only).
@@ -69,8 +69,9 @@ class Parallel(Section):
         return list(self.recompute_modules) if self.recompute == "selective" else []
 
     @property
-    def sequence_parallel(self) -> bool:
-        return self.tp > 1 if self.sp is None else self.sp
+    def uses_sequence_parallel(self) -> bool:
+        """Whether sequence parallelism is on."""
+        return self.tp > 1 if self.sequence_parallel is None else self.sequence_parallel
 
 
 class Experts(Section):

@@ -75,11 +75,11 @@ class Servers(Section):
     """Passed through to the server."""
     api_key_env: str | None = None
     """Environment variable that holds the API key; never written to logs."""
-    start_deadline: Annotated[float, Field(gt=0)] = 600.0
+    start_timeout: Annotated[float, Field(gt=0)] = 600.0
     """Seconds for a server to become healthy."""
-    request_deadline: Annotated[float, Field(gt=0)] = 1800.0
+    request_timeout: Annotated[float, Field(gt=0)] = 1800.0
     """Seconds for one request, retries included."""
-    attempt_deadline: Annotated[float, Field(gt=0)] = 900.0
+    attempt_timeout: Annotated[float, Field(gt=0)] = 900.0
     """Seconds for one attempt at a request, before it is redone elsewhere."""
     restarts: Natural = 3
     """How often one server may be started again (or awaited, when megarl did not start it) before it is given up."""
@@ -87,7 +87,7 @@ class Servers(Section):
     """Requests in flight per server."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """What started servers run on; `auto` = CUDA where the trainer sees a GPU."""
-    sync: Literal["auto", "disk", "tensor", "distributed"] = "auto"
+    weight_transport: Literal["auto", "disk", "tensor", "distributed"] = "auto"
     """How weights travel; `auto` takes the fastest that the engine can do here."""
 
 
@@ -103,9 +103,9 @@ class Rollout(Section):
     """Nucleus of training rollouts; 1 = all, which keeps sampling and training the same distribution."""
     top_k: Natural = 0
     """0 = all."""
-    local_batch: Positive = 64
+    local_max_sequences: Positive = 64
     """Sequences that one `local` engine decodes at a time."""
-    deadline: Annotated[float, Field(gt=0)] = 3600.0
+    timeout: Annotated[float, Field(gt=0)] = 3600.0
     """Seconds for the rollout of one step."""
     partial: bool = False
     """With async_steps: completions under way at a weight update go on under the new weights, each span of tokens with
@@ -140,3 +140,5 @@ class Evaluation(Section):
     """Completions per held-out problem."""
     max_response_tokens: Positive | None = None
     """Default: the rollout's."""
+    limit: Positive | None = None
+    """Evaluate on the first N held-out problems only; default: all."""

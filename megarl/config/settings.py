@@ -44,9 +44,9 @@ class Settings(Section):
     optimizer: Optimizer = Optimizer()
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
-    collective_deadline: Annotated[float, Field(gt=0)] = 1800.0
+    collective_timeout: Annotated[float, Field(gt=0)] = 1800.0
     """Seconds a collective between ranks may take before the run ends and says which."""
-    heartbeat_deadline: Annotated[float, Field(gt=0)] = 300.0
+    heartbeat_timeout: Annotated[float, Field(gt=0)] = 300.0
     """Seconds without a sign of life after which a rank counts as stopped, or its node as lost, and the run ends."""
 
     @model_validator(mode="after")
@@ -123,8 +123,8 @@ def _check_optimizer(settings: Settings) -> None:
 
 def _check_pruning(settings: Settings) -> None:
     p = settings.pruning
-    if p.selection == "proportional" and p.draw == "fixed":
-        raise ValueError("pruning.draw: fixed has one chance for all, proportional one for each; set bernoulli")
+    if p.selection == "proportional" and p.sampling == "fixed":
+        raise ValueError("pruning.sampling: fixed has one chance for all, proportional one for each; set bernoulli")
 
 
 def _check_asynchrony(settings: Settings) -> None:

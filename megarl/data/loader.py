@@ -157,7 +157,7 @@ class Loader:
             np.array([index for index, _ in candidates]),
             np.array([self._uniform(*candidate) for candidate in candidates]),
             rate,
-            self.pruning.draw,
+            self.pruning.sampling,
             self.pruning.selection,
         )
 

@@ -184,7 +184,7 @@ class Learner:
 
     def finish_parameter_gather(self) -> None:
         """With overlap, updated parameters are gathered when first used; whoever reads them directly must wait."""
-        if self.settings.parallel.overlap and self.settings.parallel.distributed_optimizer:
+        if self.settings.parallel.overlap_grad_reduce and self.settings.parallel.distributed_optimizer:
             for model in self.models:
                 model.start_param_sync(force_sync=True)
 
@@ -206,7 +206,7 @@ class Learner:
 
     def _distributed(self, chunks: list[torch.nn.Module]) -> list[DistributedDataParallel]:
         parallel = self.settings.parallel
-        overlap = parallel.overlap
+        overlap = parallel.overlap_grad_reduce
         settings = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=parallel.distributed_optimizer,
@@ -239,7 +239,7 @@ class Learner:
             bf16=dtype == torch.bfloat16,
             params_dtype=dtype,
             use_distributed_optimizer=parallel.distributed_optimizer,
-            overlap_param_gather=parallel.overlap and parallel.distributed_optimizer,
+            overlap_param_gather=parallel.overlap_grad_reduce and parallel.distributed_optimizer,
             # Megatron's hybrid optimizer takes its gradients the precision-aware way.
             use_precision_aware_optimizer=parallel.offload_optimizer > 0,
             optimizer_cpu_offload=parallel.offload_optimizer > 0,

@@ -125,7 +125,7 @@ def transformer_config(
         "pipeline_model_parallel_size": parallel.pp,
         "context_parallel_size": parallel.cp,
         "expert_model_parallel_size": parallel.ep,
-        "sequence_parallel": parallel.sequence_parallel,
+        "sequence_parallel": parallel.uses_sequence_parallel,
         # The loss is a sum whose denominators are fixed beforehand: nothing divides it by what a rank happens to hold.
         "calculate_per_token_loss": True,
         "perform_initialization": False,  # weights.py fills every parameter, and marks the sharded ones

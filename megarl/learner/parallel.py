@@ -181,11 +181,11 @@ def check(parallel: Parallel, shape: ModelShape) -> None:
         layout_of(parallel).check(shape)
     except UserError as e:
         raise UserError(f"parallel.{e}") from None
-    if parallel.sp and parallel.tp == 1:
-        raise UserError("parallel.sp: true needs parallel.tp > 1; nearest valid value: false")
+    if parallel.sequence_parallel and parallel.tp == 1:
+        raise UserError("parallel.sequence_parallel: true needs parallel.tp > 1; nearest valid value: false")
     if parallel.etp and not shape.moe:
         raise UserError(f"parallel.etp: {parallel.etp}: the model has no experts; leave it unset")
-    if parallel.overlap_tp and (parallel.cp > 1 or not parallel.sequence_parallel):
+    if parallel.overlap_tp and (parallel.cp > 1 or not parallel.uses_sequence_parallel):
         raise UserError("parallel.overlap_tp: true needs sequence parallelism and cp 1; nearest valid value: false")
     heads = shape.kv_groups // parallel.tp
     if parallel.cp_comm == "a2a" and heads % parallel.cp:

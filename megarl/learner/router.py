@@ -127,10 +127,10 @@ def check(settings: Settings, shape: ModelShape) -> None:
                 raise UserError(f"experts.{name}: {value:g}: the model has no experts; nearest valid value: 0")
         if settings.rollout.replay_routing:
             raise UserError("rollout.replay_routing: true: the model has no experts; nearest valid value: false")
-    elif parallel.tp > 1 and not parallel.sequence_parallel:
+    elif parallel.tp > 1 and not parallel.uses_sequence_parallel:
         raise UserError(
-            f"parallel.sp: false: Megatron trains experts at tp {parallel.tp} with sequence parallelism only; "
-            "nearest valid value: true"
+            f"parallel.sequence_parallel: false: at tp {parallel.tp} Megatron trains experts only with sequence "
+            "parallelism; nearest valid value: true"
         )
 
 

@@ -29,7 +29,7 @@ class Alignment:
     @classmethod
     def of(cls, parallel: Parallel, precision: Precision, tokens_per_row: int) -> Alignment:
         sample = 2 * parallel.cp if parallel.cp > 1 else 1
-        per_rank = (parallel.tp if parallel.sequence_parallel else 1) * row_multiple(precision)
+        per_rank = (parallel.tp if parallel.uses_sequence_parallel else 1) * row_multiple(precision)
         row = math.lcm(sample, parallel.cp * per_rank)
         return cls(sample, _up(tokens_per_row, row) if parallel.overlap_tp else row)
 

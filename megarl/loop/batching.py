@@ -83,7 +83,7 @@ class Experience:
                 np.array([c.advantage for c in group.completions]),
                 pruning.uniforms(len(group.completions), self.settings.seed, step, group.prompt.uid),
                 rate,
-                settings.draw,
+                settings.sampling,
                 settings.selection,
                 pruning.may_drop_zero_variance(settings, self.switches),
             )

@@ -167,8 +167,8 @@ class Collector:
         return [shares[i % self.drivers][i // self.drivers] for i in range(len(prompts))]
 
     def _start(self, what: str, work: Coroutine[Any, Any, T]) -> Future[T]:
-        """Begin `work`, which has `rollout.deadline` seconds."""
-        seconds = self.settings.rollout.deadline
+        """Begin `work`, which has `rollout.timeout` seconds."""
+        seconds = self.settings.rollout.timeout
 
         async def bounded() -> T:
             try:
@@ -179,5 +179,5 @@ class Collector:
         return self.loop.begin(bounded())
 
     def _wait(self, what: str, begun: Future[T]) -> T:
-        with waiting(f"{what} on rank {self.world.rank}", self.settings.rollout.deadline):  # it may block its loop
+        with waiting(f"{what} on rank {self.world.rank}", self.settings.rollout.timeout):  # it may block its loop
             return self.loop.wait(begun)

@@ -40,7 +40,7 @@ class Controller:
         if settings.data.eval:
             table, report = read_prompts(settings.data.eval, tokenizer, settings.data, setting="data.eval")
             progress.say(f"held-out prompts: {report}")
-            self.held_out = [table[i] for i in range(min(len(table), settings.data.eval_limit or len(table)))]
+            self.held_out = [table[i] for i in range(min(len(table), settings.evaluation.limit or len(table)))]
         self.loader = Loader(prompts, settings.pruning, settings.seed, settings.data.shuffle)
         self.ahead: dict[int, Draw] = {}  # of steps whose rollout has begun, or had when the run was saved
         self.ledger = Ledger()

@@ -57,7 +57,7 @@ class Engines:
                 tokenizer,
                 device=world.device,
                 dtype=torch.float32 if settings.precision.dtype == "fp32" else torch.bfloat16,
-                batch_slots=settings.rollout.local_batch,
+                batch_slots=settings.rollout.local_max_sequences,
                 max_length=groups.longest_sequence(settings),
                 keep_experts=settings.rollout.replay_routing,
             )

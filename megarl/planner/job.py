@@ -95,9 +95,9 @@ def software(settings: Settings) -> Software:
     dtype: Dtype = precision.dtype
     return Software(
         dtype=dtype,
-        sequence_parallel=parallel.sequence_parallel,
+        sequence_parallel=parallel.uses_sequence_parallel,
         tp_overlap=parallel.overlap_tp,
-        dp_overlap=parallel.overlap,
+        dp_overlap=parallel.overlap_grad_reduce,
         distributed_optimizer=parallel.distributed_optimizer,
         recompute=recomputed(parallel),
         p2p_overlap=parallel.overlap_p2p,
@@ -214,7 +214,7 @@ def _engine(settings: Settings, gpus: int) -> Engine:
     rollout, servers = settings.rollout, settings.rollout.servers
     if rollout.embedded:
         tp = settings.parallel.tp
-        return Engine(max(1, gpus // settings.parallel.model_ranks), tp, rollout.local_batch, True, 0.0)
+        return Engine(max(1, gpus // settings.parallel.model_ranks), tp, rollout.local_max_sequences, True, 0.0)
     tp = int(_flag(servers.flags, ENGINE_TP_FLAGS) or 1)
     if servers.addresses:
         return Engine(len(servers.addresses), tp, servers.concurrency, False, None)

@@ -15,8 +15,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from megarl.data.tokenizer import load_tokenizer
 from megarl.errors import UserError
+from megarl.models.tokenizer import load_tokenizer
 from megarl.report.run import Run, as_json
 from megarl.rollout.detokenize import Vocabulary
 

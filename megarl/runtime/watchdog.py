@@ -182,7 +182,7 @@ class Watchdog:
         if silent > self.deadline:
             self._give_up(
                 f"rank 0, or the rendezvous store beside it, has shown rank {self.rank} no sign of life for "
-                f"{silent:.0f} s (heartbeat_deadline: {self.deadline:g}): it is stopped, or its node is gone; rank "
+                f"{silent:.0f} s (heartbeat_timeout: {self.deadline:g}): it is stopped, or its node is gone; rank "
                 f"{self.rank} was at {self._doing}"
             )
         # By the store's last answer, so that a slow store or a busy machine makes nobody late.
@@ -192,7 +192,7 @@ class Watchdog:
             rank, pulse, age = late[0]
             more = f" (and {len(late) - 1} more ranks)" if len(late) > 1 else ""
             self._give_up(
-                f"rank {rank}{more} has shown no sign of life for {age:.0f} s (heartbeat_deadline: {self.deadline:g}): "
+                f"rank {rank}{more} has shown no sign of life for {age:.0f} s (heartbeat_timeout: {self.deadline:g}): "
                 f"it is stopped, or its node is gone; it was last at {_doing(pulse)}"
             )
 

@@ -51,16 +51,16 @@ class Follower:
         return 0
 
 
-def tail(run: Path, rollouts: int, once: bool, start_deadline: float = 600.0) -> None:
+def tail(run: Path, rollouts: int, once: bool, start_timeout: float = 600.0) -> None:
     """Follow until the last step. `rollouts`: so many responses of each step (or of the newest, when asked for).
 
-    `once` shows what there is and returns. Raises DeadlineExceeded when the run has not begun after `start_deadline`.
+    `once` shows what there is and returns. Raises DeadlineExceeded when the run has not begun after `start_timeout`.
     """
     console, follower = Console(highlight=False), Follower(run)
-    until = time.monotonic() + (0 if once else start_deadline)
+    until = time.monotonic() + (0 if once else start_timeout)
     while not (total := follower.total()):
         if time.monotonic() >= until:
-            raise DeadlineExceeded(f"{run} to begin (config.yaml)", 0 if once else start_deadline)
+            raise DeadlineExceeded(f"{run} to begin (config.yaml)", 0 if once else start_timeout)
         time.sleep(POLL)
     if once or not (console.is_terminal and sys.stdin.isatty()):
         _plain(console, follower, total, rollouts, once)

@@ -67,7 +67,7 @@ def test_dynamic_sampling_can_be_switched_off_under_dapo():
 
 def test_kl_goes_to_one_place():
     loss = switches(kl={"coef": 0.01, "estimator": "k2"})
-    reward = switches(kl={"coef": 0.01, "place": "reward"})
+    reward = switches(kl={"coef": 0.01, "apply_to": "reward"})
     assert (loss.kl_loss_coef, loss.kl_reward_coef, loss.kl_estimator) == (0.01, 0.0, "k2")
     assert (reward.kl_loss_coef, reward.kl_reward_coef, reward.kl_estimator) == (0.0, 0.01, "k3")
     assert not loss.zero_advantage_is_zero_gradient
@@ -85,7 +85,7 @@ def test_auto_takes_the_policys_own_logprobs_only_when_a_step_has_one_update():
     "settings, named",
     [
         ({"preset": "cispo", "dual_clip": 3.0}, "algorithm.dual_clip: 3 "),
-        ({"preset": "grpo", "constant": 100}, "algorithm.constant: 100 "),
+        ({"preset": "grpo", "loss_divisor": 100}, "algorithm.loss_divisor: 100 "),
         ({"tis_cap": 2.0, "old_logprobs": "rollout"}, "algorithm.tis_cap: 2 "),
     ],
 )

@@ -163,8 +163,8 @@ def test_zero_variance_needs_a_loss_without_kl_and_entropy():
         return pruning.may_drop_zero_variance(pruning_settings, switches)
 
     assert may(config.Pruning())
-    assert may(config.Pruning(), kl={"coef": 0.1, "place": "reward"})
-    assert not may(config.Pruning(), kl={"coef": 0.1, "place": "loss"})
+    assert may(config.Pruning(), kl={"coef": 0.1, "apply_to": "reward"})
+    assert not may(config.Pruning(), kl={"coef": 0.1, "apply_to": "loss"})
     assert not may(config.Pruning(), entropy_coef=0.01)
     assert not may(config.Pruning(drop_zero_variance=False))
 
@@ -356,5 +356,5 @@ def test_added_variance_is_estimated_without_bias(g, rate):
 )
 def test_annealing_stops_pruning_after_its_share(until, steps, last):
     """0.29 * 100 is 28.999… in floating point; step 29 prunes all the same, step 30 does not."""
-    annealed = config.Pruning(until=until)
+    annealed = config.Pruning(until_fraction=until)
     assert [s for s in range(1, steps + 1) if pruning.active(annealed, s, steps)] == list(range(1, last + 1))

@@ -118,9 +118,9 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Real:
         "transpose": (folders["transpose"], Parallel()),
     }
     four = {
-        "tp2": (folders["wide converted"], Parallel(tp=2, sp=False)),
-        "tp2·pp2": (folders["wide converted"], Parallel(tp=2, pp=2, sp=False)),
-        "tp2·pp2, files": (wide, Parallel(tp=2, pp=2, sp=False)),
+        "tp2": (folders["wide converted"], Parallel(tp=2, sequence_parallel=False)),
+        "tp2·pp2": (folders["wide converted"], Parallel(tp=2, pp=2, sequence_parallel=False)),
+        "tp2·pp2, files": (wide, Parallel(tp=2, pp=2, sequence_parallel=False)),
     }
     found: dict[str, Tensor] = {}
     for count, cases in ((1, alone), (4, four)):

@@ -43,7 +43,7 @@ def test_dump_is_what_was_loaded(tmp_path: Path) -> None:
         ("batch.completions_per_prompt=1", ["batch.completions_per_prompt", "1", "2"]),
         ("pruning.prompts=1.0", ["pruning.prompts", "1.0", "less than 1"]),
         ("pruning.completions=-0.1", ["pruning.completions", "-0.1"]),
-        ("pruning.until=0", ["pruning.until", "greater than 0"]),
+        ("pruning.until_fraction=0", ["pruning.until_fraction", "greater than 0"]),
         ("packing.window=0", ["packing.window", "0", "1"]),
         ("rollout.early_exit.threshold=1.5", ["threshold", "1.5", "1"]),
         ("rollout.early_exit.threshold=0", ["threshold", "0", "greater than 0"]),
@@ -102,7 +102,7 @@ def test_missing_file_and_missing_settings(tmp_path: Path) -> None:
 
 def test_every_setting_is_documented() -> None:
     """Each setting has a description where it is declared, unless its name and type say it all."""
-    plain = {"seed", "temperature", "top_p", "lr", "min_lr", "betas", "eps", "weight_decay", "estimator", "place",
+    plain = {"seed", "temperature", "top_p", "lr", "min_lr", "betas", "eps", "weight_decay", "estimator", "apply_to",
              "strategy", "dtype", "engine", "coef", "entropy_coef", "preset", "train"}  # fmt: skip
 
     def undocumented(section: type[config.Section], prefix: str) -> list[str]:

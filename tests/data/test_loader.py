@@ -58,7 +58,7 @@ def test_without_pruning_every_prompt_comes_once_an_epoch(n, sizes, shuffle):
 )
 def test_resumed_at_any_point_it_goes_on_alike(n, sizes, cut, draw, selection, refill):
     """Saved between any two draws, mid-epoch or not: the rest of the draws and the final state are bit-equal."""
-    pruning = Pruning(prompts=0.5, draw=draw, selection=selection, refill=refill)
+    pruning = Pruning(prompts=0.5, sampling=draw, selection=selection, refill=refill)
     loader = Loader(tables.table(n), pruning, seed=1)
     for size in sizes[:cut]:
         visit(loader, loader.draw(size))
@@ -144,7 +144,7 @@ def test_refilling():
 def test_fixed_draws_prune_an_exact_number():
     """Of the low prompts among those looked at, floor(rate * number), whatever the seed."""
     for seed in range(5):
-        loader = visited(60, Pruning(prompts=0.5, draw="fixed", refill=False), seed)
+        loader = visited(60, Pruning(prompts=0.5, sampling="fixed", refill=False), seed)
         draw = loader.draw(30)
         low = len(draw.pruned) + sum(drawn.index % 3 == 0 for drawn in draw.prompts)
         assert len(draw.pruned) == low // 2

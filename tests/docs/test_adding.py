@@ -20,7 +20,7 @@ PAGES = [DOCS / f"add_{name}.md" for name in ("reward", "algorithm", "engine", "
 SMALL = (
     "steps=1", "parallel.tp=1", "data.eval=[]", "checkpoint.every=0", "rollout.max_response_tokens=24",
     "batch={prompts_per_step: 4, completions_per_prompt: 4, tokens_per_row: 512}", "rollout.early_exit.enabled=false",
-    "reward.shaping=none", "collective_deadline=240", "rollout.deadline=240", "pruning.drop_zero_variance=false",
+    "reward.shaping=none", "collective_timeout=240", "rollout.timeout=240", "pruning.drop_zero_variance=false",
 )  # fmt: skip
 RUNS = {
     "reward_and_algorithm": ["reward.function=my_rewards:last_number", "algorithm.preset=sign"],

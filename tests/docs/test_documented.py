@@ -72,7 +72,7 @@ def cut(study: dict[str, Any]) -> dict[str, Any]:
     if study["how"] == "predicted":
         return study
     small = {
-        "steps": 2, "batch.prompts_per_step": 4, "batch.completions_per_prompt": 4, "data.eval_limit": 8,
+        "steps": 2, "batch.prompts_per_step": 4, "batch.completions_per_prompt": 4, "evaluation.limit": 8,
         "rollout.max_response_tokens": 24,
     }  # fmt: skip
     varied = {key: values[:1] for key, values in study.get("vary", {}).items()}

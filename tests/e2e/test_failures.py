@@ -108,9 +108,9 @@ def test_a_rank_that_raises_ends_the_run_and_is_named(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_hangs_ends_the_run_and_is_named(tmp_path: Path) -> None:
-    """Within heartbeat_deadline, though its collectives may take hours; where rank 0 waited is written down."""
+    """Within heartbeat_timeout, though its collectives may take hours; where rank 0 waited is written down."""
     folder = tmp_path / "run"
-    patient = ["parallel.tp=2", "heartbeat_deadline=10", "collective_deadline=20000"]
+    patient = ["parallel.tp=2", "heartbeat_timeout=10", "collective_timeout=20000"]
     last = "(starting|rollout of step 1|train of step 1)"  # its last pulse may be from before the present phase
     with pytest.raises(RunError, match=f"rank 1 has shown no sign of life for .* it was last at {last}"):
         spawn(train_with_a_stopped_rank, 2, (runs.settings(folder, *patient),), runs.DEADLINE)

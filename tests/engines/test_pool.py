@@ -67,7 +67,7 @@ def with_pool(
     """Run `body` with a pool over `n` servers, all right to begin with."""
 
     async def main() -> None:
-        servers = Servers(**{"attempt_deadline": 20.0, "request_deadline": 30.0, "start_deadline": 20.0, **settings})
+        servers = Servers(**{"attempt_timeout": 20.0, "request_timeout": 30.0, "start_timeout": 20.0, **settings})
         fakes = [FakeSGLang(TOKENIZER, PROMPT + ANSWER) for _ in range(n)]
         labels = Labels(resends=resends)
         for fake in fakes:
@@ -154,7 +154,7 @@ def test_one_bad_engine_costs_no_result(mode: str) -> None:
         await until(lambda: len(pool.engines) == 2)
         assert fakes[0].version == "1" and labels.served.count("e0") == 2
 
-    with_pool(2, body, attempt_deadline=1.0)
+    with_pool(2, body, attempt_timeout=1.0)
 
 
 def test_an_engine_that_vanishes_in_mid_request_is_replaced_and_comes_back_with_the_weights() -> None:
@@ -194,7 +194,7 @@ def test_an_engine_without_the_weights_waits_for_the_next_update() -> None:
 
 
 def test_running_servers_hear_from_us_in_every_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that waits for weights, as one that was given up: who hears nothing ends (`megarl serve --idle-deadline`)."""
+    """One that waits for weights, as one that was given up: who hears nothing ends (`megarl serve --idle-timeout`)."""
     monkeypatch.setattr(pool_module, "LOOK", 0.01)
 
     async def body(pool: Pool, fakes: list[FakeSGLang], labels: Labels) -> None:
@@ -227,7 +227,7 @@ def test_the_last_engine_lost_is_an_error_for_those_who_wait() -> None:
         with pytest.raises(RunError, match="no engine is left: e0 is lost"):
             await ask(pool, "g/0|0")
 
-    with_pool(1, body, restarts=1, start_deadline=0.2)
+    with_pool(1, body, restarts=1, start_timeout=0.2)
 
 
 def test_a_request_ends_by_its_deadline_and_names_the_last_cause() -> None:
@@ -236,7 +236,7 @@ def test_a_request_ends_by_its_deadline_and_names_the_last_cause() -> None:
         with pytest.raises(DeadlineExceeded, match=r"gave up after 0\.5 s waiting for 'g/0\|0'"):
             await ask(pool, "g/0|0")
 
-    with_pool(1, body, request_deadline=0.5)
+    with_pool(1, body, request_timeout=0.5)
 
 
 def test_a_slow_engine_gets_less_and_nothing_is_lost() -> None:

@@ -28,7 +28,7 @@ def with_fake(text: str, body: Callable[[FakeSGLang, SGLangEngine, list[int]], A
     async def main() -> None:
         prompt = TOKENIZER.encode(PROMPT)
         async with FakeSGLang(TOKENIZER, prompt + TOKENIZER.encode(text)) as fake:
-            servers = Servers(**{"attempt_deadline": 20.0, **settings})
+            servers = Servers(**{"attempt_timeout": 20.0, **settings})
             engine = SGLangEngine("fake", fake.address, VOCABULARY, servers, vocab_size=len(TOKENIZER))
             await engine.start()
             try:
@@ -201,7 +201,7 @@ def test_requests_may_end_while_they_are_cut_short() -> None:
     ],
 )
 def test_bad_answers_are_errors_that_name_the_server(mode: str, error: type[RunError], says: str) -> None:
-    """Each bounded: by the answer itself or by `attempt_deadline`."""
+    """Each bounded: by the answer itself or by `attempt_timeout`."""
 
     async def body(fake: FakeSGLang, engine: SGLangEngine, prompt: list[int]) -> None:
         fake.mode, engine.version, fake.version = mode, 3, "3"
@@ -212,7 +212,7 @@ def test_bad_answers_are_errors_that_name_the_server(mode: str, error: type[RunE
             while not fake.calls["abort_request"]:
                 await asyncio.sleep(0)
 
-    with_fake("hello", body, attempt_deadline=0.3)
+    with_fake("hello", body, attempt_timeout=0.3)
 
 
 def test_a_token_that_the_model_lacks_never_reaches_the_server() -> None:

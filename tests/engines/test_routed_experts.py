@@ -34,7 +34,7 @@ SIZES = {
 
 def settings(folder: Path) -> Settings:
     """Of a run on one server of the mixture in `folder`, in float32 so that no choice is near a tie by rounding."""
-    servers = {"start_deadline": 600, "device": "cpu", "api_key_env": KEY_VARIABLE}
+    servers = {"start_timeout": 600, "device": "cpu", "api_key_env": KEY_VARIABLE}
     return parse(
         {
             "run": folder / "run",

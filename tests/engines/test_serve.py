@@ -97,7 +97,7 @@ def test_serve_without_a_client_ends_with_its_server_and_says_why(tmp_path: Path
     settings = [f"run={tmp_path / 'run'}", "rollout.engine=local", "rollout.servers.device=cpu"]
     command = [sys.executable, "-m", "megarl.cli", "serve", "slurm/configs/tiny.yaml", *settings]
     job = subprocess.Popen(
-        [*command, "--port", str(port), "--idle-deadline", "0.5"],
+        [*command, "--port", str(port), "--idle-timeout", "0.5"],
         cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,
@@ -115,7 +115,7 @@ def test_serve_without_a_client_ends_with_its_server_and_says_why(tmp_path: Path
     assert job.returncode == 1
     told = [line for line in words.splitlines() if line.startswith("megarl: ")]
     assert told == [
-        f"megarl: local-0 on port {port}: no client has sent anything for 0.5 s (--idle-deadline): its controller, or "
+        f"megarl: local-0 on port {port}: no client has sent anything for 0.5 s (--idle-timeout): its controller, or "
         "the way to it, is gone; the server has been ended"
     ]
     assert len(select.select(keepers, [], [], 0)[0]) == len(keepers), "the server's keeper outlived it"

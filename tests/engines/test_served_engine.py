@@ -55,7 +55,7 @@ async def served(folder: Path, run: Path, key: str = "", used: str | None = None
     address = f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"  # type: ignore[union-attr]
     transport = DiskTransport(run / "weights", folder, torch.float32)
     size = embedded(folder)._decoder.shape.vocabulary
-    servers = Servers(start_deadline=1.0 if used else 60.0)  # a wrong key is waited for in vain
+    servers = Servers(start_timeout=1.0 if used else 60.0)  # a wrong key is waited for in vain
     engine = ServedEngine(
         "served",
         address,

@@ -158,7 +158,7 @@ def train_while_servers_die(wanted: config.Settings) -> dict[str, Any]:
 
     async def recovered() -> None:
         pending = [member.recovery for member in pools[0]._members if member.recovery]
-        await asyncio.wait_for(asyncio.gather(*pending), wanted.rollout.servers.start_deadline + 60)
+        await asyncio.wait_for(asyncio.gather(*pending), wanted.rollout.servers.start_timeout + 60)
 
     def collect_and_wait(self: Collector, *arguments: Any) -> Any:
         collected = collect(self, *arguments)
@@ -181,7 +181,7 @@ def test_killed_servers_cost_no_completion(engine: str, tmp_path: Path) -> None:
         tmp_path / "run",
         engine,
         "rollout.servers.count=2",
-        "rollout.servers.start_deadline=600",
+        "rollout.servers.start_timeout=600",
         f"rollout.canary_limit={FP32}",
         "steps=4",
     )

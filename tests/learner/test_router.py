@@ -112,7 +112,11 @@ def test_auxiliary_losses_are_the_formulas_under_every_layout(tmp_path: Path, ra
             "aux_loss_coeff: .* no experts",
         ),
         ("qwen3", {"rollout": {"replay_routing": True}}, "rollout.replay_routing: .* no experts.*valid value: false"),
-        ("qwen3_moe", {"parallel": {"tp": 2, "sp": False}}, "parallel.sp: .*valid value: true"),
+        (
+            "qwen3_moe",
+            {"parallel": {"tp": 2, "sequence_parallel": False}},
+            "parallel.sequence_parallel: .*valid value: true",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(tmp_path: Path, family: Any, more: dict[str, Any], words: str) -> None:

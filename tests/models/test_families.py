@@ -10,13 +10,13 @@ from types import ModuleType
 import pytest
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from test_rules import assert_round_trip
 
 from checkpoints_conv.classic import ClassicWriter
 from checkpoints_conv.hf_writer import HfWriter
 from checkpoints_conv.torch_dist import TorchDistWriter
 from megarl.models.families import FAMILIES, rules
 from megarl.models.layout import Layout
+from tests.models.test_rules import assert_round_trip
 from tests.support.conversions import assert_same_bytes, convert_folder, write_model
 from tests.support.random_models import LAYOUTS
 from tests.support.tiny_models import ARCHITECTURES, tiny

@@ -72,7 +72,7 @@ def test_a_stopped_rank_is_named(tmp_path: Path, rank: int) -> None:
     """Whichever it is, while the other waits in a collective that may take hours."""
     message = failure(tmp_path, LONG, SHORT, "train", stop, rank)
     assert message.startswith(f"rank {rank} has shown no sign of life for")
-    assert f"heartbeat_deadline: {SHORT:g}" in message
+    assert f"heartbeat_timeout: {SHORT:g}" in message
     assert message.endswith("it was last at save of step 3")
     assert "broadcast" in (tmp_path / f"stacks_rank_{1 - rank}.txt").read_text()
 

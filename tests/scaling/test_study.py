@@ -143,7 +143,7 @@ def test_cells_made_otherwise_are_refused(other: dict, tmp_path: Path, monkeypat
         cells.do(wanted.model_copy(update=other), 0, tmp_path / "here")
     [file] = (tmp_path / "here" / "cells").iterdir()
     kept = json.loads(file.read_text())
-    del kept["made"]["settings"]["heartbeat_deadline"]
+    del kept["made"]["settings"]["heartbeat_timeout"]
     file.write_text(json.dumps(kept | {"figures": figures | {"mfu": 0.123}}))  # not made again
     (tmp_path / "here").rename(tmp_path / "there")
     assert cells.do(wanted, 0, tmp_path / "there")["mfu"] == 0.123

@@ -17,7 +17,7 @@ TINY = (
     "steps=1 parallel.tp=1 data.eval=[] rollout.max_response_tokens=24 checkpoint.every=1 "
     "'batch={prompts_per_step: 4, completions_per_prompt: 4, tokens_per_row: 512}'"
 )
-EIGHT = "data.eval=[examples/quickstart/problems/heldout.jsonl] data.eval_limit=8"
+EIGHT = "data.eval=[examples/quickstart/problems/heldout.jsonl] evaluation.limit=8"
 STUDY = f"steps=1 {EIGHT} rollout.max_response_tokens=24 batch.prompts_per_step=4 batch.completions_per_prompt=4"
 CONFIRMED = " --first-seed 40 --seeds 4 --methods grpo_strong,completions,dppo --rates 0.7"
 SERVERS = "needs real servers: `make test-engines`"

@@ -45,7 +45,7 @@ class Live:
 
 def settings(policy: Policy, run: Path, engine: str, **servers: object) -> Settings:
     """A run on real servers. A missing environment is an error, never a skip."""
-    started = {"start_deadline": 600, "device": "cpu", "api_key_env": KEY_VARIABLE}
+    started = {"start_timeout": 600, "device": "cpu", "api_key_env": KEY_VARIABLE}
     return parse(
         {
             "run": str(run),

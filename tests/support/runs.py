@@ -25,8 +25,8 @@ def settings(run: Path, *overrides: str) -> config.Settings:
         "rollout.max_response_tokens=48",
         "steps=2",
         "checkpoint.every=0",
-        "collective_deadline=120",
-        "rollout.deadline=120",
+        "collective_timeout=120",
+        "rollout.timeout=120",
     ]
     return config.load(QUICKSTART / "train.yaml", [*small, *overrides])
 

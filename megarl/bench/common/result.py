@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
+
+from megarl.view.table import show_rows
 
 
 def publish(
@@ -28,20 +28,6 @@ def publish(
     partial = file.with_name(file.name + ".partial")
     partial.write_text(json.dumps(result, indent=1) + "\n")
     partial.replace(file)
-
-
-def show_rows(title: str, rows: list[dict[str, Any]]) -> None:
-    """Print rows as a table, one column a key; in full where it goes to a file or a pipe."""
-    table = Table(title=title)
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    for column in columns:
-        table.add_column(column)
-    for row in rows:
-        table.add_row(*(_cell(row.get(column, "")) for column in columns))
-    console = Console()
-    if not console.is_terminal:
-        console.width = 400
-    console.print(table)
 
 
 def machine() -> dict[str, Any]:
@@ -63,7 +49,3 @@ def _commit() -> str | None:
     except FileNotFoundError:
         return None
     return commit.stdout.strip() + ("+changes" if changed.stdout.strip() else "") or None
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -19,8 +19,8 @@ import torch
 from aiohttp import web
 from safetensors import safe_open
 
-from megarl.data.tokenizer import load_tokenizer
 from megarl.errors import RunError, UserError
+from megarl.models.tokenizer import load_tokenizer
 from megarl.rollout.engine import Sampling
 from megarl.rollout.in_engine.megarl_sglang import KEY_VARIABLE
 from megarl.rollout.local.engine import LocalEngine

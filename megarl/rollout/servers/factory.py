@@ -35,8 +35,11 @@ ENGINES: dict[str, tuple[type[RemoteEngine], Callable[..., Any], Callable[..., d
 def check(rollout: Rollout) -> None:
     """Refuse what an engine cannot do; raises UserError. Before anything is started."""
     servers = rollout.servers
-    if rollout.engine != "sglang" and servers.sync not in ("auto", "disk"):
-        raise UserError(f"rollout.servers.sync: '{servers.sync}' needs SGLang; {rollout.engine} takes 'disk'")
+    if rollout.engine != "sglang" and servers.weight_transport not in ("auto", "disk"):
+        raise UserError(
+            f"rollout.servers.weight_transport: '{servers.weight_transport}' needs SGLang; "
+            f"{rollout.engine} takes 'disk'"
+        )
     if rollout.engine == "vllm" and (rollout.top_p < 1 or rollout.top_k > 0):
         name, value, valid = ("top_p", rollout.top_p, "1.0") if rollout.top_p < 1 else ("top_k", rollout.top_k, "0")
         raise UserError(
@@ -51,10 +54,10 @@ def check(rollout: Rollout) -> None:
     if servers.api_key_env and servers.api_key_env not in os.environ:
         raise UserError(f"rollout.servers.api_key_env: the variable {servers.api_key_env} is not set")
     check_flags(servers.flags)
-    if servers.attempt_deadline > servers.request_deadline:
+    if servers.attempt_timeout > servers.request_timeout:
         raise UserError(
-            f"rollout.servers.attempt_deadline: {servers.attempt_deadline:g} is above request_deadline; "
-            f"at most {servers.request_deadline:g}"
+            f"rollout.servers.attempt_timeout: {servers.attempt_timeout:g} is above request_timeout; "
+            f"at most {servers.request_timeout:g}"
         )
 
 
@@ -118,7 +121,7 @@ def command_of(settings: Settings, more: Sequence[str] = ()) -> Command:
     flags += [megarl_sglang.EXPERTS_FLAG] if rollout.engine == "sglang" and rollout.replay_routing else []
     if rollout.engine == "local":
         longest = groups.longest_sequence(settings)
-        flags += ["--slots", str(rollout.local_batch), "--max-length", str(longest)]
+        flags += ["--slots", str(rollout.local_max_sequences), "--max-length", str(longest)]
     return command(
         python_of(rollout),
         model.path.resolve(),
@@ -136,10 +139,10 @@ def environment_of(rollout: Rollout, api_key: str | None) -> dict[str, str]:
 
 
 def choose_transport(rollout: Rollout, model: Path, dtype: torch.dtype, folder: Path) -> Transport:
-    """The way for weights: what `servers.sync` says, or for `auto` shared memory where the host is one and the servers
-    run on its CPU, a broadcast to other SGLang servers, and a folder for vLLM and `megarl serve`'s own engine."""
+    """How weights travel: as `servers.weight_transport` says. `auto` takes shared memory for SGLang servers on this
+    host's CPU, a broadcast to other SGLang servers, and a folder for vLLM and the embedded engine's server."""
     servers, cuda = rollout.servers, on_cuda(rollout.servers)
-    mode = servers.sync
+    mode = servers.weight_transport
     if mode == "auto":
         mode = "disk" if rollout.engine != "sglang" else "distributed" if cuda or servers.addresses else "tensor"
     if mode == "disk":

@@ -79,7 +79,7 @@ def _ages(family: int, port: int) -> Iterator[float]:
                     if attribute == INFO and struct.unpack_from("!H", message, 4)[0] == port:
                         yield struct.unpack_from("=I", value, LAST_DATA_RECEIVED)[0] / 1000
     except OSError as e:
-        raise RunError(f"the kernel does not tell the connections of port {port}: {e}; use --idle-deadline 0") from None
+        raise RunError(f"the kernel does not tell the connections of port {port}: {e}; use --idle-timeout 0") from None
 
 
 def _messages(kernel: socket.socket) -> Iterator[tuple[int, bytes]]:

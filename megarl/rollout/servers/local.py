@@ -41,7 +41,7 @@ class ServedEngine(RemoteEngine):
 
     async def _segment(self, server_id: str, token_ids: list[int], sampling: Sampling) -> Segment:
         payload = {"id": server_id, "token_ids": token_ids, "sampling": sampling._asdict()}
-        answer = await self._post("/generate", payload, f"answer '{server_id}'", self.settings.attempt_deadline)
+        answer = await self._post("/generate", payload, f"answer '{server_id}'", self.settings.attempt_timeout)
         self._check_version([str(version) for version in field_of(answer, "versions")])
         return Segment(field_of(answer, "token_ids"), field_of(answer, "logprobs"), field_of(answer, "finish"))
 

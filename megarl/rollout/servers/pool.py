@@ -86,8 +86,8 @@ class Pool:
     # ---- the Engine contract -------------------------------------------------------------------------------------
 
     async def generate(self, token_ids: Sequence[int], sampling: Sampling, request_id: str) -> Generation:
-        """See `Engine.generate`. Raises DeadlineExceeded after `servers.request_deadline`, retries included."""
-        deadline = self._servers.request_deadline
+        """See `Engine.generate`. Raises DeadlineExceeded after `servers.request_timeout`, retries included."""
+        deadline = self._servers.request_timeout
         cause = "no engine became free"
         try:
             async with asyncio.timeout(deadline):
@@ -255,14 +255,14 @@ class Pool:
             return
         await engine.drop()
         try:
-            async with asyncio.timeout(self._servers.start_deadline):
+            async with asyncio.timeout(self._servers.start_timeout):
                 while True:
                     with suppress(RunError):
                         await engine.start()
                         return
                     await asyncio.sleep(1.0)  # somebody else's server: all we can do is look again
         except TimeoutError:
-            raise DeadlineExceeded(f"{engine.name} to come back", self._servers.start_deadline) from None
+            raise DeadlineExceeded(f"{engine.name} to come back", self._servers.start_timeout) from None
 
     def _set(self, member: Member, state: State) -> None:
         member.state = state

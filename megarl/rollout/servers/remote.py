@@ -188,7 +188,7 @@ class RemoteEngine(ABC):
             await self.close()
             self.server.start()
             self.endpoint = Endpoint(self.server.address, api_key=self._api_key)
-            await self.server.wait_until(self.health, self.settings.start_deadline)
+            await self.server.wait_until(self.health, self.settings.start_timeout)
         await self._first_token()
 
     async def _first_token(self) -> None:
@@ -197,7 +197,7 @@ class RemoteEngine(ABC):
 
     async def _await_health(self) -> None:
         """Somebody else's server may still be starting."""
-        deadline, cause = self.settings.start_deadline, ""
+        deadline, cause = self.settings.start_timeout, ""
         try:
             async with asyncio.timeout(deadline):
                 while True:

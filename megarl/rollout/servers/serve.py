@@ -15,11 +15,11 @@ from megarl.rollout.servers import factory
 from megarl.rollout.servers.idle import Idleness
 
 
-def serve(settings: Settings, first_port: int, idle_deadline: float) -> None:
+def serve(settings: Settings, first_port: int, idle_timeout: float) -> None:
     """Run this task's server: under srun, task n takes port `first_port` + n and its share of the node's devices.
 
     A server that ends is started again, `rollout.servers.restarts` times; then RunError, as when no client has sent it
-    anything for `idle_deadline` seconds (0: however long). SIGTERM ends it and returns, and so does SIGUSR2, which srun
+    anything for `idle_timeout` seconds (0: however long). SIGTERM ends it and returns, and so does SIGUSR2, which srun
     passes on (at a SIGTERM of its own, srun kills the tasks). Under srun SIGTERM does nothing: it is Slurm's warning of
     a pre-emption, and the learner's last step needs the server.
     """
@@ -37,7 +37,7 @@ def serve(settings: Settings, first_port: int, idle_deadline: float) -> None:
     for each in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(each, leave)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # of the time limit; the learner's to answer
-    idleness = Idleness(server.port, idle_deadline)
+    idleness = Idleness(server.port, idle_timeout)
     for start in range(settings.rollout.servers.restarts + 1):
         print(f"{server.name}: start {start} on port {server.port}, log {server.log}", file=sys.stderr, flush=True)
         server.start()
@@ -48,7 +48,7 @@ def serve(settings: Settings, first_port: int, idle_deadline: float) -> None:
             if idleness.look():
                 server.end()
                 raise RunError(
-                    f"{server.name} on port {server.port}: no client has sent anything for {idle_deadline:g} s "
-                    "(--idle-deadline): its controller, or the way to it, is gone; the server has been ended"
+                    f"{server.name} on port {server.port}: no client has sent anything for {idle_timeout:g} s "
+                    "(--idle-timeout): its controller, or the way to it, is gone; the server has been ended"
                 )
     raise RunError(f"{server.name} ended {start + 1} times (log: {server.log}): {server.last_words()}")

@@ -176,7 +176,7 @@ class SGLangEngine(RemoteEngine):
         payload = {"input_ids": token_ids, "sampling_params": parameters, "return_logprob": True, "rid": server_id}
         if sampling.experts:
             payload["return_routed_experts"] = True
-        answer = await self._post("/generate", payload, f"answer '{server_id}'", self.settings.attempt_deadline)
+        answer = await self._post("/generate", payload, f"answer '{server_id}'", self.settings.attempt_timeout)
         made = field_of(answer, "output_ids")
         meta = field_of(answer, "meta_info")
         rows = meta.get("output_token_logprobs") or []

@@ -113,7 +113,7 @@ class VLLMEngine(RemoteEngine):
                 },
             },
             f"answer '{server_id}'",
-            self.settings.attempt_deadline,
+            self.settings.attempt_timeout,
         )
         choice = field_of(answer, "choices")[0]
         made, finish = choice.get("token_ids") or [], choice.get("finish_reason")
