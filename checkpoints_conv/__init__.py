@@ -1,8 +1,7 @@
-"""Hugging Face ⇄ Megatron: one declarative, invertible map per model family.
+"""Converts checkpoints between Hugging Face's and Megatron's formats, through the map in `megarl.models`.
 
-The learner, weight sync, the planner and the conversion commands all read the same map. Nothing here imports
-Megatron or starts a process; from megarl only `errors` is used.
+Nothing here imports Megatron or starts a process.
 
-Reading order: `shape` (what a config.json says), `rules` (one Megatron tensor made of Hugging Face tensors),
-`models/families/qwen3.py` (a family is a table of rules), `layout` (which rank holds what), `hf` (safetensors files).
+Reading order: `checkpoint` (what every format offers), `torch_dist` and `classic` (Megatron's formats), `hf_writer`,
+`convert` (the conversion), `commands`, `cli`.
 """

@@ -1,4 +1,4 @@
-"""The mean of several checkpoints of one model, as a checkpoint that is converted like any other."""
+"""The mean of several checkpoints of one model, as a checkpoint like any other."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megarl.models.shape import ModelShape
 
 
 class Average:
-    """A `Checkpoint` whose tensors are means, taken in float32; formats and layouts of the members may differ."""
+    """A `Checkpoint` of means, computed in float32. Formats and layouts of the members may differ."""
 
     format = "average"
 
@@ -29,7 +29,9 @@ class Average:
         first, *rest = self.members
         for other in rest:
             if other.model != first.model:
-                raise UserError(f"{other.folder}: is another model than {first.folder}; only one model can be averaged")
+                raise UserError(
+                    f"{other.folder}: is another model than {first.folder}; average checkpoints of one model"
+                )
         return first.model
 
     def check_whole(self) -> None:

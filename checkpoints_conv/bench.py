@@ -1,14 +1,13 @@
-"""Converting a multi-GB checkpoint against copying its files on the same disk, from cold caches; and the peak memory.
+"""Compares converting a multi-GB checkpoint with copying its files on the same disk, from cold caches; and peak memory.
 
-The model is random, Qwen3-1.7B's sizes with as many layers as fill the gigabytes asked for. Every round runs each
-conversion in a process of its own, timed from opening the source to the destination's final name, Python's start left
-out; and right before each, copies the Hugging Face files, so that both meet the same machine. Conversion and copy end
-with the same fsync of every file and folder. Before each, all data is written back and every file is dropped from the
-page cache. The caches inside the disk, or under a virtual one, stay as they are.
+The model is random, with Qwen3-1.7B's sizes and enough layers to fill `gigabytes`. Every round runs each conversion in
+a separate process, timed from opening the source to the destination's final name, without Python's start. Right before
+each it copies the Hugging Face files, so both see the same machine. Conversion and copy end with the same fsync of
+every file and folder. Before each, all data is written back and every file is dropped from the page cache. Caches
+inside the disk, or under a virtual one, are not cleared.
 
-`of_copy_speed` is the median over the rounds of the copy's seconds by the conversion's, of Hugging Face files in every
-row. The classic files of a model with tied embeddings hold these twice, on the first pipeline stage and on the last:
-`written_gb` says what is written.
+`of_copy_speed` is the copy's seconds divided by the conversion's, median over the rounds. Every row copies Hugging Face
+files. Classic files contain tied embeddings twice, on the first and the last pipeline stage: see `written_gb`.
 """
 
 from __future__ import annotations
@@ -37,25 +36,15 @@ from checkpoints_conv.unit import Unit, Writer, units_of
 from megarl.bench.common.result import publish
 from megarl.errors import UserError
 from megarl.models.config_json import read_shape
-from megarl.models.families import parameters, rules
+from megarl.models.families import rules
 from megarl.models.layout import Layout
 from megarl.models.shape import ModelShape
 
 CONFIG: dict[str, Any] = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 151936,
-    "tie_word_embeddings": True,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "max_position_embeddings": 40960,
-    "torch_dtype": "bfloat16",
-}
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 2048, "intermediate_size": 6144,
+    "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True, "rope_theta": 1e6, "max_position_embeddings": 40960, "torch_dtype": "bfloat16",
+}  # fmt: skip
 LAYOUT = Layout(tp=2, pp=2)  # of the classic files
 FILE_BYTES = 10**9  # of the source's files, as on the hub
 
@@ -70,13 +59,13 @@ DIRECTIONS: dict[str, tuple[str, str, Callable[[ModelShape], Writer]]] = {
 def main(
     json: Annotated[Path | None, typer.Option(help="Write the rows to this file.")] = None,
     gigabytes: Annotated[
-        float, typer.Option(min=0.001, help="Size of the checkpoint; two layers, .8 GB, are the least.")
+        float, typer.Option(min=0.001, help="Size of the checkpoint; at least two layers, 0.8 GB.")
     ] = 2.5,
-    rounds: Annotated[int, typer.Option(min=1, help="Times everything is repeated; medians are reported.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Repetitions; the result is the median.")] = 3,
     workers: Annotated[int, typer.Option(min=1, help="Threads of a conversion.")] = 2,
     folder: Annotated[Path | None, typer.Option(help="Where to write; default: the system's temporary folder.")] = None,
 ) -> None:
-    """Convert a synthetic checkpoint both ways, against copying its files. Needs four times its size on the disk."""
+    """Convert a random checkpoint both ways and compare with copying it. Needs four times its size on the disk."""
     model = _model(gigabytes)
     free = shutil.disk_usage(folder or tempfile.gettempdir()).free
     if free < 4.5 * gigabytes * 1e9:
@@ -88,10 +77,10 @@ def main(
 
 
 class Run(NamedTuple):
-    """What was measured of one conversion, or of one copy."""
+    """Measurements of one conversion or one copy."""
 
     seconds: float
-    cpu_seconds: float  # of all threads, the kernel's work for them included
+    cpu_seconds: float  # of all threads, including the kernel's work for them
     written: int  # bytes
     rss_before: int  # bytes
     rss_peak: int
@@ -137,8 +126,8 @@ def _row(name: str, size: int, runs: list[Run]) -> dict[str, Any]:
 
 
 def _model(gigabytes: float) -> ModelShape:
-    """With the even number of layers that comes nearest to the size."""
-    one, two = (parameters(read_shape({**CONFIG, "num_hidden_layers": n})) for n in (1, 2))
+    """The model with the even number of layers nearest to the size."""
+    one, two = (read_shape({**CONFIG, "num_hidden_layers": n}).parameters() for n in (1, 2))
     pairs = round((gigabytes * 1e9 / 2 - one + (two - one)) / (two - one) / LAYOUT.pp)
     return read_shape({**CONFIG, "num_hidden_layers": LAYOUT.pp * max(1, pairs)})
 
@@ -174,7 +163,7 @@ def _convert(source: Path, destination: Path, name: str, workers: int) -> None:
 
 
 def _cool(place: Path) -> None:
-    """Everything written back, and no file of `place` left in the page cache."""
+    """Write everything back, and drop the files of `place` from the page cache."""
     os.sync()
     for file in place.rglob("*"):
         if file.is_file():
@@ -196,6 +185,6 @@ def _run(work: Callable[..., None], source: Path, destination: Path, *options: A
 
 
 def _peak_rss() -> int:
-    """The most resident memory this process ever had, in bytes."""
+    """Peak resident memory of this process, in bytes."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024

@@ -1,4 +1,4 @@
-"""A checkpoint in any format is a source of Hugging Face tensors, asked for rule by rule."""
+"""A checkpoint in any format is a source of Hugging Face tensors, read rule by rule."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from megarl.models.rules import Rule
 from megarl.models.shape import ModelShape
 
 TRACKER = "latest_checkpointed_iteration.txt"  # Megatron's file that names the newest iteration
-RELEASE = "release"  # the folder's name, and the tracker's word, where there is no training iteration
-LEARNER = "learner"  # where a checkpoint of a megarl run, RUN/checkpoints/step_NNNNNN, has its tensors
+RELEASE = "release"  # the folder's name, and the tracker's word, without a training iteration
+LEARNER = "learner"  # the folder of tensors in a run's checkpoint, RUN/checkpoints/step_NNNNNN
 
 
 class Checkpoint(Protocol):
     """What conversion, verification and the tools read. Safe to use from several threads."""
 
     format: str  # "Hugging Face", "Megatron torch_dist", "Megatron classic"
-    folder: Path  # holds config.json, tokenizer and so on beside, or above, the weights
+    folder: Path  # has config.json, tokenizer and so on
 
     @property
     def model(self) -> ModelShape: ...
 
     def check_whole(self) -> None:
-        """Raise UserError unless exactly the model's tensors are there, whole and in shape. Reads no weights."""
+        """Raise UserError unless exactly the model's tensors are there, complete and in shape. Reads no weights."""
         ...
 
     def dtype(self, rule: Rule) -> torch.dtype:
@@ -38,14 +38,14 @@ class Checkpoint(Protocol):
         ...
 
     def parts(self, rule: Rule) -> Mapping[str, Values]:
-        """The Hugging Face tensors of `rule`, unsharded and unpadded; where they lie in files, described.
+        """The Hugging Face tensors of `rule`, unsharded and unpadded; those in files as descriptions.
 
-        Rules of either layer spec may be asked for.
+        Accepts rules of either layer spec.
         """
         ...
 
     def files(self) -> list[Path]:
-        """The files that hold the weights."""
+        """The files with the weights."""
         ...
 
 
@@ -61,8 +61,7 @@ def parts_of(rule: Rule, shards: Sequence[Tensor]) -> dict[str, Values]:
 
 
 def megatron_folders(path: Path) -> list[Path]:
-    """Where a checkpoint at `path` may be: there, in the folder that a run has for it, in that of the iteration that
-    Megatron's tracker file names."""
+    """Where the tensors of `path` may be: there, in a run's folder for them, or in the tracker file's iteration."""
     found = [path, path / LEARNER]
     tracker = path / TRACKER
     if tracker.is_file():
@@ -72,7 +71,7 @@ def megatron_folders(path: Path) -> list[Path]:
 
 
 def megatron_arguments(model: ModelShape, layout: Layout, vocab_rows: int) -> Namespace:
-    """What Megatron-LM keeps beside the tensors: the model's arguments, by the names of its command line."""
+    """The model's arguments, by the names of Megatron-LM's command line; Megatron-LM saves them with the tensors."""
     arguments: dict[str, Any] = {
         "num_layers": model.layers,
         "hidden_size": model.hidden,
@@ -83,7 +82,7 @@ def megatron_arguments(model: ModelShape, layout: Layout, vocab_rows: int) -> Na
         "kv_channels": model.head_dim,
         "max_position_embeddings": model.max_positions,
         "position_embedding_type": "rope",
-        "rotary_base": model.rope_theta,
+        "rotary_base": model.rope.theta,
         "normalization": "RMSNorm",
         "norm_epsilon": model.norm_eps,
         "swiglu": True,

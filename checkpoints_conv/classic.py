@@ -38,7 +38,7 @@ class Rank(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a shard is: in which rank's file, under which model chunk, by which local name."""
+    """Where a shard is: the rank's file, the model chunk, the local name."""
 
     rank: Rank
     chunk: str
@@ -46,7 +46,7 @@ class Place(NamedTuple):
 
 
 def places(every: Iterable[Rule], model: ModelShape, layout: Layout) -> dict[str, list[list[Place]]]:
-    """Megatron name → for each shard, in order, every place that holds it. A replicated tensor has one shard."""
+    """Megatron name → for each shard, in order, every place that has it. A replicated tensor has one shard."""
     every = list(every)
     found: dict[str, list[list[Place]]] = {}
     for chunk in chunks(model, layout):
@@ -61,10 +61,10 @@ def places(every: Iterable[Rule], model: ModelShape, layout: Layout) -> dict[str
 
 
 class Classic:
-    """The model weights of a classic checkpoint, put together from the files of all ranks (a `Checkpoint`).
+    """The model weights of a classic checkpoint, joined from the files of all ranks (a `Checkpoint`).
 
-    Layout and layer spec are read off the files. Opening reads what describes the tensors (nothing but tensors and
-    arguments is unpickled); what a tensor holds is read when it is asked for.
+    The files tell layout and layer spec. Opening reads only the tensors' descriptions, and unpickles only tensors and
+    arguments. A tensor's values are read when needed.
     """
 
     format = "Megatron classic"
@@ -82,7 +82,7 @@ class Classic:
         first = _chunks(loaded[0])
         spec: Spec = "te" if any("linear_qkv.layer_norm_weight" in name for name in first[min(first)]) else "local"
         if EMBEDDING not in first[min(first)]:
-            raise UserError(f"{self._paths[0]}: holds no {EMBEDDING}")
+            raise UserError(f"{self._paths[0]}: has no {EMBEDDING}")
         self._every = rules(self.model, spec, len(first[min(first)][EMBEDDING]) * self.layout.tp)
         self._places = places(self._every, self.model, self.layout)
         self._own = {rule.hf: rule for rule in self._every if not rule.copy}
@@ -96,7 +96,7 @@ class Classic:
             found = {(chunk, name): value for chunk, state in _chunks(states).items() for name, value in state.items()}
             for (chunk, name), rule in expected[rank].items():
                 if (chunk, name) not in found:
-                    raise UserError(f"{path}: {chunk} holds no {name}")
+                    raise UserError(f"{path}: {chunk} has no {name}")
                 shape, wanted = list(found[chunk, name].shape), list(rule.shape(self.layout.shards(rule)))
                 if shape != wanted:
                     raise UserError(f"{path}: {name}: shape {shape}, {wanted} by the rule of {rule.megatron}")
@@ -122,7 +122,7 @@ class Classic:
 
 
 class ClassicWriter:
-    """Writes the files of all ranks of `layout`; each tensor goes straight to its place in them."""
+    """Writes the files of all ranks of `layout`, each tensor directly to its places in them."""
 
     def __init__(self, model: ModelShape, layout: Layout, spec: Spec = "te", divisible_by: int = 128) -> None:
         layout.check(model)
@@ -146,11 +146,11 @@ class ClassicWriter:
         return total
 
     def lay_out(self, folder: Path, units: list[Unit]) -> None:
-        """Create each rank's file in its final size, holes for the tensors, and learn where the holes are."""
+        """Create each rank's file in its final size, with holes for the tensors, and note where the holes are."""
         self._folder = folder
         states: dict[Rank, dict[str, Any]] = {rank: {} for rank in _ranks(self.layout)}
         for rule, dtype in (item for unit in units for item in unit.items()):
-            # Never written to, so that it takes no memory.
+            # Never written to, so it takes no memory.
             shape = rule.shape(self.layout.shards(rule))
             for place in (place for shard in self._places[rule.megatron] for place in shard):
                 states[place.rank].setdefault(place.chunk, {})[place.name] = torch.empty(shape, dtype=dtype)
@@ -193,7 +193,7 @@ class ClassicWriter:
                     offset = self._write_at(held, band, offset)
 
     def _write_columns(self, shards: list[list[Place]], part: Tensor) -> None:
-        """Each band of rows goes to all shards, so that it is read once."""
+        """Each band of rows is read once and written to all shards."""
         offset = 0
         for band in bands(part):
             for held, columns in zip(shards, band.chunk(len(shards), 1), strict=True):
@@ -231,7 +231,7 @@ def _folder_name(layout: Layout, rank: Rank) -> str:
 
 
 def _rank_files(folder: Path) -> tuple[list[Path], list[list[int]]]:
-    """Every rank's file, and the numbers in its folder's name."""
+    """Each rank's file, and the numbers in its folder's name."""
     found = sorted((path, FOLDER.fullmatch(path.parent.name)) for path in folder.glob(f"mp_rank_*/{FILE}"))
     odd = next((path for path, match in found if match is None), None)
     if odd is not None:
@@ -242,15 +242,15 @@ def _rank_files(folder: Path) -> tuple[list[Path], list[list[int]]]:
 def _layout(
     folder: Path, numbers: list[list[int]], first: Mapping[str, Any], model: ModelShape
 ) -> tuple[Layout, list[Rank]]:
-    """The layout that the files' numbers, and the first file's layers, speak of; and the rank of each file."""
+    """The layout, from the files' numbers and the first file's layers; and the rank of each file."""
     if len({len(n) for n in numbers}) > 1:
-        raise UserError(f"{folder}: mixes files of several layouts")
+        raise UserError(f"{folder}: has files of several layouts")
     states = _chunks(first)
     layers = sum(
         len({name.split(".")[2] for name in state if name.startswith("decoder.layers.")}) for state in states.values()
     )
     if not states or not layers or model.layers % layers:
-        raise UserError(f"{folder}: holds {layers} layers in its first file, of {model.layers} by config.json")
+        raise UserError(f"{folder}: has {layers} layers in its first file; config.json has {model.layers}")
     pp = model.layers // layers
     expected = 1 + (pp > 1) + (len(numbers[0]) - 1 - (pp > 1) == 1)
     if len(numbers[0]) != expected:
@@ -276,4 +276,4 @@ def _load(path: Path) -> dict[str, Any]:
             return described(path, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as e:
         reason = str(e).splitlines()[0]
-        raise UserError(f"{path}: damaged, or holds more than tensors and arguments ({reason})") from None
+        raise UserError(f"{path}: damaged, or has more than tensors and arguments ({reason})") from None

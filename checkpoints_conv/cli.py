@@ -38,17 +38,17 @@ Destination = Annotated[Path, typer.Argument(help="Folder to write; must not exi
 LayoutWords = Annotated[
     list[str] | None,
     typer.Argument(
-        help="Parallel sizes: tp (tensor), pp (pipeline), vpp (chunks a stage), ep (expert); default 1.",
+        help="Parallel sizes: tp (tensor), pp (pipeline), vpp (chunks per stage), ep (expert); default 1.",
         metavar="[tp=N pp=N …]",
     ),
 ]
 Names = Annotated[LayerSpec, typer.Option(help="Layer names of classic files: Transformer Engine's or Megatron's own.")]
-Config = Annotated[Path | None, typer.Option(help="config.json, or its folder, if the checkpoint has none of its own.")]
+Config = Annotated[Path | None, typer.Option(help="config.json, or its folder, if the checkpoint has none.")]
 Cast = Annotated[Type | None, typer.Option(help="Cast every tensor; default: keep each tensor's type.")]
-Workers = Annotated[int, typer.Option(min=1, help="Threads; each holds a few times the largest tensor.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print what would be done, and stop.")]
+Workers = Annotated[int, typer.Option(min=1, help="Threads. Each needs at most a few times the largest tensor.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan and stop.")]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read *.bin weights (only tensors are unpickled).")]
-Output = Annotated[Format, typer.Option(help="torch-dist loads under any layout; classic is one file for each rank.")]
+Output = Annotated[Format, typer.Option(help="torch-dist loads under any layout; classic is one file per rank.")]
 ShardSize = Annotated[float, typer.Option(min=0.001, help="Largest safetensors file, in GB.")]
 
 WORKERS = min(4, os.cpu_count() or 1)
@@ -66,7 +66,7 @@ def hf_to_megatron(
     dry_run: DryRun = False,
     allow_pickle: AllowPickle = False,
 ) -> None:
-    """Hugging Face → Megatron. A layout given with torch-dist is checked against the model: it will load under any."""
+    """Hugging Face → Megatron. torch-dist loads under any layout; a given one is only checked against the model."""
     from checkpoints_conv import commands
 
     classic = format is Format.classic
@@ -100,7 +100,7 @@ def reshard(
     workers: Workers = WORKERS,
     dry_run: DryRun = False,
 ) -> None:
-    """Merge or split: any checkpoint → classic files of another layout; without one, of a single rank."""
+    """Merge or split: any checkpoint → classic files of another layout. Default: one rank."""
     from checkpoints_conv import commands
 
     sizes = commands.parse_layout(layout or [])
@@ -109,7 +109,7 @@ def reshard(
 
 @app.command()
 def verify(a: Source, b: Source, config: Config = None) -> None:
-    """Compare two checkpoints of any formats bit by bit; exit code 1, and a table, if they differ."""
+    """Compare two checkpoints of any formats bit by bit. If they differ: a table and exit code 1."""
     from checkpoints_conv import commands
 
     if not commands.verify(a, b, config):
@@ -118,7 +118,7 @@ def verify(a: Source, b: Source, config: Config = None) -> None:
 
 @app.command()
 def inspect(source: Source, config: Config = None) -> None:
-    """List what a checkpoint of any format holds: names, shapes, types, bytes and norms."""
+    """List the tensors of a checkpoint in any format: names, shapes, types, bytes and norms."""
     from checkpoints_conv import commands
 
     commands.inspect(source, config)
@@ -126,7 +126,7 @@ def inspect(source: Source, config: Config = None) -> None:
 
 @app.command()
 def compare(a: Source, b: Source, config: Config = None) -> None:
-    """Show how far two checkpoints are apart, e.g. before and after training: max |a - b| of every tensor."""
+    """Show how much two checkpoints differ, e.g. before and after training: max |a - b| of every tensor."""
     from checkpoints_conv import commands
 
     commands.compare_all(a, b, config)
@@ -147,7 +147,7 @@ def average(
 
 
 def main() -> None:
-    """Run a command; a mistake of the user's is one line and exit code 2."""
+    """Run a command. A UserError is one line and exit code 2."""
     try:
         app()
     except UserError as e:

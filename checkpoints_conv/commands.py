@@ -1,4 +1,4 @@
-"""What the commands do, with progress on the terminal; `cli` only parses. Heavy imports stay out of `cli`."""
+"""What the commands do, with progress on the terminal. `cli` only parses, without heavy imports."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from checkpoints_conv.torch_dist import TorchDistWriter
 from checkpoints_conv.unit import Writer
 from checkpoints_conv.verify import Comparison, compare, misplaced
 from megarl.errors import UserError, nearest
-from megarl.models.families import parameters, rules
+from megarl.models.families import rules
 from megarl.models.files.tensor_io import loaded
 from megarl.models.layout import Layout
 from megarl.models.rules import Spec
@@ -38,7 +38,7 @@ def hf_to_megatron(
     dry_run: bool = False,
     allow_pickle: bool = False,
 ) -> None:
-    """Convert a model folder to torch_dist, checked to load under `layout`, or to classic files of `layout`."""
+    """Convert a model folder to torch_dist, after checking `layout`, or to classic files of `layout`."""
     checkpoint = open_checkpoint(source, allow_pickle=allow_pickle)
     layout.check(checkpoint.model)
     writer: Writer = TorchDistWriter(checkpoint.model)
@@ -77,7 +77,7 @@ def reshard(
 
 
 def verify(a: Path, b: Path, config: Path | None = None) -> bool:
-    """Compare two checkpoints bit by bit, print what differs, and say whether they are equal."""
+    """Compare two checkpoints bit by bit and print what differs. Returns whether they are equal."""
     compared = list(compare(_open(a, config), _open(b, config)))
     differing = [c for c in compared if not c.equal]
     console = _wide_console()
@@ -93,7 +93,7 @@ def verify(a: Path, b: Path, config: Path | None = None) -> bool:
 
 
 def inspect(source: Path, config: Path | None = None) -> None:
-    """Print every tensor's name, Megatron name, shape, type, bytes and norm, and the sums."""
+    """Print every tensor's name, Megatron name, shape, type, bytes and norm, and totals."""
     table = Table("tensor", "Megatron", "shape", "type", "bytes", "norm")
     count = total = 0
     checkpoint = open_checkpoint(source, config)
@@ -107,13 +107,13 @@ def inspect(source: Path, config: Path | None = None) -> None:
     console = _wide_console()
     console.print(table)
     console.print(
-        f"{source}: {checkpoint.format}, {checkpoint.model.family}, {parameters(checkpoint.model):,} parameters in "
+        f"{source}: {checkpoint.format}, {checkpoint.model.family}, {checkpoint.model.parameters():,} parameters in "
         f"{count} tensors, {total:,} bytes in {len(checkpoint.files())} files"
     )
 
 
 def compare_all(a: Path, b: Path, config: Path | None = None) -> None:
-    """Print how far every tensor of two checkpoints is from the other."""
+    """Print how much every tensor of two checkpoints differs."""
     compared = list(compare(_open(a, config), _open(b, config)))
     console = _wide_console()
     console.print(difference_table(compared))
@@ -141,7 +141,7 @@ def parse_layout(words: list[str]) -> Layout:
         if key not in known or not equals:
             raise UserError(f"layout: {word!r} is unknown{nearest(key, known)}; write e.g. tp=2")
         if not value.isdigit() or int(value) < 1:
-            raise UserError(f"layout: {word!r}: a size is a whole number of at least 1")
+            raise UserError(f"layout: {word!r}: a size must be a whole number, at least 1")
         sizes[key] = int(value)
     return Layout(**sizes)
 
@@ -160,7 +160,7 @@ def run(plan: Plan, workers: int, dry_run: bool = False) -> None:
         task = progress.add_task("converting", total=sum(unit.nbytes for unit in plan.units))
         resumed = convert(plan, workers, lambda nbytes: progress.advance(task, nbytes))
     if resumed:
-        console.print(f"{resumed} of {len(plan.units)} parts were there from an interrupted run")
+        console.print(f"{resumed} of {len(plan.units)} parts were already there from an interrupted run")
     console.print(f"wrote {plan.destination}")
 
 
@@ -175,11 +175,11 @@ def difference_table(differing: list[Comparison]) -> Table:
 
 
 def _wide_console() -> Console:
-    """Into a file or a pipe, tables keep their full names."""
+    """A console that keeps full names in files and pipes."""
     console = Console()
     return console if console.is_terminal else Console(width=200)
 
 
 def _open(path: Path, config: Path | None) -> Checkpoint:
-    """`config` serves only the one that has none of its own."""
+    """Open a checkpoint; `config` is used only if it has no config.json."""
     return open_checkpoint(path) if (path / "config.json").is_file() else open_checkpoint(path, config)

@@ -1,4 +1,4 @@
-"""The conversion itself: any checkpoint, any writer, unit by unit, in parallel, resumable, finished by one rename."""
+"""The conversion: any checkpoint, any writer, unit by unit, in parallel, resumable, completed by one rename."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ import torch
 from checkpoints_conv.checkpoint import Checkpoint
 from checkpoints_conv.unit import Unit, Writer, units_of
 from megarl.errors import UserError
-from megarl.models.families import parameters
 from megarl.models.files.tensor_io import Values, loaded
 from megarl.models.rules import Rule
 
@@ -29,7 +29,7 @@ SMALL = 64 * 2**20  # bytes; larger files beside the weights are not configurati
 
 @dataclass(frozen=True)
 class Plan:
-    """What a conversion will do, before it does anything."""
+    """What a conversion will do."""
 
     source: Checkpoint
     writer: Writer
@@ -39,7 +39,7 @@ class Plan:
 
     @property
     def partial(self) -> Path:
-        """Where the output grows until it is whole."""
+        """Where the output is until it is complete."""
         return self.destination.with_name(self.destination.name + ".partial")
 
     def summary(self) -> dict[str, Any]:
@@ -49,7 +49,7 @@ class Plan:
             "source": f"{os.path.commonpath([file.parent for file in self.source.files()])} ({self.source.format})",
             "destination": f"{self.destination} ({', '.join(f'{k}={v}' for k, v in self.writer.settings.items())})",
             "model": f"{model.family}, {model.layers} layers, hidden {model.hidden}",
-            "parameters": f"{parameters(model):,}",
+            "parameters": f"{model.parameters():,}",
             "tensors": sum(len(unit.rules) for unit in self.units),
             "type": ", ".join(dtypes),
             "bytes": f"{self.writer.nbytes(self.units):,}",
@@ -57,20 +57,20 @@ class Plan:
 
 
 def plan(source: Checkpoint, writer: Writer, destination: Path, dtype: torch.dtype | None = None) -> Plan:
-    """Check everything that can be checked without reading weights; raises UserError."""
+    """Check everything that needs no weights. Raises UserError."""
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise UserError(f"{destination}: is not empty; nothing is ever overwritten, choose another destination")
+        raise UserError(f"{destination}: is not empty, and nothing is overwritten; choose another destination")
     source.check_whole()
     units = units_of(writer.rules(), lambda rule: dtype or source.dtype(rule))
     return Plan(source, writer, destination, dtype, units)
 
 
 def convert(plan: Plan, workers: int = 2, advance: Callable[[int], None] = lambda nbytes: None) -> int:
-    """Run the plan; returns how many units an earlier, interrupted run had already written.
+    """Run the plan. Returns how many units an earlier, interrupted run had already written.
 
-    Memory: each of the `workers` threads holds a few bands of rows, and a tensor where its type changes. `advance` is
-    told the bytes of each tensor done. Interrupted at any point, nothing exists at the destination, and the next run
-    takes up what is there.
+    Memory: a few bands of rows per thread (`workers` of them), and one tensor while its type changes. `advance` gets
+    the bytes of each finished tensor. After an interruption nothing exists at the destination, and the next run
+    continues.
     """
     plan.partial.mkdir(parents=True, exist_ok=True)
     with _journal(plan) as journal, _disk_errors(plan):
@@ -78,7 +78,7 @@ def convert(plan: Plan, workers: int = 2, advance: Callable[[int], None] = lambd
         left = [unit for unit in plan.units if unit.index not in done]
         needed, free = plan.writer.nbytes(left), shutil.disk_usage(plan.partial).free
         if needed > free:
-            raise UserError(f"{plan.destination}: needs {needed:,} bytes and the disk has {free:,} free")
+            raise UserError(f"{plan.destination}: needs {needed:,} bytes; the disk has {free:,} free")
         try:
             plan.writer.lay_out(plan.partial, plan.units)
             for unit in plan.units:
@@ -101,17 +101,13 @@ def _tensors(plan: Plan, unit: Unit, advance: Callable[[int], None]) -> Iterator
     for rule, dtype in unit.items():
         parts = plan.source.parts(rule)
         yield rule, {name: t if t.dtype == dtype else loaded(t).to(dtype) for name, t in parts.items()}
-        advance(sum(tensor_size(part.shape) for part in rule.parts) * dtype.itemsize)
-
-
-def tensor_size(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
+        advance(sum(prod(part.shape) for part in rule.parts) * dtype.itemsize)
 
 
 def _run(work: Callable[[Unit], None], units: list[Unit], workers: int) -> None:
-    """`work` on each unit in threads; the first failure stops the rest and is raised."""
+    """`work` on each unit in threads. The first failure stops the rest and is raised."""
     with ThreadPoolExecutor(workers) as pool:
-        # Largest first, so that no thread is left with one alone at the end.
+        # Largest first, so that the threads end together.
         futures = [pool.submit(work, unit) for unit in sorted(units, key=lambda unit: -unit.nbytes)]
         try:
             finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
@@ -122,7 +118,7 @@ def _run(work: Callable[[Unit], None], units: list[Unit], workers: int) -> None:
 
 
 class _Journal:
-    """Which units are written, in a folder inside the partial output, so that a later run can go on."""
+    """The units already written, in a folder inside the partial output, so that a later run can continue."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -141,25 +137,25 @@ class _Journal:
 
 @contextmanager
 def _journal(plan: Plan) -> Iterator[_Journal]:
-    """The journal of this very conversion, locked against a second process; UserError if it is another's."""
+    """The journal of this conversion, locked against other processes. UserError if it is another conversion's."""
     folder = plan.partial / ".journal"
     if not folder.is_dir() and any(plan.partial.iterdir()):
-        raise UserError(f"{plan.partial}: is in the way; it is not an interrupted conversion, move it")
+        raise UserError(f"{plan.partial}: is not an interrupted conversion; move it away")
     folder.mkdir(exist_ok=True)
     with open(folder / "lock", "a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{plan.partial}: another process is writing it") from None
+            raise UserError(f"{plan.partial}: another process is writing to it") from None
         identity = folder / "identity"
         if identity.is_file() and identity.read_text() != _identity(plan):
-            raise UserError(f"{plan.partial}: was begun from other files or settings; delete it to start anew")
+            raise UserError(f"{plan.partial}: began with other files or settings; delete it to start again")
         identity.write_text(_identity(plan))
         yield _Journal(folder)
 
 
 def _identity(plan: Plan) -> str:
-    """Source files with sizes and times, and everything that decides the output."""
+    """Source files with sizes and times, and all settings that change the output."""
     files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in plan.source.files()]
     return json.dumps({"files": files, "settings": plan.writer.settings, "dtype": str(plan.dtype)}, sort_keys=True)
 
@@ -170,14 +166,14 @@ def _disk_errors(plan: Plan) -> Iterator[None]:
         yield
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{plan.partial}: no space left on the disk; free some and run again to go on") from None
+            raise UserError(f"{plan.partial}: no space left on the disk; free some and run again to continue") from None
         raise
 
 
 def _copy_companions(plan: Plan) -> None:
-    """config.json, tokenizer, generation settings and whatever else small lies beside the weights.
+    """Copy config.json, tokenizer, generation settings and other small files beside the weights.
 
-    A config.json that is another model's (such as the one that training began with) gets the type of these weights.
+    A config.json from elsewhere (such as the model that training began with) gets the type of these weights.
     """
     for file in sorted(plan.source.folder.iterdir()):
         weights = file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".index.json") or file.name.startswith(".")
@@ -191,18 +187,16 @@ def _copy_companions(plan: Plan) -> None:
 
 
 def _set_dtype(config: Path, dtype: torch.dtype) -> None:
-    """Libraries load weights in the type that config.json says, whatever their own."""
+    """Write the type to config.json: libraries load weights in that type, not in their own."""
     values = json.loads(config.read_text())
-    key, name = (
-        "dtype" if "dtype" in values else "torch_dtype",
-        str(dtype).removeprefix("torch."),
-    )  # transformers 5 and 4
+    key = "dtype" if "dtype" in values else "torch_dtype"  # transformers 5 and 4
+    name = str(dtype).removeprefix("torch.")
     if values.get(key) != name:
         config.write_text(json.dumps({**values, key: name}, indent=2) + "\n")
 
 
 def sync(folder: Path) -> None:
-    """Make sure that what is about to get its final name is on the disk."""
+    """Wait until all of `folder` is on the disk."""
     for path in (*folder.rglob("*"), folder):
         fd = os.open(path, os.O_RDONLY)
         try:

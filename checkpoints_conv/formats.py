@@ -1,4 +1,4 @@
-"""Opens a checkpoint of any format, recognising which it is."""
+"""Opens a checkpoint of any format."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ from megarl.models.files.hf import HfWeights
 
 
 def open_checkpoint(path: Path, config: Path | None = None, allow_pickle: bool = False) -> Checkpoint:
-    """Open a model folder or a Megatron checkpoint, recognising which it is.
+    """Open a model folder or a Megatron checkpoint; the files tell which it is.
 
-    `config`: config.json (or its folder) where the checkpoint has none of its own, and is not of a run, whose
-    config.yaml names the model that it began with. Pickled Hugging Face weights
-    (`*.bin`) are refused unless `allow_pickle`, and even then only tensors are unpickled.
+    `config`: config.json (or its folder) for a checkpoint that has none. A run's checkpoint needs none: its config.yaml
+    names the first model. Pickled Hugging Face weights (`*.bin`) need `allow_pickle`; only tensors are unpickled.
     """
-
     if not path.exists():
         raise UserError(f"{path}: does not exist")
     if inner := torch_dist_folder(path):
@@ -32,7 +30,7 @@ def open_checkpoint(path: Path, config: Path | None = None, allow_pickle: bool =
 
 
 def _config_above(folder: Path) -> Path:
-    """The folder of config.json: that of the weights, the one above, or the model's that the run began with."""
+    """The folder of config.json: the weights', the one above, or that of the run's first model."""
     for place in (folder, folder.parent):
         if (place / "config.json").is_file():
             return place
@@ -42,7 +40,7 @@ def _config_above(folder: Path) -> Path:
         if (model / "config.json").is_file():
             return model
         raise UserError(
-            f"{run / 'config.yaml'}: model.path: {model} holds no config.json, seen from {Path.cwd()}; "
+            f"{run / 'config.yaml'}: model.path: {model} has no config.json, seen from {Path.cwd()}; "
             "go where the run was started, or name the model's folder with --config"
         )
     raise UserError(f"{folder}: has no config.json beside it; name the model's folder with --config")

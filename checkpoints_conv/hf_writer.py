@@ -1,4 +1,4 @@
-"""Hugging Face's side of writing: safetensors files and their index."""
+"""Writes Hugging Face's format: safetensors files and their index."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Megatron's distributed checkpoint (torch_dist), read and written by one process without a process group.
 
-A tensor is stored once, whole, whatever layout saved it: a trainer loads it under any TP, PP, VPP and EP. Tensors of
-the layers are stacked under one key, with the layer (and the expert) as leading dimensions, one chunk a layer. Format:
-torch.distributed.checkpoint's, with the keys that Megatron-Core's `sharded_state_dict` asks for.
+Every tensor is stored once and whole, so a trainer can load it under any TP, PP, VPP and EP. Tensors of the layers are
+stacked under one key, with the layer (and the expert) as leading dimensions, one chunk per layer. The format is that of
+torch.distributed.checkpoint, with the keys that Megatron-Core's `sharded_state_dict` needs.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from megarl.models.shape import ModelShape
 
 
 class Key(NamedTuple):
-    """Where a Megatron tensor is stored: under which key, and at which index of the key's leading dimensions."""
+    """Where a Megatron tensor is stored: its key, and its index in the key's leading dimensions."""
 
     key: str
     at: tuple[int, ...]
@@ -53,7 +53,7 @@ class Key(NamedTuple):
 
 
 def stored_keys(rule: Rule, model: ModelShape) -> list[Key]:
-    """The keys that Megatron may give to `rule`'s tensor; the first is the one that both layer specs ask for."""
+    """The keys that Megatron may give to `rule`'s tensor. Both layer specs read the first."""
     if rule.layer is None:
         return [Key(rule.megatron, (), ())]
     name = rule.megatron.removeprefix(f"decoder.layers.{rule.layer}.")
@@ -65,7 +65,7 @@ def stored_keys(rule: Rule, model: ModelShape) -> list[Key]:
     names = [name.replace("input_layernorm.", "self_attention.linear_qkv.layer_norm_")]
     if name == "pre_mlp_layernorm.weight":
         fused = "mlp.linear_fc1.layer_norm_weight"
-        # Before a router TE's spec keeps the norm's own name, while Megatron's local spec renames it all the same.
+        # Before a router TE's spec keeps the norm's own name, but Megatron's local spec renames it anyway.
         names = [fused] if model.moe is None else [name, fused]
     stacked = [Key(f"decoder.layers.{name}", at, of) for name in names]
     apart = [Key(f"decoder.layers.{rule.layer}.{name}", at[1:], of[1:]) for name in names]  # non_homogeneous_layers
@@ -74,7 +74,7 @@ def stored_keys(rule: Rule, model: ModelShape) -> list[Key]:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A stored piece of a tensor: where it lies in the tensor, and where in which file."""
+    """A stored piece of a tensor: its place in the tensor and in a file."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -84,7 +84,7 @@ class Chunk:
 
 
 class TorchDist:
-    """The model weights of a torch_dist checkpoint (a `Checkpoint`); optimizer state beside them is left alone."""
+    """The model weights of a torch_dist checkpoint (a `Checkpoint`). Optimizer state is not read."""
 
     format = "Megatron torch_dist"
 
@@ -131,10 +131,10 @@ class TorchDist:
         for key in keys:
             if key.key in self._facts:
                 return key
-        raise UserError(f"{self.weights}: holds no {keys[0].key}, where {rule.megatron} should be")
+        raise UserError(f"{self.weights}: has no {keys[0].key}, the key of {rule.megatron}")
 
     def _read(self, key: Key) -> Tensor:
-        """The tensor at `key.at`: described, or put together in memory where it is stored in several chunks."""
+        """The tensor at `key.at`: described, or joined in memory if it is stored in several chunks."""
         n, facts = len(key.at), self._facts[key.key]
         full = None
         for chunk in self._chunks[key.key, key.at]:
@@ -171,7 +171,7 @@ class TorchDist:
             chunk = Chunk(offsets, sizes[index.fqn, offsets], info.relative_path, info.offset, info.length)
             if any(size != 1 for size in chunk.sizes[:n]):
                 raise UserError(
-                    f"{self.weights}: {index.fqn}: a chunk spans several layers; Megatron stores one a layer"
+                    f"{self.weights}: {index.fqn}: a chunk spans several layers; Megatron stores one per layer"
                 )
             if Path(chunk.file).name != chunk.file:
                 raise UserError(f"{self.weights}: .metadata: {chunk.file!r} is not a file of this folder")
@@ -179,9 +179,9 @@ class TorchDist:
 
 
 class TorchDistWriter:
-    """Writes what `megatron.core.dist_checkpointing.load` reads: one file a unit, then the metadata.
+    """Writes what `megatron.core.dist_checkpointing.load` reads: one file per unit, then the metadata.
 
-    The destination is laid out as Megatron-LM's `--load` expects: a tracker file, and the weights in `release/`.
+    The destination is what Megatron-LM's `--load` expects: a tracker file, and the weights in `release/`.
     """
 
     def __init__(self, model: ModelShape) -> None:
@@ -253,7 +253,7 @@ class TorchDistWriter:
             metadata.storage_data[MetadataIndex(key, offsets, len(chunks) - 1)] = _StorageInfo(file, start, length)
 
     def _write_extra_states(self, metadata: Metadata, rules: Iterable[Rule]) -> None:
-        """Every module that may hold quantisation state asks for it when loading: tell it that there is none."""
+        """Store "none" for every module that may have quantisation state, because it reads it when loading."""
         file = "__extra_states_0.distcp"
         torch.save([None], self.folder / file)
         info = _StorageInfo(file, 0, (self.folder / file).stat().st_size)

@@ -1,4 +1,4 @@
-"""What is converted in one go, and what a writer of a format must offer."""
+"""The unit of a conversion, and what a writer of a format must offer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megarl.models.rules import Rule
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """The rules of one layer, or some outside the layers: written by one thread, journalled when done."""
+    """The rules of one layer, or one outside the layers: written by one thread, recorded when done."""
 
     index: int
     rules: tuple[Rule, ...]
@@ -33,35 +33,35 @@ class Unit:
 
 
 class Writer(Protocol):
-    """Writes one format into a folder; `write` runs in several threads, for different units."""
+    """Writes one format to a folder. `write` runs in several threads, for different units."""
 
-    settings: dict[str, Any]  # what distinguishes its output; an interrupted run resumes only under the same
+    settings: dict[str, Any]  # all that changes its output; an interrupted run resumes only with the same
 
     def rules(self) -> list[Rule]:
-        """The tensors to write, by the rules of the layer spec and padding that the output has."""
+        """The tensors to write, with the output's layer spec and padding."""
         ...
 
     def nbytes(self, units: Iterable[Unit]) -> int:
-        """Bytes it will write, for the check of free space."""
+        """Bytes to write, for the check of free space."""
         ...
 
     def lay_out(self, folder: Path, units: list[Unit]) -> None:
-        """Prepare the files; called again, with the same arguments, when an interrupted run resumes."""
+        """Prepare the files. Called again, with the same arguments, when an interrupted run resumes."""
         ...
 
     def write(self, unit: Unit, tensors: Iterable[tuple[Rule, Mapping[str, Values]]]) -> list:
-        """Write every tensor of the unit; returns a JSON record that `finish` gets back, even by a later process."""
+        """Write every tensor of the unit. Returns a JSON record for `finish`, which may run in a later process."""
         ...
 
     def finish(self, units: list[Unit], records: Mapping[int, list]) -> None:
-        """Write what describes the whole: indices, metadata."""
+        """Write what describes all units: indices, metadata."""
         ...
 
     def close(self) -> None: ...
 
 
 def units_of(rules: Iterable[Rule], dtype_of: Callable[[Rule], torch.dtype]) -> list[Unit]:
-    """One unit a layer; each tensor outside the layers is a unit of its own."""
+    """One unit per layer, and one per tensor outside the layers."""
     grouped = [
         tuple(group)
         for _, group in groupby(rules, key=lambda rule: rule.megatron if rule.layer is None else rule.layer)

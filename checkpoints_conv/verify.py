@@ -1,4 +1,4 @@
-"""Whether two checkpoints hold the same weights, whatever their formats and layouts."""
+"""Whether two checkpoints have the same weights, in any formats and layouts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Comparison:
     megatron: str
     shape: tuple[int, ...]
     dtypes: tuple[torch.dtype, torch.dtype]
-    differing: int  # how many values are not bit-equal
+    differing: int  # values that are not bit-equal
     max_difference: float  # largest |a - b|; nan where one is nan and the other is not
     digests: tuple[str, str]
     transposed: bool  # b is a's transpose
@@ -34,9 +34,9 @@ class Comparison:
 
 
 def compare(a: Checkpoint, b: Checkpoint) -> Iterator[Comparison]:
-    """Every tensor of both, in the order of the layers, one at a time in memory.
+    """Every tensor of both, in layer order, one at a time in memory.
 
-    Raises UserError when the two are not the same architecture, or one of them is not whole.
+    Raises UserError if the architectures differ or a checkpoint is incomplete.
     """
     if a.model != b.model:
         raise UserError(f"{b.folder}: is another model than {a.folder}: {_first_difference(a.model, b.model)}")
@@ -51,13 +51,13 @@ def compare(a: Checkpoint, b: Checkpoint) -> Iterator[Comparison]:
 
 
 def misplaced(differences: list[Comparison]) -> dict[str, str]:
-    """For each differing tensor what seems to have happened to it, where that can be told: name → words."""
+    """What seems to have happened to differing tensors, where it is known: name → words."""
     by_digest = {difference.digests[0]: difference.name for difference in differences}
     found = {d.name: "transposed" for d in differences if d.transposed}
     for difference in differences:
         source = by_digest.get(difference.digests[1])
         if source is not None and source != difference.name:
-            found[difference.name] = f"holds {source}"
+            found[difference.name] = f"contains {source}"
     return found
 
 

@@ -1,22 +1,23 @@
-"""Rows → data-parallel ranks: the same number of micro-batches everywhere, and as nearly as can be the same work. Pure.
+"""Rows → data-parallel ranks: the same number of micro-batches on each rank, and nearly the same work. Pure functions.
 
-The work of a sequence of n tokens is `token * n + square * n**2`: two batches of as many tokens differ by what their
-attention costs. Rows start where packing put them; sequences are moved or exchanged between rows only to even out.
+A sequence of n tokens costs `token * n + square * n**2`, so batches with equal tokens may differ in attention. Rows
+start as packing made them. Sequences move between rows only to balance the ranks.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
 from megarl.errors import UserError
+from megarl.models.shape import ModelShape
 
-GOOD_ENOUGH = 1.001  # max / mean cost at which evening out stops
-MAX_PAIRS = 1 << 20  # pairs of sequences looked at for one exchange
+GOOD_ENOUGH = 1.001  # max / mean cost at which balancing stops
+MAX_PAIRS = 1 << 20  # pairs of sequences compared for one exchange
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,20 +32,14 @@ class Cost:
         return self.token * sizes + self.square * sizes**2
 
     @classmethod
-    def of_model(cls, model: Mapping[str, Any]) -> Self:
-        """The cost under a Hugging Face `config.json`, in multiply-adds of the forward pass.
+    def of_model(cls, shape: ModelShape) -> Self:
+        """The cost of a model's forward pass, in multiply-adds.
 
-        Each token meets every (active) weight once; causal attention adds, in each layer, n**2 / 2 scores and as many
-        weighted values over all heads.
+        Each token meets every active weight once. Causal attention adds n**2 / 2 scores and as many weighted values
+        in each layer, over all heads.
         """
-        hidden, layers, heads = model["hidden_size"], model["num_hidden_layers"], model["num_attention_heads"]
-        head_dim = model.get("head_dim") or hidden // heads
-        groups = model.get("num_key_value_heads") or heads
-        mlp = model["intermediate_size"]
-        if model.get("num_experts_per_tok"):
-            mlp = model["num_experts_per_tok"] * model["moe_intermediate_size"]
-        weights = hidden * head_dim * (2 * heads + 2 * groups) + 3 * hidden * mlp
-        return cls(float(layers * weights + hidden * model["vocab_size"]), float(layers * heads * head_dim))
+        square = shape.layers * (shape.query_width + shape.value_width) / 2
+        return cls(float(shape.active_parameters()), float(square))
 
 
 def balance(
@@ -55,14 +50,14 @@ def balance(
     capacity: int,
     multiple_of: int = 1,
 ) -> list[list[np.ndarray]]:
-    """Deal rows to ranks: `result[rank]` lists that rank's rows, the costliest first, equally many on every rank.
+    """Assign rows to ranks: `result[rank]` lists its rows, the costliest first, the same number on every rank.
 
-    The number of rows per rank is a multiple of `multiple_of` (what the pipeline schedule asks for). Missing rows are
-    made by splitting the costliest ones, so that every micro-batch has work; empty rows are added only when no row
-    holds two sequences. No row exceeds `capacity`; every sequence stays in exactly one row. Deterministic.
+    The number of rows per rank is a multiple of `multiple_of`, which the pipeline schedule may need. Missing rows come
+    from splitting the costliest ones, so that every micro-batch has work. Empty rows are added only when no row has two
+    sequences. No row exceeds `capacity`; every sequence is in exactly one row. Deterministic.
     """
     if dp_size < 1 or multiple_of < 1:
-        raise UserError(f"balance: {dp_size} ranks and a multiple of {multiple_of} rows; both are at least 1")
+        raise UserError(f"balance: {dp_size} ranks and a multiple of {multiple_of} rows; both must be at least 1")
     sizes = np.asarray(lengths, dtype=np.int64)
     costs = cost(sizes)
     per_rank = -(-len(rows) // (dp_size * multiple_of)) * multiple_of
@@ -75,7 +70,7 @@ def balance(
 
 
 def imbalance(ranks: Sequence[Sequence[np.ndarray]], lengths: np.ndarray | Sequence[int], cost: Cost = Cost()) -> float:
-    """Cost of the busiest rank over the mean; 1 is even."""
+    """Cost of the busiest rank divided by the mean; 1 is perfect balance."""
     costs = cost(lengths)
     totals = [sum(costs[row].sum() for row in rows) for rows in ranks]
     return float(max(totals) / np.mean(totals)) if sum(totals) else 1.0
@@ -88,7 +83,7 @@ class _Rank:
 
 
 def _split(rows: list[list[int]], costs: np.ndarray, wanted: int) -> list[list[int]]:
-    """Halve the costliest row of two or more sequences until there are `wanted` rows; else add empty ones."""
+    """Halve the costliest row of several sequences until there are `wanted` rows, then add empty ones."""
     heap = [(-float(costs[row].sum()), n, row) for n, row in enumerate(rows) if len(row) > 1]
     done = [row for row in rows if len(row) < 2]
     heapq.heapify(heap)
@@ -110,7 +105,7 @@ def _split(rows: list[list[int]], costs: np.ndarray, wanted: int) -> list[list[i
 
 
 def _deal(rows: list[list[int]], costs: np.ndarray, dp_size: int, per_rank: int) -> list[_Rank]:
-    """Longest processing time first, with `per_rank` rows for everyone."""
+    """Longest processing time first, with `per_rank` rows for each rank."""
     ranks = [_Rank() for _ in range(dp_size)]
     heap = [(0.0, r) for r in range(dp_size)]
     for total, row in sorted(((float(costs[row].sum()), row) for row in rows), key=lambda pair: -pair[0]):
@@ -123,9 +118,9 @@ def _deal(rows: list[list[int]], costs: np.ndarray, dp_size: int, per_rank: int)
 
 
 def _even_out(ranks: list[_Rank], sizes: np.ndarray, costs: np.ndarray, capacity: int) -> None:
-    """Exchange sequences between the busiest rank and an idle one while that makes the busiest less busy."""
+    """Exchange sequences between the busiest rank and another while that makes the busiest less busy."""
     mean = sum(rank.cost for rank in ranks) / len(ranks)
-    for _ in range(64 * len(ranks)):  # a bound; each round lowers the busiest rank, mostly a few suffice
+    for _ in range(64 * len(ranks)):  # a limit; a few rounds are usually enough
         busiest = max(ranks, key=lambda rank: rank.cost)
         if busiest.cost <= GOOD_ENOUGH * mean:
             return
@@ -137,13 +132,13 @@ def _even_out(ranks: list[_Rank], sizes: np.ndarray, costs: np.ndarray, capacity
 
 
 def _exchange(high: _Rank, low: _Rank, sizes: np.ndarray, costs: np.ndarray, capacity: int) -> bool:
-    """Move one sequence from `high` to `low`, or exchange two, whichever comes nearest to levelling them."""
+    """Move one sequence from `high` to `low`, or exchange two: whichever balances them best."""
     gap = high.cost - low.cost
     if gap <= 0:
         return False
     i, i_row, i_room = _sequences(high, sizes, capacity)
     j, j_row, j_room = _sequences(low, sizes, capacity)
-    # A place in a row of `low` without a sequence to give back: index -1, length and cost 0.
+    # A free place in a row of `low`: no sequence comes back, index -1, length and cost 0.
     j, j_row, j_room = np.hstack([[j, j_row, j_room], _place(low, sizes, capacity)])
     i_size, i_cost = sizes[i][:, None], costs[i][:, None]
     j_size, j_cost = np.where(j >= 0, sizes[j], 0), np.where(j >= 0, costs[j], 0.0)
@@ -164,7 +159,7 @@ def _exchange(high: _Rank, low: _Rank, sizes: np.ndarray, costs: np.ndarray, cap
 
 
 def _exchange_rows(high: _Rank, low: _Rank, costs: np.ndarray) -> bool:
-    """Exchange two whole rows, the way out when no row has room to exchange sequences."""
+    """Exchange two whole rows, for when no row has room to exchange sequences."""
     gap = high.cost - low.cost
     ours, theirs = (np.array([costs[row].sum() for row in rank.rows]) for rank in (high, low))
     shifted = ours[:, None] - theirs
@@ -179,7 +174,7 @@ def _exchange_rows(high: _Rank, low: _Rank, costs: np.ndarray) -> bool:
 
 
 def _sequences(rank: _Rank, sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The rank's sequences, the row each is in, and that row's room; thinned out evenly where there are very many."""
+    """The rank's sequences, their rows, and the room in those rows. Very many are thinned out evenly."""
     index = np.array([i for row in rank.rows for i in row], dtype=np.int64)
     row = np.repeat(np.arange(len(rank.rows)), [len(row) for row in rank.rows])
     room = np.array([capacity - sizes[row].sum() for row in rank.rows])[row]

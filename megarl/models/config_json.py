@@ -1,4 +1,4 @@
-"""What a model's config.json says, as a `ModelShape`: read in this one place."""
+"""A model's config.json as a `ModelShape`: the one place that reads it, and refuses what cannot be trained."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from typing import Any
 
 from megarl.errors import UserError
 from megarl.models.families import FAMILIES
-from megarl.models.shape import Experts, ModelShape
+from megarl.models.rope import KINDS
+from megarl.models.shape import Experts, ModelShape, Rope
+
+Get = Callable[..., Any]
 
 
 def read_shape(config: Mapping[str, Any] | Path) -> ModelShape:
-    """The shape described by a config.json: its contents, the file, or the model folder that holds it.
+    """The shape that a config.json describes. `config`: its contents, the file, or the model folder.
 
-    Raises UserError for an unknown architecture (naming the known), a missing key, or a setting the map does not cover.
+    Raises UserError for an unknown architecture (naming the known ones), a missing key, or an unsupported value.
     """
     if isinstance(config, Path):
         config = read_config(config)
@@ -24,37 +27,40 @@ def read_shape(config: Mapping[str, Any] | Path) -> ModelShape:
     if family is None:
         known = ", ".join(f.architecture for f in FAMILIES.values())
         raise UserError(f"config.json: architecture {architecture} is unknown (known: {known})")
-    if config.get("quantization_config"):
+
+    def get(key: str, *default: Any) -> Any:
+        """The value of `key`; where it is missing or null, the family's default, then `default`."""
+        for values in (config, family.defaults):
+            if values.get(key) is not None:
+                return values[key]
+        if not default:
+            raise UserError(f"config.json: {key} is missing")
+        return default[0]
+
+    if get("quantization_config", None):
         raise UserError("config.json: quantization_config: quantised weights cannot be trained; use the bf16 release")
     for key, value in family.required.items():
-        if (config.get(key) or value) != value:
-            raise UserError(f"config.json: {key}: {config[key]!r} is not supported for {architecture}; only {value!r}")
-    values = {**family.defaults, **{key: value for key, value in config.items() if value is not None}}
-
-    def get(key: str) -> Any:
-        if key not in values:
-            raise UserError(f"config.json: {key} is missing")
-        return values[key]
-
-    theta, scaling = _rope(values)
+        _only(value, get(key, value), key, architecture)
+    for kind in get("layer_types", ()):
+        _only("full_attention", kind, "layer_types", architecture)
+    hidden, heads, positions = get("hidden_size"), get("num_attention_heads"), get("max_position_embeddings")
     return ModelShape(
         family=family.name,
         layers=get("num_hidden_layers"),
-        hidden=get("hidden_size"),
-        heads=get("num_attention_heads"),
-        kv_groups=values.get("num_key_value_heads", get("num_attention_heads")),
-        head_dim=values.get("head_dim", get("hidden_size") // get("num_attention_heads")),
+        hidden=hidden,
+        heads=heads,
+        kv_groups=get("num_key_value_heads", heads),
+        head_dim=get("head_dim", hidden // heads),
         ffn=get("intermediate_size"),
         vocab=get("vocab_size"),
-        tied=values.get("tie_word_embeddings", False),
+        tied=get("tie_word_embeddings", False),
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
-        rope_theta=theta,
-        rope_scaling=scaling,
+        rope=_rope(get, architecture, positions),
         norm_eps=get("rms_norm_eps"),
-        max_positions=get("max_position_embeddings"),
-        moe=_experts(get, values) if family.expert else None,
-        initial_std=values.get("initializer_range", 0.02),
+        max_positions=positions,
+        moe=_experts(get) if family.expert else None,
+        initial_std=get("initializer_range", 0.02),
     )
 
 
@@ -69,15 +75,36 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{file}: is not JSON: {e}") from None
 
 
-def _experts(get: Callable[[str], Any], values: Mapping[str, Any]) -> Experts:
+def _only(value: Any, found: Any, key: str, architecture: str) -> None:
+    if found != value:
+        raise UserError(f"config.json: {key}: {found!r} is not supported for {architecture}; only {value!r}")
+
+
+def _experts(get: Get) -> Experts:
     """transformers 5 writes the number of experts under another name than the published configs."""
-    count = values["num_local_experts"] if "num_local_experts" in values else get("num_experts")
+    count = get("num_local_experts", None) or get("num_experts")
     return Experts(count, get("num_experts_per_tok"), get("moe_intermediate_size"), get("norm_topk_prob"))
 
 
-def _rope(values: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
-    """(theta, scaling): transformers 5 keeps both in `rope_parameters`, 4 in `rope_theta` and `rope_scaling`."""
-    scaling = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
-    theta = scaling.pop("rope_theta", None) or values.get("rope_theta", 10000.0)
-    kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
-    return float(theta), None if kind == "default" else {"rope_type": kind, **scaling}
+def _rope(get: Get, architecture: str, positions: int) -> Rope:
+    """transformers 5 writes one `rope_parameters`; older releases write `rope_theta` and `rope_scaling`."""
+    older, newer = get("rope_scaling", {}), get("rope_parameters", {})
+    if older and newer and older != newer:  # transformers and the engines do not agree which one counts
+        raise UserError("config.json: rope_scaling and rope_parameters differ; keep only one of them")
+    values = {key: value for key, value in (older or newer).items() if value is not None}
+    name = "rope_scaling" if older else "rope_parameters"
+    kinds = [values.pop("rope_type", None), values.pop("type", None)]
+    kind = kinds[0] or kinds[1] or "default"
+    if kind not in KINDS or any(isinstance(value, dict) for value in values.values()):
+        found = repr(kind) if kind not in KINDS else "one for each layer type"
+        raise UserError(f"config.json: {name}: {found} is not supported; only {', '.join(KINDS)}")
+    theta = values.pop("rope_theta", get("rope_theta", 10000.0))
+    partial = values.pop("partial_rotary_factor", get("partial_rotary_factor", 1.0))
+    _only(1.0, partial, "partial_rotary_factor", architecture)
+    if "original_max_position_embeddings" in KINDS[kind]:
+        trained = values.get("original_max_position_embeddings", positions)
+        values["original_max_position_embeddings"] = get("original_max_position_embeddings", trained)
+    for key in KINDS[kind]:
+        if key not in values:
+            raise UserError(f"config.json: {name}: {kind!r} needs {key}")
+    return Rope(float(theta), kind, tuple(sorted(values.items())) if kind != "default" else ())

@@ -1,4 +1,4 @@
-"""Which rank holds which part of the model: padding, pipeline placement, local names."""
+"""Which rank has which part of the model: padding, pipeline placement, local names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megarl.models.shape import ModelShape
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Model-parallel sizes. Data- and context-parallel ranks hold copies and do not appear."""
+    """Model-parallel sizes. Data- and context-parallel ranks have copies and do not appear."""
 
     tp: int = 1
     pp: int = 1
@@ -26,11 +26,11 @@ class Layout:
         return self.tp if self.etp is None else self.etp
 
     def shards(self, rule: Rule) -> int:
-        """Over how many ranks `rule`'s tensor is split."""
+        """The number of ranks that `rule`'s tensor is split over."""
         return self.tp if rule.expert is None else self.expert_tp
 
     def check(self, shape: ModelShape) -> None:
-        """Raise UserError when the model cannot be laid out like this, naming the nearest size that can."""
+        """Raise UserError when the model does not divide like this; the message names the nearest size that works."""
         _divides("tp", self.tp, "key/value groups", shape.kv_groups)
         _divides("tp", self.tp, "attention heads", shape.heads)
         if shape.moe is None:
@@ -53,8 +53,8 @@ class Chunk:
     pp_rank: int
     index: int
     layers: range  # global layer indices
-    first: bool  # holds the embedding (pre_process)
-    last: bool  # holds the final norm and the output layer (post_process)
+    first: bool  # has the embedding (pre_process)
+    last: bool  # has the final norm and the output layer (post_process)
 
 
 def padded_vocab(vocab: int, tp: int, divisible_by: int = 1) -> int:
@@ -64,7 +64,7 @@ def padded_vocab(vocab: int, tp: int, divisible_by: int = 1) -> int:
 
 
 def chunks(shape: ModelShape, layout: Layout) -> list[Chunk]:
-    """Every model chunk, stage by stage. Chunk v of stage p holds the (v * pp + p)-th run of layers."""
+    """Every model chunk, stage by stage. Chunk v of stage p has the (v * pp + p)-th run of layers."""
     layout.check(shape)
     size = shape.layers // (layout.pp * layout.vpp)
     found = []
@@ -80,10 +80,10 @@ def chunks(shape: ModelShape, layout: Layout) -> list[Chunk]:
 def local_rules(
     rules: Iterable[Rule], shape: ModelShape, layout: Layout, pp_rank: int = 0, chunk: int = 0, ep_rank: int = 0
 ) -> dict[str, Rule]:
-    """The tensors of one model chunk on one rank: its own (local) name → rule.
+    """The tensors of one model chunk on one rank: local name → rule.
 
-    The names are those of the chunk's `state_dict()`, and every tensor of it is there. The rank's shard of each is
-    `layout.shards(rule)`-th part number tp_rank (expert rules: its rank in the expert-tensor-parallel group).
+    The names are exactly those of the chunk's `state_dict()`. Each tensor is split in `layout.shards(rule)` parts; the
+    rank has part number tp_rank (of expert rules: its rank in the expert-tensor-parallel group).
     """
     place = chunks(shape, layout)[pp_rank * layout.vpp + chunk]
     experts = shape.moe.count // layout.ep if shape.moe else 0
@@ -91,12 +91,12 @@ def local_rules(
     return {
         local_name(rule, place, mine): rule
         for rule in rules
-        if _holds(place, rule) and (rule.expert is None or rule.expert in mine)
+        if _has(place, rule) and (rule.expert is None or rule.expert in mine)
     }
 
 
 def local_name(rule: Rule, chunk: Chunk, experts: range = range(0)) -> str:
-    """`rule`'s name in the `state_dict()` of `chunk`, on a rank that holds `experts`."""
+    """`rule`'s name in the `state_dict()` of `chunk`, on a rank that has `experts`."""
     name = rule.megatron
     if rule.layer is not None:
         name = name.replace(f"decoder.layers.{rule.layer}.", f"decoder.layers.{rule.layer - chunk.layers.start}.", 1)
@@ -106,12 +106,12 @@ def local_name(rule: Rule, chunk: Chunk, experts: range = range(0)) -> str:
     return name
 
 
-def _holds(chunk: Chunk, rule: Rule) -> bool:
+def _has(chunk: Chunk, rule: Rule) -> bool:
     if rule.layer is not None:
         return rule.layer in chunk.layers
     if rule.megatron.startswith("embedding."):
         return chunk.first
-    if rule.copy:  # a chunk that holds the embedding uses it directly
+    if rule.copy:  # a chunk that has the embedding uses it directly
         return chunk.last and not chunk.first
     return chunk.last
 

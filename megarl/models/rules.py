@@ -1,13 +1,13 @@
-"""One rule makes one Megatron tensor out of Hugging Face tensors, and takes it apart again.
+"""One rule makes one Megatron tensor from Hugging Face tensors, and takes it apart again.
 
-Every rule does the same two things: *slice* each Hugging Face tensor for one tensor-parallel rank, then *fuse* the
-slices. The unsharded tensor is the shard of a group of one, so conversion, sharded loading and gathering share one
-path, and each step has an exact inverse. All functions take any dtype and device, gradients and meta tensors too.
+Every rule does two things: it slices each Hugging Face tensor for one tensor-parallel rank, then it fuses the slices.
+The unsharded tensor is the shard of a group of one. So conversion, sharded loading and gathering share one path, and
+each step has an exact inverse. All functions accept any dtype and device, gradients and meta tensors included.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -22,7 +22,7 @@ Spec = Literal["local", "te"]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A Hugging Face tensor that goes into a Megatron tensor."""
+    """A Hugging Face tensor that is part of a Megatron tensor."""
 
     name: str
     shape: tuple[int, ...]
@@ -30,11 +30,11 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One Megatron tensor (`megatron`: its name with global layer and expert indices) and the parts it is made of.
+    """One Megatron tensor (`megatron`: its name with global layer and expert indices) and its parts.
 
     The parts are interleaved along dim 0 in `groups` groups: group g of every part, in the order of the parts, then
-    group g + 1. Query/key/value: one group a key/value head; gate/up: one group.
-    A shard holds the matching slice of every part; so a shard of gate/up is [gate_r | up_r].
+    group g + 1. Query/key/value have one group per key/value head, gate/up have one group.
+    A shard contains the matching slice of every part. So a shard of gate/up is [gate_r | up_r].
     """
 
     megatron: str
@@ -44,7 +44,7 @@ class Rule:
     rows: int | None = None  # dim 0 after vocabulary padding; None = no padding
     layer: int | None = None  # global layer index
     expert: int | None = None  # global expert index; such tensors are split over expert-tensor-parallel ranks
-    copy: bool = False  # a second holder of `parts` (output layer of tied embeddings); never written back
+    copy: bool = False  # a second copy of `parts` (output layer of tied embeddings); never written back
 
     @property
     def hf(self) -> tuple[str, ...]:
@@ -57,7 +57,7 @@ class Rule:
         return self.partition == 0 and len(self.parts) > 1 and self.groups == 1
 
     def shape(self, size: int = 1) -> tuple[int, ...]:
-        """Shape of one shard of `size`; of the full tensor by default."""
+        """Shape of one of `size` shards; by default of the full tensor."""
         first, *rest = self.parts[0].shape
         first = self.rows or sum(part.shape[0] for part in self.parts)
         dims = [first, *rest]
@@ -67,9 +67,9 @@ class Rule:
         return tuple(dims)
 
     def slices(self, rank: int = 0, size: int = 1) -> dict[str, tuple[slice, ...]]:
-        """What shard `rank` of `size` needs of each Hugging Face tensor: an index for it, in memory or on disk.
+        """What shard `rank` of `size` needs of each Hugging Face tensor: name → index, in memory or on disk.
 
-        Rows of the padded vocabulary end where the real vocabulary ends; the slice may be empty.
+        Slices of the padded vocabulary end where the real vocabulary ends, so they may be empty.
         """
         self._check(size)
         found = {}
@@ -83,9 +83,9 @@ class Rule:
         return found
 
     def fuse(self, parts: Mapping[str, Tensor], size: int = 1) -> Tensor:
-        """A shard of `size` (default: the full tensor) from its slices of the Hugging Face tensors, by name.
+        """One of `size` shards (default: the full tensor) from its slices of the Hugging Face tensors, by name.
 
-        Vocabulary padding is zeros. A rule of one part that needs no padding returns that tensor itself.
+        Vocabulary padding is zeros. A rule with one part and no padding returns that tensor itself.
         """
         blocks, rows = self.blocks(parts, size), self.shape(size)[0]
         if self.rows is not None and len(blocks[0]) < rows:
@@ -93,7 +93,7 @@ class Rule:
         return torch.cat(blocks) if len(blocks) > 1 else blocks[0]
 
     def blocks(self, parts: Mapping[str, Tensor], size: int = 1) -> list[Tensor]:
-        """The rows of `fuse(parts, size)` one after another, as views of the parts; without padding."""
+        """The rows of `fuse(parts, size)` in order, as views of the parts, without padding."""
         pieces = [parts[part.name] for part in self.parts]
         if len(pieces) == 1:
             return pieces
@@ -101,17 +101,14 @@ class Rule:
         return [rows for group in zip(*(piece.chunk(groups) for piece in pieces), strict=True) for rows in group]
 
     def rows_of(self, shard: Tensor, rank: int = 0, size: int = 1) -> dict[str, Sequence[Tensor]]:
-        """The rows of each part in shard `rank` of `size`, as views of it one after another; the inverse of `blocks`.
-
-        Padding is left out.
-        """
+        """The rows of each part in shard `rank` of `size`, as views in order, without padding. Inverts `blocks`."""
         groups = self._groups(size)
         heights = {name: (i[0].stop - i[0].start) // groups for name, i in self.slices(rank, size).items()}
         blocks = shard[: groups * sum(heights.values())].split([*heights.values()] * groups)
         return {name: blocks[number :: len(heights)] for number, name in enumerate(heights)}
 
     def split(self, full: Tensor) -> dict[str, Tensor]:
-        """The Hugging Face tensors inside a full Megatron tensor, padding cut off. Views where possible."""
+        """The Hugging Face tensors inside a full Megatron tensor, without padding. Views where possible."""
         return {
             part.name: piece[: part.shape[0]] for part, piece in zip(self.parts, self._pieces(full, 1), strict=True)
         }
@@ -126,7 +123,7 @@ class Rule:
         return torch.cat([piece.chunk(size)[rank] for piece in self._pieces(full, 1)])
 
     def unshard(self, shards: Sequence[Tensor]) -> Tensor:
-        """The full Megatron tensor from all its shards, in rank order (of a replicated tensor: the first)."""
+        """The full Megatron tensor from all its shards in rank order. Of a replicated tensor: the first."""
         size = len(shards)
         self._check(size)
         if self.partition is None or size == 1:
@@ -137,7 +134,7 @@ class Rule:
         return torch.cat([piece for pieces in by_part for piece in pieces])
 
     def _pieces(self, tensor: Tensor, size: int) -> list[Tensor]:
-        """A shard taken apart into its slice of every part; padding stays."""
+        """The slice of every part in a shard; padding stays."""
         if len(self.parts) == 1:
             return [tensor]
         groups = self._groups(size)
@@ -161,18 +158,18 @@ class Rule:
             raise UserError(f"{self.megatron}: {self.groups} key/value groups cannot be split over {size} ranks")
 
 
-# ── What a family's table is made of. Each maker takes the two names, `{…}` alternatives listing several parts. ──
+# ── Makers of the rules in a family's table. Each takes two names; `{x}` in the second stands for several parts. ──
 
 Maker = Callable[["ModelShape"], Rule]
 
 
 def norm(megatron: str, hf: str) -> Maker:
-    """A norm's weight of `hidden` values, on every rank."""
+    """A norm's weight [hidden], on every rank."""
     return lambda shape: Rule(megatron, (Part(hf, (shape.hidden,)),))
 
 
 def head_norm(megatron: str, hf: str) -> Maker:
-    """A norm's weight of `head_dim` values, shared by all heads and ranks."""
+    """A norm's weight [head_dim], shared by all heads and ranks."""
     return lambda shape: Rule(megatron, (Part(hf, (shape.head_dim,)),))
 
 
@@ -184,7 +181,7 @@ def vocabulary(megatron: str, hf: str, copy: bool = False) -> Maker:
 
 
 def qkv(megatron: str, hf: str, bias: bool = False) -> Maker:
-    """Queries, keys and values, fused one key/value group after another: the group's queries, its key, its value."""
+    """Queries, keys and values, fused group by group: the group's queries, its key, its value."""
 
     def make(shape: ModelShape) -> Rule:
         heads = {"q": shape.heads, "k": shape.kv_groups, "v": shape.kv_groups}
@@ -238,8 +235,3 @@ def prefixed(rule: Rule, megatron: str, hf: str, layer: int, expert: int | None 
     """`rule` as the tensor of one layer, or of one expert of it, under the prefixes `megatron` and `hf`."""
     parts = tuple(Part(hf + part.name, part.shape) for part in rule.parts)
     return replace(rule, megatron=megatron + rule.megatron, parts=parts, layer=layer, expert=expert)
-
-
-def by_hf_name(rules: Iterable[Rule]) -> dict[str, Rule]:
-    """The rule that each Hugging Face tensor is written to; copies left out."""
-    return {name: rule for rule in rules if not rule.copy for name in rule.hf}

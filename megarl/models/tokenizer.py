@@ -16,4 +16,4 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as e:
-        raise UserError(f"model.path: {folder} holds no tokenizer: {str(e).splitlines()[0]}") from None
+        raise UserError(f"model.path: {folder} has no tokenizer: {str(e).splitlines()[0]}") from None

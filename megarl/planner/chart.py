@@ -1,4 +1,4 @@
-"""A plan as one SVG picture: memory of each stage against the card, and where the step's time goes."""
+"""A plan as one SVG picture: memory of each stage against the GPU's, and where the step's time goes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ COLORS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#edc948", "#76
 
 
 def svg(plan: Plan) -> str:
-    """The picture's source; it refers to nothing outside itself."""
+    """The picture's source, without external references."""
     memory = [(f"stage {s.stage}", {k: v / GIB for k, v in s.parts.items() if v}) for s in plan.stages]
     time = [("step", dict(plan.seconds)), ("update", {k: v for k, v in plan.train.parts.items() if v})]
     top, body = 24, []

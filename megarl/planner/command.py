@@ -1,4 +1,4 @@
-"""`megarl plan`: what a run takes on given GPUs, before it runs."""
+"""`megarl plan`: memory and time of a run on given GPUs, before it runs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.table import Table
 
 from megarl import config as configs
 from megarl.errors import UserError
+from megarl.models import hub
 from megarl.models.config_json import read_shape
 from megarl.models.layout import Layout as Divisions
 from megarl.planner import chart as charts
@@ -22,7 +23,7 @@ from megarl.planner.job import Plan, plan
 from megarl.planner.search import nearest_fit, ranked, settings_of
 
 SHOWN = 10
-EDGE = 4  # of a long pipeline, the first and the last stages are shown
+EDGE = 4  # stages shown at each end of a long pipeline
 
 
 def main(
@@ -35,9 +36,9 @@ def main(
     json: Annotated[Path | None, typer.Option(help="Write the plan to this file.")] = None,
     chart: Annotated[Path | None, typer.Option(help="Draw the plan into this SVG file.")] = None,
 ) -> None:
-    """Predict memory and time of a run; refuse a layout that cannot fit."""
+    """Predict memory and time of a run. Refuse a layout that cannot fit."""
     settings = configs.load(config, overrides)
-    model = read_shape(settings.model.path)
+    model = read_shape(hub.model(settings.model.path, weights=False))
     card = hardware.gpu(gpu)
     size = gpus or settings.parallel.model_ranks * settings.parallel.ep
     if search:
@@ -48,7 +49,7 @@ def main(
         Divisions(parallel.tp, parallel.pp, parallel.vpp, parallel.ep, parallel.etp).check(model)
     except UserError as e:
         raise UserError(f"parallel.{e}") from None
-    plan(settings, model, card, size, response_tokens)  # refuses sizes that cannot be laid out, before Megatron does
+    plan(settings, model, card, size, response_tokens)  # refuses impossible sizes before Megatron does
     result = plan(settings, model, card, size, response_tokens, count(model, parallel, size))
     Console().print(*tables(result), sep="\n")
     if json:
@@ -60,7 +61,7 @@ def main(
 
 
 def refusal(result: Plan, nearest: Plan | None) -> str:
-    """One line: what overflows, and the nearest layout that does not."""
+    """One line: what overflows, and the nearest layout that fits."""
     peak, place = result.peak, result.layout
     other = f"nearest layout that fits: {settings_of(nearest)}" if nearest else "no layout fits; use more GPUs"
     return (

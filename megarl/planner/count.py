@@ -1,45 +1,44 @@
 """Parameters per rank and stage of the real Megatron model, built on the meta device in a fake world of full size.
 
-Building happens in a process of its own, without CUDA: a fake process group must not meet a real one. Stages between
-the first and the last are alike (every stage has the same number of layers), so at most three are built.
+A separate process without CUDA builds it, because a fake process group must not meet a real one. Every stage has the
+same number of layers, so those between the first and the last are equal, and at most three are built.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
-from dataclasses import asdict
-from typing import Any
 
 from megarl.config import Parallel
 from megarl.errors import DeadlineExceeded, RunError
-from megarl.models.shape import Experts, ModelShape
+from megarl.models.shape import ModelShape
 from megarl.planner.memory import Holding
 
 
 def count(shape: ModelShape, parallel: Parallel, gpus: int, deadline_s: float = 300.0) -> list[Holding]:
-    """What one rank of each pipeline stage holds. Raises RunError when Megatron refuses to build it."""
-    order = json.dumps({"shape": asdict(shape), "parallel": parallel.model_dump(), "gpus": gpus})
+    """Parameters of one rank of each pipeline stage. Raises RunError when Megatron refuses to build it."""
+    order = pickle.dumps((shape, parallel, gpus))
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         environment.pop(name, None)
     command = [sys.executable, "-m", "megarl.planner.count"]
     try:
         done = subprocess.run(
-            command, input=order, capture_output=True, text=True, timeout=deadline_s, env=environment, check=False
+            command, input=order, capture_output=True, timeout=deadline_s, env=environment, check=False
         )
     except subprocess.TimeoutExpired:
-        raise DeadlineExceeded("the model to be built on the meta device", deadline_s) from None
+        raise DeadlineExceeded("Megatron to build the model on the meta device", deadline_s) from None
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise RunError(f"the model could not be built on the meta device: {last}")
+        last = (done.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
+        raise RunError(f"Megatron could not build the model on the meta device: {last}")
     return [Holding(*pair) for pair in json.loads(done.stdout.splitlines()[-1])]
 
 
 def build_stages(shape: ModelShape, parallel: Parallel, gpus: int) -> list[Holding]:
-    """`count`, in this process, which must have no process group and keeps none."""
+    """`count` in this process, which must not have a process group. None is left behind."""
     from megarl.learner import cpu
 
     cpu.install()
@@ -90,13 +89,5 @@ def _build(shape: ModelShape, parallel: Parallel, gpus: int, stage: int) -> Hold
         dist.destroy_process_group()
 
 
-def _main() -> None:
-    order: dict[str, Any] = json.load(sys.stdin)
-    moe = order["shape"].pop("moe")
-    shape = ModelShape(**order["shape"], moe=Experts(**moe) if moe else None)
-    held = build_stages(shape, Parallel(**order["parallel"]), order["gpus"])
-    print(json.dumps([[h.shared, h.experts] for h in held]))
-
-
 if __name__ == "__main__":
-    _main()
+    print(json.dumps([[held.shared, held.experts] for held in build_stages(*pickle.load(sys.stdin.buffer))]))

@@ -1,4 +1,4 @@
-"""Which kinds of GPU a run fits on, for `--dry-run`: from sizes alone, in a moment. `megarl plan` says more."""
+"""The kinds of GPU that a run fits on, for `--dry-run`: from sizes alone, within a second. `megarl plan` says more."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from megarl.planner.search import nearest_fit
 
 
 def fitting(settings: Settings, model: ModelShape, ranks: int) -> str:
-    """Memory of the fullest rank, were each on a GPU, and the kinds of GPU that have it.
+    """Memory of the fullest rank, with each rank on one GPU, and the kinds of GPU that have enough.
 
-    Raises UserError, naming what overflows and the nearest layout that does not, when no kind has; and for flags of
-    the rollout engine that do not suit the model.
+    Raises UserError if no kind has enough, naming what overflows and the nearest layout that fits. Also raises it for
+    flags of the rollout engine that do not suit the model.
     """
     check_engine_flags(settings, model)
     plans = {name: plan(settings, model, card, ranks) for name, card in GPUS.items()}

@@ -1,9 +1,9 @@
-"""GPUs as their data sheets describe them, and how much of it training reaches.
+"""GPUs as their data sheets describe them, and how much of that training reaches.
 
-A `Gpu` holds published peaks only. An `Efficiency` holds the fractions of those peaks that large, well-shaped kernels
-reach; one set per architecture, because clocks under load and kernel libraries follow the architecture, not the card.
-`Laws` holds what belongs to no GPU: how much communication stays exposed, launch gaps, padding losses.
-All fractions were fitted together on published runs (see `megarl bench planner --help`); no constant belongs to one
+A `Gpu` has published peaks. An `Efficiency` has the fractions of those peaks that large, well-shaped kernels reach.
+There is one per architecture, because clocks under load and kernel libraries depend on the architecture, not the card.
+`Laws` adds what depends on no GPU: how much communication stays exposed, launch gaps, padding losses.
+All fractions were fitted together on published runs (see `megarl bench planner --help`). No constant belongs to one
 model, one layout or one run.
 """
 
@@ -18,7 +18,7 @@ Architecture = Literal["ampere", "hopper", "blackwell"]
 Dtype = Literal["fp32", "bf16", "fp8", "fp4"]
 
 GIB = 2**30
-HOST = 20.0  # GB/s per GPU between card and host memory, and that Adam on the host's cores streams: 8 cards share it
+HOST = 20.0  # GB/s per GPU to host memory, and of Adam on the host's cores: 8 GPUs share a host
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Gpu:
     fp4: float  # dense TFLOP/s; the fp8 peak where the chip has no FP4
     hbm: float  # TB/s
     nvlink: float  # GB/s
-    domain: int  # GPUs that NVLink joins
+    domain: int  # GPUs connected by NVLink
     network: float  # GB/s to other domains
 
     def peak(self, dtype: Dtype) -> float:
@@ -58,11 +58,11 @@ GPUS = {
 
 
 def gpu(name: str) -> Gpu:
-    """The GPU called `name` (case is ignored); raises UserError naming the nearest known one."""
+    """The GPU called `name`, in any case. Raises UserError naming the nearest known one."""
     try:
         return GPUS[name.lower()]
     except KeyError:
-        raise UserError(f"gpu: '{name}' is not known{nearest(name.lower(), GPUS)}") from None
+        raise UserError(f"gpu: '{name}' is unknown{nearest(name.lower(), GPUS)}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class Efficiency:
 
 @dataclass(frozen=True, slots=True)
 class Laws:
-    """Constants that belong to no single GPU. Fractions are of a bandwidth or of a volume; times in microseconds."""
+    """Constants of all GPUs. Fractions are of a bandwidth or a volume; times are in microseconds."""
 
     ampere: Efficiency = Efficiency(bf16=0.8, fp8=0.8, fp4=0.8, attention=0.49, hbm=0.63)
     hopper: Efficiency = Efficiency(bf16=0.75, fp8=0.76, fp4=0.6, attention=0.49, hbm=0.69)
@@ -92,15 +92,15 @@ class Laws:
     tp_exposed: float = 0.22  # tensor-parallel traffic not hidden when overlap is on
     cp_exposed: float = 0.3  # context-parallel traffic not hidden behind attention
     ep_exposed: float = 0.9  # expert traffic not hidden
-    ep_overlapped: float = 0.24  # the same, beside another micro-batch's compute
+    ep_overlapped: float = 0.24  # the same, while another micro-batch computes
     dp_exposed: float = 0.15  # data-parallel traffic not hidden when overlap is on
     dense_gap: float = 62.0  # idle GPU time per layer and pass: launches, small kernels
     moe_gap: float = 250.0  # the same, added by routing and permuting
     latency: float = 16.0  # of one collective
-    eager: float = 3.6  # memory traffic of element-wise operators run one by one, in multiples of fused kernels'
+    eager: float = 3.6  # memory traffic of element-wise operators run one by one, relative to fused kernels
     misaligned: float = 0.71  # matmul speed when an inner size is not a multiple of 64 elements
     unaligned_heads: float = 0.46  # attention matmul speed when the head size is not a multiple of 8
-    flash1: float = 0.58  # speed of the first FlashAttention against the second
+    flash1: float = 0.58  # speed of FlashAttention 1 relative to 2
     straggler: float = 0.0033  # slow-down per doubling of the number of GPUs
 
     def efficiency(self, architecture: Architecture) -> Efficiency:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from megarl.config import Parallel, Settings
 from megarl.errors import UserError
@@ -10,31 +10,30 @@ from megarl.models.shape import ModelShape
 from megarl.planner.hardware import GIB, LAWS, Dtype, Gpu
 from megarl.planner.layout import Layout, Recompute, Software
 from megarl.planner.memory import Holding, StageMemory, plan_memory, stage_holdings
-from megarl.planner.shape import Shape
 from megarl.planner.steptime import StepTime, step_time
 
-DENSITY = 0.95  # of packed rows, as dense packing reaches
+DENSITY = 0.95  # of rows under dense packing
 ENGINE_TP_FLAGS = ("--tp-size", "--tp", "--tensor-parallel-size", "-tp")
 ENGINE_MEMORY_FLAGS = ("--mem-fraction-static", "--gpu-memory-utilization")
 
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """The rollout side, as far as it costs memory and time."""
+    """The parts of the rollout side that cost memory or time."""
 
     engines: int
     tp: int
     concurrency: int
     colocated: bool  # on the learner's GPUs
-    pool: float | None  # fraction of the card that the server takes, when its flags say so
+    pool: float | None  # fraction of the GPU's memory that the server's flags name
 
 
 @dataclass(slots=True)
 class Plan:
-    """What one step of a run takes."""
+    """Memory and time of one step."""
 
     gpu: Gpu
-    shape: Shape
+    shape: ModelShape
     layout: Layout
     software: Software
     engine: Engine
@@ -42,8 +41,7 @@ class Plan:
     train: StepTime  # one optimizer update
     seconds: dict[str, float]  # rollout, logprobs, train, sync
     tokens: float  # trained per step
-    exact: bool  # whether parameters were counted on the real model
-    notes: list[str] = field(default_factory=list)
+    exact: bool  # parameters were counted on the real model
 
     @property
     def step_seconds(self) -> float:
@@ -69,28 +67,8 @@ class Plan:
         return self.peak.driver(self.layout) <= self.gpu.memory
 
 
-def sizes(model: ModelShape) -> Shape:
-    """A checkpoint's shape in the planner's terms."""
-    moe = model.moe
-    return Shape(
-        layers=model.layers,
-        hidden=model.hidden,
-        heads=model.heads,
-        kv_heads=model.kv_groups,
-        head_dim=model.head_dim,
-        ffn=model.ffn,
-        vocab=model.vocab,
-        tied=model.tied,
-        qk_norm=model.qk_norm,
-        experts=moe.count if moe else 0,
-        topk=moe.top_k if moe else 0,
-        moe_ffn=moe.ffn if moe else 0,
-        moe_layers=model.layers if moe else 0,
-    )
-
-
 def software(settings: Settings) -> Software:
-    """What the learner does under these settings on a GPU with Transformer Engine."""
+    """The learner's software under these settings on a GPU with Transformer Engine."""
     parallel, precision = settings.parallel, settings.precision
     dtype: Dtype = precision.dtype
     return Software(
@@ -120,7 +98,7 @@ def recomputed(parallel: Parallel) -> Recompute:
 
 
 def layout(settings: Settings, gpus: int, response_tokens: float) -> Layout:
-    """The layout of one optimizer update. Raises UserError when `gpus` do not hold a whole number of models."""
+    """The layout of one optimizer update. Raises UserError unless `gpus` make a whole number of models."""
     parallel, batch = settings.parallel, settings.batch
     if gpus % parallel.model_ranks or gpus < parallel.model_ranks:
         near = max(1, round(gpus / parallel.model_ranks)) * parallel.model_ranks
@@ -155,15 +133,15 @@ def layout(settings: Settings, gpus: int, response_tokens: float) -> Layout:
 
 def plan(
     settings: Settings,
-    model: ModelShape,
+    shape: ModelShape,
     gpu: Gpu,
     gpus: int,
     response_tokens: float | None = None,
     holdings: list[Holding] | None = None,
 ) -> Plan:
-    """Memory and time of one step. `response_tokens`: mean length of a response; default: half of its budget."""
+    """Memory and time of one step. `response_tokens`: mean length of a response; default: half of the maximum."""
     response = response_tokens or settings.rollout.max_response_tokens / 2
-    shape, place, stack = sizes(model), layout(settings, gpus, response), software(settings)
+    place, stack = layout(settings, gpus, response), software(settings)
     engine = _engine(settings, gpus)
     held = holdings or stage_holdings(shape, place)
     stages = plan_memory(shape, place, stack, held)
@@ -193,16 +171,16 @@ def plan(
 
 
 def rollout_seconds(
-    settings: Settings, shape: Shape, engine: Engine, gpu: Gpu, sequences: int, response: float
+    settings: Settings, shape: ModelShape, engine: Engine, gpu: Gpu, sequences: int, response: float
 ) -> float:
-    """Decoding is bound by memory: each pass reads the active weights and every running sequence's keys and values."""
+    """Memory limits decoding: each pass reads the active weights and every running sequence's keys and values."""
     share = sequences / engine.engines
     running = max(1.0, min(share, engine.concurrency))
     context = settings.data.max_prompt_tokens / 2 + response / 2
     active = float(shape.parameters() - shape.embedding_parameters())
-    if shape.experts:
-        touched = 1 - (1 - shape.topk / shape.experts) ** running
-        active -= shape.moe_layers * shape.experts * shape.expert_parameters() * (1 - touched)
+    if shape.moe:
+        touched = 1 - (1 - shape.moe.top_k / shape.moe.count) ** running
+        active -= shape.moe_layers * shape.moe.count * shape.expert_parameters() * (1 - touched)
     volume = 2 * (active + running * context * shape.layers * shape.kv_width) / engine.tp
     one_pass = volume / (gpu.hbm * 1e12 * LAWS.efficiency(gpu.architecture).hbm)
     one_pass += shape.layers * 2 * LAWS.latency * 1e-6 * (1 if engine.tp > 1 else 0.25)
@@ -223,17 +201,17 @@ def _engine(settings: Settings, gpus: int) -> Engine:
     return Engine(servers.count * nodes, tp, servers.concurrency, True, float(pool) if pool else None)
 
 
-def check_engine_flags(settings: Settings, model: ModelShape) -> None:
-    """Raise UserError for a tensor-parallel size or a share of memory that a server could not start with."""
+def check_engine_flags(settings: Settings, shape: ModelShape) -> None:
+    """Raise UserError for a tensor-parallel size or a share of memory with which no server can start."""
     flags = settings.rollout.servers.flags
     if settings.rollout.engine == "local":
         return
     tp = _flag(flags, ENGINE_TP_FLAGS) or "1"
-    if not tp.isdecimal() or int(tp) < 1 or model.heads % int(tp):
+    if not tp.isdecimal() or int(tp) < 1 or shape.heads % int(tp):
         limit = int(tp) if tp.isdecimal() else 1
-        near = max((d for d in range(1, min(limit, model.heads) + 1) if model.heads % d == 0), default=1)
+        near = max((d for d in range(1, min(limit, shape.heads) + 1) if shape.heads % d == 0), default=1)
         raise UserError(
-            f"rollout.servers.flags: tensor-parallel size {tp} does not divide the model's {model.heads} heads; "
+            f"rollout.servers.flags: tensor-parallel size {tp} does not divide the model's {shape.heads} heads; "
             f"nearest valid value: {near}"
         )
     pool = _flag(flags, ENGINE_MEMORY_FLAGS)
@@ -246,13 +224,13 @@ def check_engine_flags(settings: Settings, model: ModelShape) -> None:
 
 
 def _flag(flags: list[str], names: tuple[str, ...]) -> str | None:
-    """The value of a server flag, written `--name value` or `--name=value`, also inside one string."""
+    """The value of a server flag, written `--name value` or `--name=value`, also within one string."""
     words = " ".join(flags).replace("=", " ").split()
     return next((words[i + 1] for i, word in enumerate(words[:-1]) if word in names), None)
 
 
-def _resident(settings: Settings, shape: Shape, engine: Engine, gpu: Gpu, response: float) -> dict[str, float]:
-    """Bytes that a colocated engine keeps on each card."""
+def _resident(settings: Settings, shape: ModelShape, engine: Engine, gpu: Gpu, response: float) -> dict[str, float]:
+    """Bytes that a colocated engine keeps on each GPU."""
     position = 2.0 * shape.layers * shape.kv_width
     if settings.rollout.embedded:  # generates with the learner's own weights
         length = response + settings.data.max_prompt_tokens / 2
@@ -264,10 +242,6 @@ def _resident(settings: Settings, shape: Shape, engine: Engine, gpu: Gpu, respon
     return {"engine_weights": weights, "kv_cache": engine.concurrency * length * position / engine.tp}
 
 
-def _sync_seconds(shape: Shape, gpu: Gpu) -> float:
-    """Every engine receives all weights in bf16; the cards of a domain share the load, and the copy is pipelined."""
+def _sync_seconds(shape: ModelShape, gpu: Gpu) -> float:
+    """Every engine receives all weights in bf16. The GPUs of a domain share the load, and the copy is pipelined."""
     return 2.0 * shape.parameters() / (min(gpu.nvlink * LAWS.nvlink, 8 * gpu.network * LAWS.network) * 1e9)
-
-
-def with_parallel(settings: Settings, parallel: Parallel) -> Settings:
-    return settings.model_copy(update={"parallel": parallel})

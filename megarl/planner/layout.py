@@ -1,21 +1,21 @@
-"""How a model is laid over GPUs, and what the software does while it runs."""
+"""How a model is divided over GPUs, and what the software does while it runs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
+from megarl.models.shape import ModelShape
 from megarl.planner.hardware import Dtype
-from megarl.planner.shape import Shape
 
 AttentionKernel = Literal["unfused", "fused_softmax", "flash1", "flash"]
 Recompute = Literal["none", "attention", "selective", "moe", "full"]
-"""Of nothing, the scores, what is cheap (norms, activations), that and the MLP or the experts, or every layer."""
+"""Nothing, the scores, cheap parts (norms, activations), these and the MLP or experts, or every layer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Sizes of the parallel groups and of the batch. `dp` ranks hold the same non-expert weights."""
+    """Sizes of the parallel groups and of the batch. `dp` ranks have the same non-expert weights."""
 
     gpus: int
     tp: int = 1
@@ -35,7 +35,7 @@ class Layout:
 
     @property
     def expert_dp(self) -> int:
-        """Ranks that hold the same experts."""
+        """Ranks that have the same experts."""
         return max(1, self.gpus // (self.etp * self.ep * self.pp))
 
     @property
@@ -44,37 +44,37 @@ class Layout:
 
     @property
     def tokens(self) -> int:
-        """Of one micro-batch on one rank, before sequence parallelism."""
+        """Tokens of one micro-batch on one rank, before sequence parallelism."""
         return max(1, self.micro_batch * self.sequence // self.cp)
 
-    def stage_layers(self, shape: Shape) -> list[int]:
-        """Transformer layers of each pipeline stage; the first and last stage give way when they do not divide."""
+    def stage_layers(self, shape: ModelShape) -> list[int]:
+        """Transformer layers of each pipeline stage. When they do not divide, the first and last stage get fewer."""
         total = shape.layers + shape.mtp
         most = -(-total // self.pp)
         stages = [most] * self.pp
         short = most * self.pp - total
         for i in range(short):
             stages[-1 if i % 2 == 0 else 0] -= 1
-        while stages[-1] < 0 or stages[0] < 0:  # deeper than the model: spread what is missing
+        while stages[-1] < 0 or stages[0] < 0:  # more stages than layers: spread the layers evenly
             stages = [total // self.pp + (i < total % self.pp) for i in range(self.pp)]
         return stages
 
 
 @dataclass(frozen=True, slots=True)
 class Software:
-    """What the training stack does; the defaults are Megatron-Core's own recipes."""
+    """What the training stack does. The defaults are Megatron-Core's recipes."""
 
     dtype: Dtype = "bf16"
     attention: AttentionKernel = "flash"
-    fused: bool = True  # norms, activations, rotary embedding in one kernel each
+    fused: bool = True  # one kernel each for norms, activations, rotary embedding
     sequence_parallel: bool = True
     tp_overlap: bool = True
     dp_overlap: bool = True
     graphs: bool = False  # CUDA graphs: no launch gaps
-    node_dispatch: bool = False  # DeepEP, HybridEP: a token crosses the network once to each domain that wants it
-    ep_overlap: bool = False  # expert traffic runs beside another micro-batch's compute
-    fused_experts: bool = False  # permutation fused into dispatch and grouped products, no wait for the host
-    p2p_overlap: bool = True  # stages exchange beside compute (interleaved schedule only)
+    node_dispatch: bool = False  # DeepEP, HybridEP: a token crosses the network once per domain
+    ep_overlap: bool = False  # expert traffic runs while another micro-batch computes
+    fused_experts: bool = False  # permutation fused into dispatch and matrix products, no wait for the host
+    p2p_overlap: bool = True  # stages exchange while they compute (interleaved schedule only)
     gradient_fusion: bool = True  # weight gradients are added in fp32 inside the matrix product
     cp_all_to_all: bool = False  # context parallelism exchanges heads, not a ring of keys and values
     offload_optimizer: float = 0.0  # share of the optimizer state in host memory
@@ -85,6 +85,5 @@ class Software:
     gradient_bytes: float = 4.0  # per parameter, of the main gradient
     trainable: float = 1.0  # fraction of the parameters with gradients (LoRA: about 0)
     parallel_loss: bool = True  # cross-entropy on vocabulary shards; else the logits are gathered
-    chunked_loss: bool = False  # our learner's: logits exist for a chunk of positions at a time
-    cpu: bool = False  # the learner's modules without CUDA: torch operators, each keeping what its backward pass reads
-    dropout: bool = False  # hidden dropout: keeps a mask and an output per block
+    chunked_loss: bool = False  # this learner's: logits of one chunk of positions at a time
+    cpu: bool = False  # the learner without CUDA: each torch operator keeps what its backward pass reads

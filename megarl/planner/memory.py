@@ -1,8 +1,8 @@
 """Peak memory of every pipeline stage of a layout, by part.
 
-Persistent parts (weights, gradients, optimizer state) follow from the parameters that a rank holds; activations from
-the tensors that each module keeps for its backward pass (Korthikanti et al., arXiv 2205.05198, extended by gated MLPs,
-grouped-query and latent attention, experts and FP8 inputs) times the micro-batches in flight.
+Persistent parts (weights, gradients, optimizer state) follow from a rank's parameters. Activations are the tensors that
+each module keeps for its backward pass, times the micro-batches in flight (Korthikanti et al., arXiv 2205.05198, with
+gated MLPs, grouped-query and latent attention, experts and FP8 inputs added).
 """
 
 from __future__ import annotations
@@ -10,22 +10,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+from megarl.models.shape import Experts, ModelShape
 from megarl.planner.hardware import GIB, Gpu
 from megarl.planner.layout import Layout, Software
-from megarl.planner.shape import Shape
 
 PERSISTENT = ("weights", "gradients", "optimizer", "reference", "engine_weights", "kv_cache")
 CONTEXT = 1.5  # GiB: CUDA context, libraries
 COLLECTIVES = 0.35  # GiB of communicator buffers per kind of parallelism in use
 FRAGMENTATION = 0.10  # of the activations: blocks that the caching allocator cannot reuse
 LOSS_CHUNK = 2.0**26  # bytes of float32 logits at a time, and the most kept (megarl/learner/logprobs.py)
-LIBRARIES = 40.0 * 2**20  # bytes that torch's and Megatron's libraries take at first use on a CPU
-EAGER = 6.0  # bytes per entry that norms and rotary embedding keep when they run operator by operator in fp32
+LIBRARIES = 40.0 * 2**20  # bytes of torch's and Megatron's libraries after their first use on a CPU
+EAGER = 6.0  # bytes per entry that unfused norms and rotary embedding keep in fp32
 
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """Parameters that one rank holds: those shared by its data-parallel group, and its experts."""
+    """Parameters of one rank: those shared by its data-parallel group, and its experts."""
 
     shared: int
     experts: int
@@ -33,7 +33,7 @@ class Holding:
 
 @dataclass(frozen=True, slots=True)
 class StageMemory:
-    """Bytes of the fullest moment on one rank of a pipeline stage, by part."""
+    """Peak bytes on one rank of a pipeline stage, by part."""
 
     stage: int
     parts: dict[str, float]
@@ -44,24 +44,24 @@ class StageMemory:
         return sum(self.parts.values()) / GIB
 
     def reserved(self) -> float:
-        """GiB that the allocator holds: tensors and what fragmentation keeps."""
+        """GiB of the allocator: tensors and what fragmentation adds."""
         return self.allocated + FRAGMENTATION * (self.allocated - sum(self.parts.get(p, 0.0) for p in PERSISTENT) / GIB)
 
     def driver(self, layout: Layout) -> float:
-        """GiB that the driver reports: what is reserved, the context and the communicators."""
+        """GiB that the driver reports: reserved memory, the context and the communicators."""
         kinds = sum(size > 1 for size in (layout.tp, layout.pp, layout.cp, layout.dp, layout.ep))
         return self.reserved() + CONTEXT + COLLECTIVES * kinds
 
     @property
     def largest(self) -> str:
-        """The part that takes most."""
+        """The largest part."""
         return max(self.parts, key=self.parts.__getitem__)
 
 
 def plan_memory(
-    shape: Shape, layout: Layout, software: Software, holdings: list[Holding] | None = None
+    shape: ModelShape, layout: Layout, software: Software, holdings: list[Holding] | None = None
 ) -> list[StageMemory]:
-    """Memory of each stage; `holdings` from the real model replace the counted parameters."""
+    """Memory of each stage. `holdings` from the real model replace the counted parameters."""
     layers = layout.stage_layers(shape)
     held = holdings or stage_holdings(shape, layout)
     return [
@@ -73,7 +73,7 @@ def fits(stages: list[StageMemory], layout: Layout, gpu: Gpu) -> bool:
     return max(stage.driver(layout) for stage in stages) <= gpu.memory
 
 
-def stage_holdings(shape: Shape, layout: Layout) -> list[Holding]:
+def stage_holdings(shape: ModelShape, layout: Layout) -> list[Holding]:
     """Parameters per rank of each stage, counted from the sizes."""
     held, first = [], 0
     for stage, layers in enumerate(layout.stage_layers(shape)):
@@ -89,20 +89,25 @@ def stage_holdings(shape: Shape, layout: Layout) -> list[Holding]:
                 shared += shape.embedding_parameters(tp)
             if shape.mtp and layout.pp > 1:
                 shared += shape.embedding_parameters(tp)
-        experts = moe * (shape.experts // layout.ep) * shape.expert_parameters() // layout.etp if moe else 0
+        experts = moe * expert_count(shape, layout) * shape.expert_parameters() // layout.etp
         held.append(Holding(shared, experts))
         first += layers
     return held
 
 
-def _kinds(shape: Shape, first: int, layers: int) -> tuple[int, int]:
+def expert_count(shape: ModelShape, layout: Layout) -> int:
+    """Experts of each expert layer on one rank, whole or split."""
+    return shape.moe.count // layout.ep if shape.moe else 0
+
+
+def _kinds(shape: ModelShape, first: int, layers: int) -> tuple[int, int]:
     """(dense, expert) layers among `layers` that begin with layer `first`."""
     dense = max(0, min(layers, shape.layers - shape.moe_layers - first))
     return dense, layers - dense
 
 
 def _stage(
-    shape: Shape, layout: Layout, software: Software, layers: list[int], held: Holding, stage: int
+    shape: ModelShape, layout: Layout, software: Software, layers: list[int], held: Holding, stage: int
 ) -> dict[str, float]:
     first = sum(layers[:stage])
     dense, moe = _kinds(shape, first, layers[stage])
@@ -116,20 +121,21 @@ def _stage(
         parts["recomputed"] = kept_moe if moe else kept_dense
     else:
         whole = flight * (dense * kept_dense + moe * kept_moe)
-        # Megatron keeps two layers on the card while offloaded ones travel.
+        # Megatron keeps two layers on the GPU while offloaded ones move.
         away = max(0, min(software.offload_layers, layers[stage]) - 2) / max(1, layers[stage])
         parts["activations"] = whole * (1 - away)
     shard = layout.tp if software.sequence_parallel else 1
     t, h = layout.tokens, shape.hidden
-    if stage == 0 and not software.cpu:  # there no operator keeps it
+    if stage == 0 and not software.cpu:  # on a CPU no operator keeps it
         parts["embedding"] = min(flight, layout.pp) * 2.0 * t * h / shard
-    # The widest backward moment: gathered inputs and the gradients of the MLP's or the attention's tensors.
-    width = max(shape.ffn if dense else 0, shape.moe_ffn * shape.topk if moe else 0) * shape.mlp_matrices
+    # The peak of the backward pass: gathered inputs and the gradients of the MLP's or the attention's tensors.
+    routed = shape.moe.ffn * shape.moe.top_k if moe and shape.moe else 0
+    width = max(shape.ffn if dense else 0, routed) * shape.mlp_matrices
     workspace = _wide(software) * t * (2 * h + max(width, shape.query_width + shape.kv_width) / layout.tp)
     if stage == layout.pp - 1:
-        if software.chunked_loss:  # its moment is over before the layers' begins
+        if software.chunked_loss:  # it is freed before the layers' backward pass
             parts["logits"] = _chunked_loss(shape, layout, software)
-            # Also kept: the last norm's two tensors, and the positions of its output that are scored.
+            # Also kept: the last norm's two tensors, and the scored positions of its output.
             parts["logits"] += _wide(software) * t * h * (2 / shard + 1) if software.cpu else 0.0
             workspace = max(0.0, workspace - parts["logits"])
         else:
@@ -145,13 +151,13 @@ def _wide(software: Software) -> float:
     return 4.0 if software.dtype == "fp32" else 2.0
 
 
-def _chunked_loss(shape: Shape, layout: Layout, software: Software) -> float:
-    """Bytes at the fuller of two moments: a chunk's forward pass (logits, their softmax, a product of both), and its
-    backward pass beside the gradients of the hidden states and, in float32 and as one product, of the output layer."""
+def _chunked_loss(shape: ModelShape, layout: Layout, software: Software) -> float:
+    """Bytes at the larger of two peaks: a chunk's forward pass (logits, their softmax, a product of both), or its
+    backward pass with the gradients of the hidden states and, in float32 and as one product, of the output layer."""
     rows, wide = shape.vocab / layout.tp, _wide(software)
     whole = 4.0 * layout.tokens * rows
     chunk, kept = min(whole, LOSS_CHUNK), whole if whole <= LOSS_CHUNK else 0.0
-    rounded = chunk * wide / 4 if wide < 4 else 0.0  # logits before, and gradients after, they are float32
+    rounded = chunk * wide / 4 if wide < 4 else 0.0  # logits before, and gradients after, the float32 ones
     backward = (kept or chunk) + chunk + wide * layout.tokens * shape.hidden + (4.0 + wide) * rows * shape.hidden
     return rounded + max(3 * chunk, backward)
 
@@ -160,7 +166,7 @@ def _logit_bytes(layout: Layout, software: Software) -> float:
     """Bytes per token and vocabulary entry around the loss."""
     if software.parallel_loss:
         return 8.0 / layout.tp  # bf16 logits, their fp32 softmax in place, bf16 gradient
-    # Whole logits on every rank: bf16, fp32 copy, log-softmax, both gradients; and the shards and copies of a gather.
+    # All logits on every rank: bf16, fp32 copy, log-softmax, both gradients, and the shards and copies of a gather.
     return 16.0 if layout.tp == 1 else 28.0
 
 
@@ -169,7 +175,7 @@ def _state(layout: Layout, software: Software, held: Holding) -> dict[str, float
     both = held.shared + held.experts
     trained = software.trainable
     sharded = held.shared / dense_ranks + held.experts / layout.expert_dp
-    # FP8 keeps a row- and a column-wise byte for each weight; nvfp4 about half of that, next to nothing in bf16.
+    # FP8 keeps a row- and a column-wise byte per weight, nvfp4 about half of that, next to nothing in bf16.
     weight = {"fp32": 4.0, "bf16": 2.0, "fp8": 2.0, "fp4": 2.0}[software.dtype]
     if software.fsdp:
         return {
@@ -188,7 +194,7 @@ def _state(layout: Layout, software: Software, held: Holding) -> dict[str, float
 
 
 def in_flight(layout: Layout, stage: int) -> float:
-    """Micro-batches whose activations stage `stage` holds at its fullest, in whole stages' worth of layers."""
+    """Most micro-batches whose activations stage `stage` keeps at once, in units of a whole stage's layers."""
     if layout.pp == 1:
         return 1.0
     if layout.vpp == 1:
@@ -198,53 +204,53 @@ def in_flight(layout: Layout, stage: int) -> float:
 
 
 @lru_cache(maxsize=4096)
-def layer_bytes(shape: Shape, layout: Layout, software: Software, moe: bool) -> float:
+def layer_bytes(shape: ModelShape, layout: Layout, software: Software, moe: bool) -> float:
     """Bytes that one layer keeps for one micro-batch until its backward pass."""
-    if moe and not shape.experts:
+    experts, latent = shape.moe if moe else None, shape.latent
+    if moe and not experts:
         return 0.0
     t, h, tp = layout.tokens, shape.hidden, layout.tp
     shard = t / tp if software.sequence_parallel else t
     wide = _wide(software)
     if software.cpu:
-        return _cpu_layer(shape, layout, software, moe)
-    # Inputs of matrix products are kept in the product's own type: FP8 keeps the two quantised copies instead.
+        return _cpu_layer(shape, layout, software, experts)
+    # Inputs of matrix products are kept in the product's type: FP8 keeps two quantised copies instead.
     operand = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "fp4": 1.0}[software.dtype]
     recomputed = software.recompute in ("selective", "moe")
     norms = 2 * shard * h * (wide + (0.0 if recomputed else operand))  # input and output of both norms
     if not software.fused:
         norms += EAGER * (2 * shard * h + t / tp * (shape.query_width + shape.kv_width) / 2)
     attention = t / tp * (wide * (shape.query_width + shape.kv_width) + (wide + operand) * shape.value_width)
-    if recomputed and shape.kv_lora:  # the up-projections are made again from the latents
+    if recomputed and latent:  # the up-projections are recomputed from the latents
         attention = t / tp * (wide + operand) * shape.value_width
-    attention += shard * (shape.q_lora + shape.kv_lora) * (wide + operand)
+    attention += shard * (latent.q_rank + latent.kv_rank) * (wide + operand) if latent else 0.0
     if software.attention in ("flash", "flash1"):
         attention += 4.0 * t * shape.heads / tp
     elif software.recompute != "attention":
         scores = t * layout.sequence * shape.heads / tp
         attention += scores * (5.0 if software.attention == "fused_softmax" else 8.0)
-    dropout = 2.0 * shard * h if software.dropout else 0.0
     up = shape.mlp_matrices - 1
 
     def mlp(rows: float, width: float) -> float:
         return rows * width * (wide * up + (0.0 if recomputed else operand))
 
-    if not moe:
+    if not experts:
         kept = 0.0 if software.recompute == "moe" else mlp(t / tp, shape.ffn)
-        return norms + attention + dropout + kept
-    routed = t / tp * shape.topk
-    expert = routed * (wide * h) + mlp(routed, shape.moe_ffn) + routed * wide * h + 8.0 * shard * shape.experts
+        return norms + attention + kept
+    routed = t / tp * experts.top_k
+    expert = routed * (wide * h) + mlp(routed, experts.ffn) + routed * wide * h + 8.0 * shard * experts.count
     if software.recompute == "moe":
         expert = routed * wide * h
-    return norms + attention + dropout + expert + mlp(t / tp, shape.shared_ffn)
+    return norms + attention + expert + mlp(t / tp, experts.shared_ffn)
 
 
-def _cpu_layer(shape: Shape, layout: Layout, software: Software, moe: bool) -> float:
-    """The same without fused kernels, in float32: what torch's operators keep, storage by storage."""
+def _cpu_layer(shape: ModelShape, layout: Layout, software: Software, experts: Experts | None) -> float:
+    """The same without fused kernels, in float32: every storage that torch's operators keep."""
     t, tp, wide = layout.tokens, layout.tp, _wide(software)
     shard = t / tp if software.sequence_parallel else t
     query, kv = shape.query_width, shape.kv_width
     norms = 2 * 2 * wide * shard * shape.hidden  # normalised, output
-    # The fused projection; queries and keys turned to their positions; the output and its statistics.
+    # The fused projection, rotated queries and keys, the output and its statistics.
     attention = t / tp * (wide * ((query + kv) + (query + kv / 2) + shape.value_width) + 4.0 * shape.heads)
     if shape.qk_norm:  # both normalised
         attention += t / tp * wide * (query + kv / 2)
@@ -253,8 +259,8 @@ def _cpu_layer(shape: Shape, layout: Layout, software: Software, moe: bool) -> f
     def mlp(rows: float, width: float) -> float:
         return rows * wide * copies * width
 
-    if not moe:
+    if not experts:
         return norms + attention + mlp(t / tp, shape.ffn)
-    routed = t / tp * shape.topk * layout.etp
-    experts = 2 * wide * routed * shape.hidden + mlp(routed / layout.etp, shape.moe_ffn)
-    return norms + attention + experts + mlp(t / tp, shape.shared_ffn)
+    routed = t / tp * experts.top_k * layout.etp
+    expert = 2 * wide * routed * shape.hidden + mlp(routed / layout.etp, experts.ffn)
+    return norms + attention + expert + mlp(t / tp, experts.shared_ffn)

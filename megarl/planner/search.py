@@ -1,4 +1,4 @@
-"""Layouts that fit, ranked by time or by nearness to the one that was asked for."""
+"""Layouts that fit, ranked by time or by distance to the one in the settings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megarl.errors import UserError
 from megarl.models.layout import Layout as Divisions
 from megarl.models.shape import ModelShape
 from megarl.planner.hardware import Gpu
-from megarl.planner.job import Plan, plan, recomputed, with_parallel
+from megarl.planner.job import Plan, plan, recomputed
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 RECOMPUTE = ("none", "selective", "full")
@@ -21,7 +21,7 @@ def candidates(settings: Settings, model: ModelShape, gpu: Gpu, gpus: int, respo
     for parallel in _layouts(settings.parallel, model, gpus):
         try:
             Divisions(parallel.tp, parallel.pp, parallel.vpp, parallel.ep, parallel.etp).check(model)
-            yield plan(with_parallel(settings, parallel), model, gpu, gpus, response)
+            yield plan(settings.model_copy(update={"parallel": parallel}), model, gpu, gpus, response)
         except UserError:
             continue
 
@@ -33,7 +33,7 @@ def ranked(settings: Settings, model: ModelShape, gpu: Gpu, gpus: int, response:
 
 
 def nearest_fit(settings: Settings, model: ModelShape, gpu: Gpu, gpus: int, response: float | None) -> Plan | None:
-    """The fitting plan whose sizes differ least, in powers of two; among equals the fastest. None when nothing fits."""
+    """The fitting plan whose sizes differ least, in powers of two; of several the fastest. None when nothing fits."""
     wanted = settings.parallel
     found = ranked(settings, model, gpu, gpus, response)
 

@@ -1,19 +1,19 @@
 """Time of one optimizer step of a layout, by part.
 
-Every part is a volume over a rate: FLOPs over the reachable peak, bytes over the reachable bandwidth. Matrix products
-pay both (an additive roofline, so small ones are slow by themselves). A pipeline of p stages and m micro-batches takes
+Every part is a volume divided by a rate: FLOPs by the reachable peak, bytes by the reachable bandwidth. Matrix products
+take both (an additive roofline, so small ones are slow). A pipeline of p stages and m micro-batches takes
 m·t_slowest + (p-1)/v·t (Narayanan et al., arXiv 2104.04473, with v interleaved chunks).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import log2
 
+from megarl.models.shape import Experts, ModelShape
 from megarl.planner.hardware import HOST, LAWS, Dtype, Gpu, Laws
 from megarl.planner.layout import Layout, Software
-from megarl.planner.memory import layer_bytes
-from megarl.planner.shape import Shape
+from megarl.planner.memory import expert_count, layer_bytes
 
 PARTS = (
     "matmul", "attention", "elementwise", "launch", "tensor_parallel", "context_parallel", "expert_parallel",
@@ -24,11 +24,10 @@ Parts = dict[str, float]
 
 @dataclass(slots=True)
 class StepTime:
-    """Seconds of one optimizer step, by part, and the model FLOPs behind it."""
+    """Seconds of one optimizer step, by part, and its model FLOPs."""
 
     parts: Parts
     flops: float = 0.0  # of the whole model and batch, without recomputation
-    stage_seconds: list[float] = field(default_factory=list)  # one micro-batch, forward and backward
 
     @property
     def seconds(self) -> float:
@@ -40,7 +39,7 @@ class StepTime:
 
 
 class Clock:
-    """Rates of one GPU under one software stack; every method returns seconds."""
+    """Rates of one GPU under one software stack. Every method but `link` returns seconds."""
 
     def __init__(self, gpu: Gpu, software: Software, laws: Laws) -> None:
         self.gpu, self.software, self.laws = gpu, software, laws
@@ -48,7 +47,7 @@ class Clock:
         self.hbm = gpu.hbm * 1e12 * self.reached.hbm
 
     def matmul(self, m: float, k: int, n: int, count: int = 1, dtype: Dtype | None = None, out: float = 2.0) -> float:
-        """`count` products [m, k] x [k, n]; `out` bytes move per result entry."""
+        """`count` products [m, k] x [k, n]; each result entry moves `out` bytes."""
         dtype = dtype or self.software.dtype
         rate = self.gpu.peak(dtype) * self.reached.matmul(dtype)
         if k % 64 or n % 64:
@@ -62,7 +61,7 @@ class Clock:
     def forward_backward(
         self, m: float, k: int, n: int, count: int = 1, dtype: Dtype | None = None
     ) -> tuple[float, float]:
-        """A linear layer: (forward, backward), the backward's weight gradient added into fp32."""
+        """A linear layer: (forward, backward). The backward pass adds the weight gradient to an fp32 buffer."""
         backward = self.matmul(m, n, k, count, dtype)
         if self.software.trainable > 0.5:
             out = 2 * self.software.gradient_bytes + (0.0 if self.software.gradient_fusion else 4.0)
@@ -76,7 +75,7 @@ class Clock:
         if kind in ("flash", "flash1"):
             rate = self.gpu.peak("bf16") * self.reached.attention * (self.laws.flash1 if kind == "flash1" else 1.0)
             return flops / rate, 2.5 * flops / rate
-        # Materialised scores: the full square is computed, and each pass over it moves two bytes an entry.
+        # Scores in memory: the full square is computed, and each pass over it moves two bytes per entry.
         rate = self.gpu.peak("bf16") * self.reached.bf16 * 0.7
         if qk % 8:
             rate *= self.laws.unaligned_heads
@@ -85,14 +84,14 @@ class Clock:
         return 2 * flops / rate + scores, 4 * flops / rate + 1.5 * scores
 
     def elementwise(self, volume: float) -> float:
-        """Moving `volume` bytes through kernels that do little arithmetic."""
+        """Kernels that move `volume` bytes and do little arithmetic."""
         return volume / self.hbm * (1.0 if self.software.fused else self.laws.eager)
 
     def link(self, ranks: int, stride: int = 1, fraction: float | None = None) -> float:
-        """Bytes/s per rank of a ring over `ranks` ranks that lie `stride` apart."""
+        """Bytes/s per rank of a ring over `ranks` ranks at distance `stride`."""
         if ranks * stride <= self.gpu.domain:
             return self.gpu.nvlink * 1e9 * (fraction or self.laws.nvlink)
-        local = max(1, self.gpu.domain // stride)  # ranks of the ring in one domain: each brings its own card
+        local = max(1, self.gpu.domain // stride)  # ranks of the ring in one domain: each has its network card
         rate = min(
             self.gpu.nvlink * self.laws.nvlink, min(local, 8) * self.gpu.network * (fraction or self.laws.network)
         )
@@ -105,7 +104,7 @@ class Clock:
         return volume * (ranks - 1) / ranks / self.link(ranks, stride) + self.laws.latency * 1e-6
 
     def all_to_all(self, volume: float, ranks: int, stride: int, topk: int) -> float:
-        """Every rank sends `volume` bytes, spread evenly over `ranks` ranks that lie `stride` apart."""
+        """Every rank sends `volume` bytes, evenly to `ranks` ranks at distance `stride`."""
         if ranks == 1:
             return 0.0
         laws, gpu = self.laws, self.gpu
@@ -120,19 +119,18 @@ class Clock:
         return seconds + laws.latency * 1e-6
 
 
-def step_time(shape: Shape, layout: Layout, software: Software, gpu: Gpu, laws: Laws = LAWS) -> StepTime:
+def step_time(shape: ModelShape, layout: Layout, software: Software, gpu: Gpu, laws: Laws = LAWS) -> StepTime:
     """Predict one optimizer step."""
     clock = Clock(gpu, software, laws)
     stages = layout.stage_layers(shape)
     dense_first = shape.layers - shape.moe_layers
     loads: list[Parts] = []
     first = 0
-    per_kind = {
-        kind: _layer(shape, layout, clock, kind) for kind in ("dense", "moe") if kind == "dense" or shape.experts
-    }
+    dense_layer = _layer(shape, layout, clock, None)
+    expert_layer = _layer(shape, layout, clock, shape.moe) if shape.moe else {}
     for index, count in enumerate(stages):
         dense = max(0, min(count, dense_first - first))
-        load = _add(_times(per_kind["dense"], dense), _times(per_kind["moe"], count - dense) if shape.experts else {})
+        load = _add(_times(dense_layer, dense), _times(expert_layer, count - dense))
         if index == layout.pp - 1:
             load = _add(load, _times(_head(shape, layout, clock), 1 + shape.mtp))
         if index == 0:
@@ -155,34 +153,25 @@ def step_time(shape: Shape, layout: Layout, software: Software, gpu: Gpu, laws: 
     parts["offload"] = _offload(shape, layout, clock, stages, sum(slowest.values()))
     total = sum(parts.values())
     parts["straggler"] = total * laws.straggler * log2(max(1.0, layout.gpus / 8))
-    return StepTime(parts, model_flops(shape, layout), [sum(load.values()) for load in loads])
+    return StepTime(parts, model_flops(shape, layout))
 
 
-def model_flops(shape: Shape, layout: Layout) -> float:
-    """FLOPs of one step as Megatron counts them: causal attention halved, logits in, no recomputation."""
+def model_flops(shape: ModelShape, layout: Layout) -> float:
+    """FLOPs of one step as Megatron counts them: causal attention halved, logits included, no recomputation."""
     tokens = layout.global_batch * layout.sequence
-    layers = shape.layers + shape.mtp
-    moe = shape.moe_layers + (shape.mtp if shape.experts else 0)
-    weights = layers * shape.attention_parameters() + (layers - moe) * shape.dense_parameters()
-    active = shape.topk * shape.expert_parameters() + shape.shared_parameters()
-    weights += moe * active + (1 + shape.mtp) * shape.embedding_parameters()
-    scores = (
-        layers
-        * _span(shape, layout.attended or layout.sequence)
-        * shape.heads
-        * (shape.query_width // shape.heads + shape.head_dim)
-    )
-    return 6.0 * tokens * (weights + scores)
+    span = _span(shape, layout.attended or layout.sequence)
+    scores = (shape.layers + shape.mtp) * span * (shape.query_width + shape.value_width)
+    return 6.0 * tokens * (shape.active_parameters() + scores)
 
 
-def _span(shape: Shape, sequence: int) -> float:
+def _span(shape: ModelShape, sequence: int) -> float:
     """Keys that a query sees on average."""
     full = sequence / 2
     return full if not shape.window else (full + min(full, shape.window)) / 2
 
 
-def _layer(shape: Shape, layout: Layout, clock: Clock, kind: str) -> Parts:
-    """Forward and backward of one layer for one micro-batch, recomputation included."""
+def _layer(shape: ModelShape, layout: Layout, clock: Clock, experts: Experts | None) -> Parts:
+    """Forward and backward of one layer for one micro-batch, recomputation included. `experts`: None = dense."""
     software, laws = clock.software, clock.laws
     tp, t, h = layout.tp, layout.tokens, shape.hidden
     shard = t / tp if software.sequence_parallel else t
@@ -197,27 +186,25 @@ def _layer(shape: Shape, layout: Layout, clock: Clock, kind: str) -> Parts:
     # Norms and residual additions: 2 x (read, write, add) of the hidden state; rotary embedding; activation.
     volume = 2 * (12 * shard * h + 4 * t * (shape.query_width + shape.kv_width) / tp)
     mlp = 0.0  # seconds of the dense MLP's matrix products, forward
-    if kind == "dense":
+    if not experts:
         pairs = [clock.forward_backward(t, k, n) for k, n in shape.mlp_matmuls(shape.ffn, tp)]
         mlp = sum(f for f, _ in pairs)
         matmul += pairs
         volume += 2 * shape.mlp_matrices * t * shape.ffn / tp
         expert = moe_traffic = (0.0, 0.0)
     else:
-        routed = t / tp * shape.topk * layout.etp  # tokens through the experts that this rank holds a part of
-        local = max(1, shape.experts // layout.ep)
-        parts = shape.mlp_matmuls(shape.moe_ffn, layout.etp)
+        routed = t / tp * experts.top_k * layout.etp  # tokens through this rank's experts, whole or split
+        local = max(1, expert_count(shape, layout))
+        parts = shape.mlp_matmuls(experts.ffn, layout.etp)
         pairs = [clock.forward_backward(routed / local, k, n, local) for k, n in parts]
-        if shape.shared_ffn:
-            matmul += [clock.forward_backward(t, k, n) for k, n in shape.mlp_matmuls(shape.shared_ffn, tp)]
-            volume += 2 * shape.mlp_matrices * t * shape.shared_ffn / tp
+        if experts.shared_ffn:
+            matmul += [clock.forward_backward(t, k, n) for k, n in shape.mlp_matmuls(experts.shared_ffn, tp)]
+            volume += 2 * shape.mlp_matrices * t * experts.shared_ffn / tp
         expert = (sum(f for f, _ in pairs), sum(b for _, b in pairs))
-        # Permute and un-permute each read and write every routed copy; scores are applied once more.
+        # Permute and un-permute each read and write every routed copy. Applying the scores is another pass.
         copies = 2 if software.fused_experts else 6
-        volume += (
-            2 * routed * (copies * h + shape.mlp_matrices * shape.moe_ffn / layout.etp) + 8 * shard * shape.experts
-        )
-        dispatch = clock.all_to_all(2.0 * t / tp * shape.topk * h, layout.ep, layout.etp, shape.topk)
+        volume += 2 * routed * (copies * h + shape.mlp_matrices * experts.ffn / layout.etp) + 8 * shard * experts.count
+        dispatch = clock.all_to_all(2.0 * t / tp * experts.top_k * h, layout.ep, layout.etp, experts.top_k)
         gather = 2 * clock.ring(2.0 * routed * h, layout.etp)
         exposed = (laws.ep_overlapped if software.ep_overlap else laws.ep_exposed) * (2 * dispatch + gather)
         moe_traffic = (exposed, exposed)
@@ -226,15 +213,15 @@ def _layer(shape: Shape, layout: Layout, clock: Clock, kind: str) -> Parts:
     moved = clock.elementwise(volume)
     collective = clock.ring(2.0 * t * h, tp)
     tp_exposed = laws.tp_exposed if software.tp_overlap else 1.0
-    blocks = 2 if kind == "dense" or shape.shared_ffn else 1
+    blocks = 2 if not experts or experts.shared_ffn else 1
     tensor = 2 * blocks * collective * tp_exposed  # a gather and a scatter around each block
-    if software.cp_all_to_all:  # queries, keys, values and outputs change from tokens to heads; nothing hides it
+    if software.cp_all_to_all:  # queries, keys, values and outputs change from tokens to heads; it is not hidden
         ring = clock.all_to_all(
             2.0 * t * (shape.query_width + shape.kv_width + shape.value_width) / tp, layout.cp, tp, 1
         )
     else:
         ring = clock.ring(2.0 * t * layout.cp * shape.kv_width / tp, layout.cp, tp) * laws.cp_exposed
-    gap = laws.dense_gap if kind == "dense" else laws.dense_gap + (0.0 if software.fused_experts else laws.moe_gap)
+    gap = laws.dense_gap + (laws.moe_gap if experts and not software.fused_experts else 0.0)
     gap = gap * 1e-6 * (0.3 if software.graphs else 1.0)
     forward = {
         "matmul": forward_matmul, "attention": attention[0], "elementwise": moved, "launch": gap,
@@ -257,40 +244,40 @@ def _layer(shape: Shape, layout: Layout, clock: Clock, kind: str) -> Parts:
             total["expert_parallel"] += moe_traffic[0]
     if software.fsdp:
         weights = shape.attention_parameters(tp)
-        weights += shape.dense_parameters(tp) if kind == "dense" else 0
+        weights += 0 if experts else shape.dense_parameters(tp)
         comm = 3 * clock.ring(2.0 * weights, layout.dp, tp)
-        if kind == "moe":
-            size = shape.experts // layout.ep * shape.expert_parameters() // layout.etp
+        if experts:
+            size = expert_count(shape, layout) * shape.expert_parameters() // layout.etp
             comm += 3 * clock.ring(2.0 * size, layout.expert_dp, layout.ep * layout.etp)
         total["data_parallel"] = max(0.0, comm - 0.8 * sum(total.values()))
     return total
 
 
-def _head(shape: Shape, layout: Layout, clock: Clock) -> Parts:
+def _head(shape: ModelShape, layout: Layout, clock: Clock) -> Parts:
     """Logits and cross-entropy of one micro-batch, forward and backward."""
     t, columns = layout.tokens, shape.vocab // layout.tp
     forward, backward = clock.forward_backward(t, shape.hidden, columns, dtype="bf16")
     return {"matmul": forward + backward, "elementwise": clock.elementwise(20.0 * t * columns)}
 
 
-def _embedding(shape: Shape, layout: Layout, clock: Clock) -> Parts:
+def _embedding(shape: ModelShape, layout: Layout, clock: Clock) -> Parts:
     return {"elementwise": clock.elementwise(12.0 * layout.tokens * shape.hidden)}
 
 
-def _rank_parameters(shape: Shape, layout: Layout, stages: list[int]) -> tuple[float, float]:
-    """(shared, expert) parameters of the fullest rank."""
+def _rank_parameters(shape: ModelShape, layout: Layout, stages: list[int]) -> tuple[float, float]:
+    """(shared, expert) parameters of the largest rank."""
     layers = max(stages)
     moe = min(layers, shape.moe_layers)
     dense = layers * shape.attention_parameters(layout.tp) + (layers - moe) * shape.dense_parameters(layout.tp)
     dense += moe * shape.shared_parameters(layout.tp) + shape.embedding_parameters(layout.tp)
     if layout.pp == 1 and not shape.tied:
         dense += shape.embedding_parameters(layout.tp)
-    experts = moe * (shape.experts // layout.ep if shape.experts else 0) * shape.expert_parameters() // layout.etp
+    experts = moe * expert_count(shape, layout) * shape.expert_parameters() // layout.etp
     return dense, experts
 
 
-def _data_parallel(shape: Shape, layout: Layout, clock: Clock, stages: list[int], micro: float) -> float:
-    """Gradient reduction and parameter gathering that nothing hides."""
+def _data_parallel(shape: ModelShape, layout: Layout, clock: Clock, stages: list[int], micro: float) -> float:
+    """Exposed gradient reduction and parameter gathering."""
     software = clock.software
     if software.trainable < 0.5 or software.fsdp:
         return 0.0
@@ -303,8 +290,8 @@ def _data_parallel(shape: Shape, layout: Layout, clock: Clock, stages: list[int]
     return clock.laws.dp_exposed * seconds + max(0.0, (1 - clock.laws.dp_exposed) * seconds - micro)
 
 
-def _optimizer(shape: Shape, layout: Layout, clock: Clock, stages: list[int]) -> float:
-    """Adam: read gradient, master weight and both moments, write three of them and the weight; and the norm."""
+def _optimizer(shape: ModelShape, layout: Layout, clock: Clock, stages: list[int]) -> float:
+    """Adam reads gradient, master weight and both moments, and writes three of them and the weight; plus the norm."""
     dense, experts = _rank_parameters(shape, layout, stages)
     if clock.software.distributed_optimizer or clock.software.fsdp:
         dense, experts = dense / (layout.dp * layout.cp), experts / layout.expert_dp
@@ -312,16 +299,16 @@ def _optimizer(shape: Shape, layout: Layout, clock: Clock, stages: list[int]) ->
     return 34.0 * (dense + experts) * clock.software.trainable * on_card / clock.hbm
 
 
-def _offload(shape: Shape, layout: Layout, clock: Clock, stages: list[int], micro: float) -> float:
-    """Adam on the host, with gradients and weights carried there and back; activations that travel slower than
-    the layers compute."""
+def _offload(shape: ModelShape, layout: Layout, clock: Clock, stages: list[int], micro: float) -> float:
+    """Adam on the host, with gradients and weights moved there and back; activations that move more slowly than the
+    layers compute."""
     software, seconds = clock.software, 0.0
     if software.offload_optimizer:
         dense, experts = _rank_parameters(shape, layout, stages)
         share = dense / (layout.dp * layout.cp) + experts / layout.expert_dp
         seconds += (34.0 + 6.0) * share * software.offload_optimizer / (HOST * 1e9)
     if software.offload_layers:
-        kept = layer_bytes(shape, layout, software, bool(shape.experts)) * min(software.offload_layers, max(stages))
+        kept = layer_bytes(shape, layout, software, shape.moe is not None) * min(software.offload_layers, max(stages))
         seconds += layout.micro_batches * max(0.0, 2 * kept / (HOST * 1e9) - micro)
     return seconds
 

@@ -107,7 +107,7 @@ def test_a_checkpoint_of_a_run_needs_no_config(
     monkeypatch.chdir(step)
     assert invoke(monkeypatch, "megatron-to-hf", ".", tmp_path / "back") == 2
     message = capsys.readouterr().err.splitlines()[-1]
-    assert "config.yaml: model.path: hf holds no config.json, seen from" in message and "--config" in message
+    assert "config.yaml: model.path: hf has no config.json, seen from" in message and "--config" in message
     monkeypatch.chdir(tmp_path)
     assert invoke(monkeypatch, "megatron-to-hf", step.relative_to(tmp_path), "back") == 0
     assert_same_bytes(source, tmp_path / "back")

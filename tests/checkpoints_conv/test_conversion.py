@@ -175,7 +175,7 @@ def test_resume_refuses_other_settings_and_a_second_process(tmp_path: Path) -> N
 def test_no_space_is_said_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_model(tmp_path / "hf", "qwen2")
     monkeypatch.setattr("shutil.disk_usage", lambda path: os.terminal_size((0, 0)) and type("U", (), {"free": 10}))
-    with pytest.raises(UserError, match="needs .* bytes and the disk has 10 free"):
+    with pytest.raises(UserError, match="needs .* bytes; the disk has 10 free"):
         convert_folder(source, tmp_path / "out", TorchDistWriter(tiny("qwen2")))
 
 
@@ -248,14 +248,14 @@ BAD = {
     ),
     "mixed": (
         lambda s: rewrite(s, lambda t: t.update({n: t[n].float() for n in t if "0.self_attn.k_proj.weight" in n})),
-        "is torch.float32 but .* is torch.bfloat16, and both go into .*linear_qkv.weight",
+        "is torch.float32 but .* is torch.bfloat16, and both are part of .*linear_qkv.weight",
     ),
     "truncated": (lambda s: cut(s / "model.safetensors", 40_000), "truncated"),
     "foreign": (lambda s: (s / "model.safetensors").write_bytes(b"PK\x03\x04" + b"x" * 100), "not a safetensors file"),
-    "no weights": (lambda s: (s / "model.safetensors").unlink(), "holds no .*safetensors"),
+    "no weights": (lambda s: (s / "model.safetensors").unlink(), "has no .*safetensors"),
     "pickle": (
         lambda s: (s / "model.safetensors").rename(s / "pytorch_model.bin"),
-        "pickled weights only .*--allow-pickle",
+        "only pickled weights .*--allow-pickle",
     ),
     "no config": (lambda s: (s / "config.json").unlink(), "has no config.json"),
     "architecture": (
@@ -353,8 +353,8 @@ def test_verify_names_what_was_done_to_a_tensor(tmp_path: Path) -> None:
     assert {c.name: c.differing for c in differing if c.name == "model.norm.weight"} == {"model.norm.weight": 1}
     assert len(differing) == 4
     assert misplaced(differing) == {
-        "model.layers.1.self_attn.k_proj.weight": "holds model.layers.1.self_attn.v_proj.weight",
-        "model.layers.1.self_attn.v_proj.weight": "holds model.layers.1.self_attn.k_proj.weight",
+        "model.layers.1.self_attn.k_proj.weight": "contains model.layers.1.self_attn.v_proj.weight",
+        "model.layers.1.self_attn.v_proj.weight": "contains model.layers.1.self_attn.k_proj.weight",
         "model.layers.2.self_attn.o_proj.weight": "transposed",
     }
 

@@ -80,6 +80,6 @@ def test_memory_stays_below_a_few_layers(tmp_path: Path) -> None:
     later, whatever the model's size."""
     write_model(tmp_path / "hf", "llama", torch.float32, files=2, **SIZES)
     bound = LAYERS * layer_bytes(read_shape(tmp_path / "hf"))
-    [found] = spawn(rises, 1, (tmp_path,), deadline=240)
+    [found] = spawn(rises, 1, (tmp_path,), timeout=240)
     assert found.keys() == {*WRITERS, "loading"}
     assert all(rise <= bound for rise in found.values()), (bound, found)

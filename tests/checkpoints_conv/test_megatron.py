@@ -30,7 +30,7 @@ from tests.support.conversions import assert_same_bytes, convert_folder, write_m
 from tests.support.te_stand_ins import Norm, StandIns
 from tests.support.tiny_models import ARCHITECTURES
 
-pytestmark = pytest.mark.parallel
+pytestmark = [pytest.mark.parallel, pytest.mark.slow]
 
 LAYOUTS = [Parallel(tp=2, pp=2, vpp=2), Parallel(pp=4), Parallel(tp=4), Parallel()]
 EXPERT_LAYOUTS = [Parallel(tp=2, ep=2), Parallel(pp=2, ep=2)]
@@ -166,7 +166,7 @@ def test_megatron_loads_and_saves_what_we_convert(layouts: list[Parallel], famil
         (tmp_path / family).mkdir()
         hf = write_model(tmp_path / family / "hf", family, torch.float32, tie_word_embeddings=TIED[family])
         convert_folder(hf, tmp_path / family / "dist", TorchDistWriter(read_shape(hf)))
-    spawn(check_layouts, 4, (layouts, families, tmp_path), deadline=240)
+    spawn(check_layouts, 4, (layouts, families, tmp_path), timeout=240)
     for family in families:
         hf, back = tmp_path / family / "hf", tmp_path / family / "back"
         convert_folder(tmp_path / family / "saved", back, HfWriter(read_shape(hf)), config=hf)

@@ -25,7 +25,7 @@ from tests.support import smollm2
 from tests.support.conversions import convert_folder
 from tests.support.megatron_logits import logits
 
-pytestmark = [pytest.mark.parallel, pytest.mark.timeout(600)]  # the first test may fetch the weights
+pytestmark = [pytest.mark.parallel, pytest.mark.slow, pytest.mark.timeout(600)]  # the first test may fetch the weights
 
 NEW = 32  # greedy tokens
 BOUND = 1e-4  # on |logits - transformers' logits|
@@ -124,7 +124,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Real:
     }
     found: dict[str, Tensor] = {}
     for count, cases in ((1, alone), (4, four)):
-        for rank in spawn(logits, count, (cases, ids[0].tolist()), deadline=280):
+        for rank in spawn(logits, count, (cases, ids[0].tolist()), timeout=280):
             found |= rank
     return Real(folders, ids[0].tolist(), expected, found)
 
@@ -140,7 +140,7 @@ def test_logits_and_greedy_text_equal_transformers(real: Real, case: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("case", "names"), [("swap", {K: f"holds {V}", V: f"holds {K}"}), ("transpose", {O: "transposed"})]
+    ("case", "names"), [("swap", {K: f"contains {V}", V: f"contains {K}"}), ("transpose", {O: "transposed"})]
 )
 def test_sabotage_is_found_and_named(real: Real, case: str, names: dict[str, str], capsys) -> None:
     """A swap or a transposition of equal shapes moves the logits far beyond the bound, and verify names the tensors."""

@@ -8,13 +8,12 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from megarl.errors import UserError
-from megarl.models.config_json import read_shape
 from megarl.models.families import FAMILIES, rules
 from megarl.models.layout import Layout, chunks, local_rules, padded_vocab
 from megarl.models.rules import Rule, Spec
 from megarl.models.shape import ModelShape
 from tests.support.random_models import LAYOUTS, Case, cases
-from tests.support.tiny_models import ARCHITECTURES, config, tiny, weights
+from tests.support.tiny_models import ARCHITECTURES, tiny, weights
 
 
 def scatter(hf: dict[str, Tensor], shape: ModelShape, layout: Layout, spec: Spec) -> dict[tuple, dict[str, Tensor]]:
@@ -146,47 +145,6 @@ def test_an_unsplittable_rule_is_refused() -> None:
     rule: Rule = rules(tiny("qwen3", num_attention_heads=3, num_key_value_heads=3))[2]
     with pytest.raises(UserError, match="linear_qkv"):
         rule.slices(0, 2)
-
-
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_shape_agrees_with_transformers(family: str, tmp_path) -> None:
-    """A config written by transformers 5 and one in the published (transformers 4) form read as the same shape, and
-    the parameter count is that of transformers' model."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    published = config(family, tie_word_embeddings=True)
-    hf = AutoConfig.for_model(family, **{k: v for k, v in published.items() if k != "model_type"})
-    hf.save_pretrained(tmp_path)
-    shape = read_shape(tmp_path)
-    assert shape == read_shape(published)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf)
-    assert shape.parameters == model.num_parameters()
-
-
-def test_llama3_rope_scaling_is_kept() -> None:
-    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    scaling["original_max_position_embeddings"] = 8192
-    shape = tiny("llama", rope_theta=500000.0, rope_scaling=scaling)
-    assert shape.rope_theta == 500000.0 and shape.rope_scaling == scaling
-    newer = config("llama", rope_parameters={"rope_theta": 500000.0, **scaling})
-    del newer["rope_theta"]
-    assert read_shape(newer) == shape
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM is unknown .known: Qwen3ForCausalLM"),
-        ({"use_sliding_window": True}, "use_sliding_window: True is not supported"),
-        ({"hidden_act": "gelu"}, "hidden_act: 'gelu'"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantised"),
-        ({"vocab_size": None}, "vocab_size is missing"),
-    ],
-)
-def test_configs_outside_the_map_are_refused(change: dict, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        read_shape(config("qwen3", **change))
 
 
 def test_every_family_is_walked() -> None:

@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 
 from megarl.learner import logprobs
+from megarl.models.shape import Experts, ModelShape
 from megarl.planner.hardware import GIB, GPUS
 from megarl.planner.layout import Layout, Software
 from megarl.planner.memory import LOSS_CHUNK, PERSISTENT, fits, in_flight, layer_bytes, plan_memory, stage_holdings
-from megarl.planner.shape import Shape
 
-LLAMA = Shape(layers=32, hidden=4096, heads=32, kv_heads=8, head_dim=128, ffn=14336, vocab=128256)
-MOE = replace(LLAMA, experts=16, topk=2, moe_ffn=2048, moe_layers=30)
+LLAMA = ModelShape(layers=32, hidden=4096, heads=32, kv_groups=8, head_dim=128, ffn=14336, vocab=128256)
+MOE = replace(LLAMA, moe=Experts(16, top_k=2, ffn=2048, dense_layers=2))
 
 
 def test_parameters_of_llama_8b():
@@ -25,14 +25,14 @@ def test_stages_hold_the_whole_model(shape, layout):
     """Summed over stages and tensor ranks, what ranks hold is the model; norms and routers are on every tensor rank."""
     held = stage_holdings(shape, layout)
     copies = (layout.tp - 1) * (shape.layers * 2 + 1) * shape.hidden
-    copies += (layout.tp - 1) * shape.moe_layers * shape.hidden * shape.experts
+    copies += (layout.tp - 1) * shape.moe_layers * shape.hidden * (shape.moe.count if shape.moe else 0)
     total = layout.tp * sum(h.shared for h in held) + sum(h.experts for h in held)
     assert total == shape.parameters() + copies
 
 
 def test_activations_of_a_gpt_layer_match_korthikanti():
     """34 s b h bytes of a GPT layer without attention scores, less the dropout masks (3 s b h) that we do not keep."""
-    gpt = Shape(layers=1, hidden=1024, heads=8, kv_heads=8, head_dim=128, ffn=4096, vocab=1024, gated=False)
+    gpt = ModelShape(layers=1, hidden=1024, heads=8, kv_groups=8, head_dim=128, ffn=4096, vocab=1024, gated=False)
     layout = Layout(gpus=1, sequence=2048)
     kept = layer_bytes(gpt, layout, Software(), False) / (2048 * 1024)
     # norms 4 x 2, q k v 3 x 2, attention output twice, fc1 out and fc2 in 2 x 4 x 2, and 4 bytes a head of statistics
@@ -42,7 +42,7 @@ def test_activations_of_a_gpt_layer_match_korthikanti():
 def test_a_layer_without_fused_kernels_keeps_what_autograd_was_seen_to_save():
     """Summed over the storages that torch's saved-tensor hooks reported for one layer of the learner on a CPU: 8,024
     bytes a token, of which 56 are statistics of the norms that the planner leaves out."""
-    small = Shape(layers=2, hidden=64, heads=8, kv_heads=4, head_dim=16, ffn=192, vocab=510, qk_norm=True)
+    small = ModelShape(layers=2, hidden=64, heads=8, kv_groups=4, head_dim=16, ffn=192, vocab=510, qk_norm=True)
     software = Software(dtype="fp32", cpu=True)
     assert layer_bytes(small, Layout(gpus=1, sequence=512), software, False) == 512 * (8024 - 56)
 
@@ -86,7 +86,7 @@ def test_full_recomputation_sequence_parallelism_and_sharding_save_memory():
 
 def test_a_70b_model_needs_more_than_one_card():
     """Weights, gradients and Adam of 70e9 parameters are 18 bytes each, 1.2 TiB: no card holds that; 64 do."""
-    big = Shape(layers=80, hidden=8192, heads=64, kv_heads=8, head_dim=128, ffn=28672, vocab=128256)
+    big = ModelShape(layers=80, hidden=8192, heads=64, kv_groups=8, head_dim=128, ffn=28672, vocab=128256)
     one = Layout(gpus=1)
     stages = plan_memory(big, one, Software())
     assert sum(stages[0].parts.get(p, 0.0) for p in PERSISTENT) == 18 * big.parameters()

@@ -16,9 +16,10 @@ from megarl.models.layout import local_rules
 from megarl.planner import command
 from megarl.planner.count import build_stages
 from megarl.planner.hardware import gpu
-from megarl.planner.job import plan, sizes
-from megarl.planner.memory import stage_holdings
+from megarl.planner.job import plan
 from megarl.planner.search import nearest_fit, ranked
+
+pytestmark = pytest.mark.slow
 
 QWEN = {
     "architectures": ["Qwen3ForCausalLM"], "num_hidden_layers": 8, "hidden_size": 64, "num_attention_heads": 8,
@@ -74,14 +75,6 @@ def test_counts_of_the_real_model_are_exactly_the_maps():
                     config["architectures"],
                     stage,
                 )
-
-
-@pytest.mark.parametrize("config", [QWEN_32B, QWEN_32B | {"tie_word_embeddings": True}])
-def test_the_counted_and_the_mapped_parameters_agree(config):
-    """The planner's own sizes, used by the search, are within 0.1 % of the map's (query and key norms are left out)."""
-    shape = read_shape(config)
-    assert sizes(shape).parameters() == pytest.approx(shape.parameters, rel=1e-3)
-    assert stage_holdings(sizes(shape), plan(settings_of_32b(), shape, gpu("h100"), 32).layout)
 
 
 def settings_of_32b(**parallel):

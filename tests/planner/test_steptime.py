@@ -7,13 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megarl.errors import UserError
+from megarl.models.shape import Experts, ModelShape
 from megarl.planner.hardware import GPUS, LAWS, gpu
 from megarl.planner.layout import Layout, Software
-from megarl.planner.shape import Shape
 from megarl.planner.steptime import PARTS, Clock, model_flops, step_time
 
-LLAMA = Shape(layers=32, hidden=4096, heads=32, kv_heads=8, head_dim=128, ffn=14336, vocab=128256)
-MOE = replace(LLAMA, experts=64, topk=4, moe_ffn=1024, moe_layers=31)
+LLAMA = ModelShape(layers=32, hidden=4096, heads=32, kv_groups=8, head_dim=128, ffn=14336, vocab=128256)
+MOE = replace(LLAMA, moe=Experts(64, top_k=4, ffn=1024, dense_layers=1))
 BASE = Layout(gpus=64, tp=4, pp=4, micro_batch=1, global_batch=128, sequence=4096)
 H100 = GPUS["h100"]
 

@@ -1,10 +1,9 @@
-"""The known families, and the list of rules of a model. To add a family: one file like qwen3.py, one line here."""
+"""The known families, and the rules of a model. To add a family: one file like qwen3.py, one line here."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from math import prod
 
 from megarl.models.families import llama, qwen2, qwen3, qwen3_moe
 from megarl.models.families.family import EMBEDDING, OUTPUT, Family
@@ -15,18 +14,13 @@ FAMILIES: dict[str, Family] = {f.FAMILY.name: f.FAMILY for f in (qwen3, qwen3_mo
 
 
 def rules(shape: ModelShape, spec: Spec = "local", vocab_rows: int | None = None) -> list[Rule]:
-    """Every Megatron tensor of the model, in the order of the layers; each Hugging Face tensor in exactly one rule.
+    """Every Megatron tensor of the model, in layer order. Each Hugging Face tensor is in exactly one rule.
 
-    `spec` chooses the layer spec's names: Megatron's own modules, or Transformer Engine's.
+    `spec` chooses the names: those of Megatron's own modules, or Transformer Engine's.
     `vocab_rows`: vocabulary after padding (`layout.padded_vocab`); default: no padding.
-    Tied embeddings add a rule with `copy=True`: the `output_layer.weight` held by a last stage that is not the first.
+    Tied embeddings add a rule with `copy=True`: the `output_layer.weight` of a last stage that is not the first.
     """
     return list(_rules(shape, spec, vocab_rows or shape.vocab))
-
-
-def parameters(shape: ModelShape) -> int:
-    """Number of parameters, tied embeddings counted once."""
-    return sum(prod(part.shape) for rule in rules(shape) if not rule.copy for part in rule.parts)
 
 
 def _rules(shape: ModelShape, spec: Spec, vocab_rows: int) -> Iterator[Rule]:
@@ -59,7 +53,7 @@ def _renamed(rule: Rule, rename: Callable[[str], str]) -> Rule:
 
 
 def _layer_name(name: str, shape: ModelShape, spec: Spec) -> str:
-    """Transformer Engine fuses the norm before a linear into it; before a router there is no linear to fuse into."""
+    """Transformer Engine fuses a norm into the linear layer after it. A router is no such layer."""
     if spec == "te":
         name = name.replace("input_layernorm.", "self_attention.linear_qkv.layer_norm_")
         if shape.moe is None:
@@ -68,5 +62,5 @@ def _layer_name(name: str, shape: ModelShape, spec: Spec) -> str:
 
 
 def _expert_name(name: str, expert: int, spec: Spec) -> str:
-    """Megatron's own experts are modules in a list; Transformer Engine's grouped linear numbers its weights."""
+    """Megatron's own experts are modules in a list. Transformer Engine's grouped linear layer numbers its weights."""
     return f"{name}{expert}" if spec == "te" else f"local_experts.{expert}.{name}"

@@ -11,10 +11,10 @@ from megarl.models.rules import Maker, norm, vocabulary
 
 @dataclass(frozen=True)
 class Family:
-    """A model family: how to recognise it, what its config must say, and its tables of rules.
+    """A model family: how to recognise it, what its config.json must say, and its tables of rules.
 
-    `model` holds whole-model tensors with full names; names in `layer` follow `decoder.layers.N.` and
-    `model.layers.N.`; names in `expert` follow the expert's prefix. Megatron names are the local layer spec's.
+    Names in `model` are complete. Names in `layer` follow `decoder.layers.N.` and `model.layers.N.`, and names in
+    `expert` follow the expert's prefix. Megatron names are those of the local layer spec.
     """
 
     name: str
@@ -24,10 +24,8 @@ class Family:
     expert: tuple[Maker, ...] = ()
     qk_norm: bool = False
     qkv_bias: bool = False
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # what a missing config key means
-    required: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # config keys that may only have this value (or be absent)
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # the value of a missing key
+    required: Mapping[str, Any] = field(default_factory=dict)  # keys that are missing or have this value
 
 
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
@@ -37,4 +35,4 @@ MODEL = (
     norm("decoder.final_layernorm.weight", "model.norm.weight"),
     vocabulary("output_layer.weight", OUTPUT),
 )
-"""Embedding, final norm and output layer; shared by every family so far. When tied, see `families.rules`."""
+"""Embedding, final norm and output layer of every family so far. For tied embeddings see `families.rules`."""

@@ -1,1 +1,1 @@
-"""Tensors in files: described where they lie, read a piece at a time, written as they come."""
+"""Tensors in files: described in place, read piece by piece, written in any order."""

@@ -1,7 +1,7 @@
-"""Tensors as torch.save writes them, at any place of a file: described one by one, written as they are read.
+"""Tensors as torch.save writes them, anywhere in a file: described one by one, written while they are read.
 
-torch.save's archive is a zip file: records that describe the tensor, one record that is its bytes, a directory. All but
-the bytes depends on type and shape only, so torch.save makes it once for each type and shape.
+torch.save's archive is a zip file: records that describe the tensor, one record with its bytes, a directory. Everything
+but the bytes depends only on type and shape, so torch.save makes it once for each type and shape.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megarl.errors import UserError
 from megarl.models.files.tensor_io import describe, pwrite, write
 
 ALIGNMENT = 64  # bytes, of an archive in its file; the tensor's bytes are aligned like this in the archive
-OVERHEAD = 2048  # bytes around a tensor's own, at most
+OVERHEAD = 2048  # maximum bytes of an archive beside the tensor's
 
 
 class Frame(NamedTuple):
@@ -32,7 +32,7 @@ class Frame(NamedTuple):
 
 
 class ArchiveWriter:
-    """Writes archives, from several threads. `scratch`: a folder on a file system that knows holes in files."""
+    """Writes archives from several threads. `scratch`: a folder on a file system with sparse files."""
 
     def __init__(self, scratch: Path) -> None:
         self._template = scratch / "archive"
@@ -40,7 +40,7 @@ class ArchiveWriter:
         self._lock = Lock()
 
     def write(self, fd: int, start: int, shape: tuple[int, ...], blocks: Iterable[Tensor]) -> int:
-        """Write a tensor of `shape`, made of `blocks` one after another, at byte `start`; returns where it ends."""
+        """Write a tensor of `shape`, the concatenated `blocks`, at byte `start`; return where it ends."""
         first, *rest = blocks
         frame = self._frame(first.dtype, shape)
         end = pwrite(fd, memoryview(frame.head), start)
@@ -51,7 +51,7 @@ class ArchiveWriter:
     def _frame(self, dtype: torch.dtype, shape: tuple[int, ...]) -> Frame:
         with self._lock:
             if (dtype, shape) not in self._frames:
-                tensor = torch.empty(shape, dtype=dtype)  # never touched, so that it takes no memory
+                tensor = torch.empty(shape, dtype=dtype)  # never touched, so it takes no memory
                 with torch.serialization.skip_data():
                     torch.save(tensor, self._template)
                 with open(self._template, "rb") as file:
@@ -64,7 +64,7 @@ class ArchiveWriter:
 
 
 def read_archive(path: Path, start: int, length: int) -> Tensor:
-    """The description of the tensor in the archive in bytes [start, start + length); UserError when it is damaged."""
+    """Describe the tensor of the archive in bytes [start, start + length). UserError when it is damaged."""
     try:
         with open(path, "rb", buffering=0) as file:
             tensor = described(io.BufferedReader(_Window(file, start, length)))
@@ -75,7 +75,7 @@ def read_archive(path: Path, start: int, length: int) -> Tensor:
 
 
 def described(archive: Any, **options: Any) -> Any:
-    """What torch.save wrote, its tensors on the meta device: no byte of theirs is read. Raises torch.load's errors."""
+    """What torch.save wrote, with tensors on the meta device: their bytes are not read. Raises torch.load's errors."""
     return torch.load(archive, map_location="meta", weights_only=True, **options)
 
 
@@ -87,12 +87,12 @@ def data_start(tensor: Tensor) -> int:
 
 
 def placed(tensor: Tensor, path: Path, start: int = 0) -> Tensor:
-    """A `described` tensor that knows where it lies: in the archive at byte `start` of a file."""
+    """A `described` tensor with its place: the archive at byte `start` of a file."""
     return describe(tensor, path, start + data_start(tensor))
 
 
 class _Window(io.RawIOBase):
-    """`length` bytes of a file from `start`, as a file of their own."""
+    """`length` bytes of a file from `start`, as a file."""
 
     def __init__(self, file: io.FileIO, start: int, length: int) -> None:
         self._file, self._start, self._length = file, start, length

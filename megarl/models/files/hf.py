@@ -1,4 +1,4 @@
-"""Hugging Face's side: a folder of safetensors, read and written tensor by tensor, slice by slice."""
+"""Hugging Face's side: a folder of safetensors, read slice by slice."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PICKLED_INDEX, PICKLED_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.b
 
 
 class HfWeights:
-    """The weights of one model folder (a `Checkpoint`). What is in a file is looked up when first needed."""
+    """The weights of one model folder (a `Checkpoint`). Files are opened when first needed."""
 
     format = "Hugging Face"
 
@@ -58,8 +58,8 @@ class HfWeights:
         for name in rest:
             if self.tensor(name).dtype != self.tensor(first).dtype:
                 raise UserError(
-                    f"{name}: is {self.tensor(name).dtype} but {first} is {self.tensor(first).dtype}, and both go into "
-                    f"{rule.megatron}; choose one type with --dtype"
+                    f"{name}: is {self.tensor(name).dtype} but {first} is {self.tensor(first).dtype}, and both are "
+                    f"part of {rule.megatron}; choose one type with --dtype"
                 )
         return self.tensor(first).dtype
 
@@ -67,7 +67,7 @@ class HfWeights:
         self.check(rules(self.model))
 
     def check(self, rules: Iterable[Rule]) -> None:
-        """Raise UserError unless the folder holds exactly the tensors of `rules`, each in its shape."""
+        """Raise UserError unless the folder has exactly the tensors of `rules`, each in its shape."""
         parts = {part.name: (part, rule) for rule in rules for part in rule.parts}
         for name, (part, rule) in parts.items():
             if self.tensor(name).shape != part.shape:
@@ -76,7 +76,7 @@ class HfWeights:
                     f"{rule.megatron}"
                 )
         extra = self.names.keys() - parts.keys()
-        # A tied model's files may repeat the embedding as the output layer; transformers ignores it too.
+        # A tied model's files may repeat the embedding as the output layer. transformers ignores it too.
         extra -= {"lm_head.weight"} if self.model.tied else set()
         # Written by transformers before 4.32; computed, not learned.
         extra = {name for name in extra if not name.endswith(".rotary_emb.inv_freq")}
@@ -98,9 +98,9 @@ class HfWeights:
 def load_shards(
     weights: HfWeights, rules: Mapping[str, Rule], layout: Layout, tp_rank: int, expert_tp_rank: int | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """This rank's tensors by local name, straight from the files; each rank reads only what it holds.
+    """This rank's tensors by local name. Each rank reads only its own part of the files.
 
-    `rules`: from `layout.local_rules`. `expert_tp_rank` defaults to `tp_rank`, as when the two groups are the same.
+    `rules`: from `layout.local_rules`. `expert_tp_rank` defaults to `tp_rank`: right when both groups are the same.
     """
     for name, rule in rules.items():
         size = layout.shards(rule)
@@ -110,7 +110,7 @@ def load_shards(
 
 
 def _index(folder: Path, allow_pickle: bool, opener: Callable) -> dict[str, str]:
-    """Tensor name → file name, from the index, else from the files' own headers."""
+    """Tensor name → file name, from the index or else from the files' headers."""
     if not folder.is_dir():
         raise UserError(f"{folder}: does not exist" if not folder.exists() else f"{folder}: is not a folder")
     for index in (INDEX, PICKLED_INDEX) if allow_pickle else (INDEX,):
@@ -119,12 +119,12 @@ def _index(folder: Path, allow_pickle: bool, opener: Callable) -> dict[str, str]
     files = [SINGLE] if (folder / SINGLE).is_file() else sorted(file.name for file in folder.glob("*.safetensors"))
     if not files and any(folder.glob("*.bin")):
         if not allow_pickle:
-            raise UserError(f"{folder}: holds pickled weights only (*.bin); --allow-pickle reads the tensors in them")
+            raise UserError(f"{folder}: has only pickled weights (*.bin); --allow-pickle reads the tensors in them")
         files = (
             [PICKLED_SINGLE] if (folder / PICKLED_SINGLE).is_file() else sorted(f.name for f in folder.glob("*.bin"))
         )
     if not files:
-        raise UserError(f"{folder}: holds no *.safetensors")
+        raise UserError(f"{folder}: has no *.safetensors")
     return {name: file for file in files for name in opener(file)}
 
 
@@ -140,8 +140,8 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _pickled_tensors(path: Path) -> dict[str, Tensor]:
-    """Name → description, of a `*.bin` file; only tensors are unpickled, nothing in it is run."""
+    """Name → description, of a `*.bin` file. Only tensors are unpickled; nothing in the file runs."""
     try:
         return {name: placed(tensor, path) for name, tensor in described(path).items()}
-    except Exception as e:  # torch.load raises many kinds; all mean that this is not a file of tensors
+    except Exception as e:  # torch.load raises many kinds; each means that this is not a file of tensors
         raise UserError(f"{path}: not a file of tensors ({str(e).splitlines()[0]})") from None

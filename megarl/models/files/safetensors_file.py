@@ -1,7 +1,7 @@
-"""Safetensors files read and written piece by piece, so that memory holds one tensor and never a file.
+"""Safetensors files, read and written piece by piece: memory contains one tensor, never a whole file.
 
-The safetensors library maps whole files on reading and needs a whole file's tensors on writing. The format is eight
-bytes of header length, a JSON header, and the tensors' bytes; see https://github.com/huggingface/safetensors.
+The safetensors library maps whole files to read them, and writes a file from all its tensors at once. The format is
+eight bytes of header length, a JSON header, and the tensors' bytes; see https://github.com/huggingface/safetensors.
 """
 
 from __future__ import annotations
@@ -20,25 +20,16 @@ from megarl.errors import UserError
 from megarl.models.files.tensor_io import Values, describe, pwrite, write
 
 DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 HEADER_LIMIT = 100_000_000  # bytes, as in the library
 
 
 def described_tensors(path: Path) -> dict[str, Tensor]:
-    """Name → description of a file's tensors, in their order there. UserError unless it is whole and well-formed."""
+    """Name → description of a file's tensors, in file order. UserError unless it is complete and well-formed."""
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -55,7 +46,7 @@ def described_tensors(path: Path) -> dict[str, Tensor]:
         for name, fact in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             tensor = torch.empty(fact["shape"], dtype=DTYPES[fact["dtype"]], device="meta")
             if fact["data_offsets"] != [end, end + tensor.nbytes]:
-                raise ValueError(f"tensor {name} does not lie where its shape says")
+                raise ValueError(f"tensor {name} is not where its shape says")
             tensors[name] = describe(tensor, path, 8 + length + end)
             end += tensor.nbytes
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:
@@ -66,7 +57,7 @@ def described_tensors(path: Path) -> dict[str, Tensor]:
 
 
 class SafetensorsWriter:
-    """A file written tensor by tensor, in any order, by several threads. All of them must be written before use."""
+    """A file written tensor by tensor, in any order, by several threads. It is valid once all are written."""
 
     def __init__(self, path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
         """Lay out the file for `tensors` (name → dtype, shape). An existing file of the same layout is kept."""
@@ -86,7 +77,7 @@ class SafetensorsWriter:
         write(self._fd, values, self._starts[name])
 
     def sync(self) -> None:
-        """Wait until what is written is on the disk."""
+        """Wait until everything written is on the disk."""
         os.fdatasync(self._fd)
 
     def close(self) -> None:

@@ -1,9 +1,8 @@
-"""Tensors that stay in their files: described by where they lie, read a band of rows at a time, written as they come.
+"""Tensors that stay in their files: described by their place, read a band of rows at a time, written in any order.
 
-A description is a tensor on the meta device whose storage knows its place in a file. Views of it are descriptions too,
-so that a map can slice and reorder a checkpoint before a byte of it is read. `bands` reads one through a buffer that
-fits a processor's cache. Mapping files into memory instead costs more than the copy: a fault for every few pages, each
-waiting for the disk.
+A description is a tensor on the meta device whose storage knows its place in a file. Views of it are descriptions too.
+So a map can slice and reorder a checkpoint before any byte is read. `bands` reads one through a buffer that fits in a
+processor's cache. Mapping files into memory would cost more than the copy: page faults that wait for the disk.
 """
 
 from __future__ import annotations
@@ -25,21 +24,21 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # b
 
 
 class Place(NamedTuple):
-    """Where a storage's first byte lies."""
+    """Where a storage's first byte is."""
 
     path: Path
     start: int
 
 
 def describe(tensor: Tensor, path: Path, start: int) -> Tensor:
-    """Make a meta tensor the description of what lies in a file, its storage beginning at byte `start`."""
+    """Make a meta tensor the description of a file's bytes, its storage beginning at byte `start`."""
     tensor.untyped_storage().place = Place(path, start)  # type: ignore[attr-defined]
     return tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """What `torch.cat(blocks, dim)` would be, of descriptions: rows (dim 0) or columns (dim 1) that lie apart."""
+    """`torch.cat(blocks, dim)` of descriptions: rows (dim 0) or columns (dim 1) from different places."""
 
     blocks: Sequence[Tensor]
     dim: int = 0
@@ -53,10 +52,10 @@ Values = Tensor | Joined
 
 
 def bands(values: Values, rows: int | None = None) -> Iterator[Tensor]:
-    """The rows of `values` in order, `rows` at a time: by default about `BAND` bytes of a file, all that is in memory.
+    """The rows of `values` in order, `rows` at a time. Default: about `BAND` bytes of a file, or all rows in memory.
 
-    A scalar is a row of one value. A band from a file is overwritten when the next is asked for. UserError when a file
-    ends inside a tensor.
+    A scalar is a row of one value. The next band from a file overwrites the one before. UserError when a file ends
+    inside a tensor.
     """
     if isinstance(values, Tensor):
         yield from _bands_of_one(values if values.dim() else values[None], rows)
@@ -78,7 +77,7 @@ def _bands_of_one(tensor: Tensor, rows: int | None) -> Iterator[Tensor]:
     place: Place = tensor.untyped_storage().place  # type: ignore[attr-defined]
     size, length, stride = tensor.dtype.itemsize, len(tensor), tensor.stride(0)
     row = 1 + sum((n - 1) * step for n, step in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
-    if rows is None:  # those of a transposed tensor lie in each other
+    if rows is None:  # a transposed tensor's rows overlap
         rows = length if stride < row else max(1, BAND // (stride * size))
     buffer = torch.empty((min(rows, length) - 1) * stride + row, dtype=tensor.dtype)
     data = tensor_bytes(buffer)
@@ -94,7 +93,7 @@ def _bands_of_one(tensor: Tensor, rows: int | None) -> Iterator[Tensor]:
 
 
 def read(tensor: Tensor, into: Tensor) -> None:
-    """Copy a tensor's values, from its file if it is a description, to another of its shape."""
+    """Copy a tensor's values (from its file if it is a description) to another tensor of its shape."""
     rows, first = _array(into if into.dim() else into[None]), 0
     for band in bands(tensor):
         rows[first : first + len(band)] = _array(band)
@@ -113,26 +112,26 @@ def loaded(values: Values) -> Tensor:
 
 
 def in_one_piece(values: Values) -> Tensor:
-    """A tensor or description, of which views can be taken."""
+    """A tensor or description that allows views."""
     return loaded(values) if isinstance(values, Joined) else values
 
 
 def write(fd: int, values: Values, offset: int) -> int:
-    """Write `values` in row-major order at byte `offset`; returns where they end."""
+    """Write `values` in row-major order at byte `offset`; return where they end."""
     for band in bands(values):
         offset = pwrite(fd, tensor_bytes(band), offset)
     return offset
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a CPU tensor in row-major order; shares its memory when it is contiguous."""
+    """The bytes of a CPU tensor in row-major order. They share its memory when it is contiguous."""
     if tensor.numel() == 0:
         return memoryview(b"")
     return np.ascontiguousarray(_array(tensor)).reshape(-1).view(np.uint8).data
 
 
 def pwrite(fd: int, data: memoryview, offset: int) -> int:
-    """Write all of `data` at `offset`; returns where it ends."""
+    """Write all of `data` at `offset`; return where it ends."""
     done = 0
     while done < len(data):
         done += os.pwrite(fd, data[done:], offset + done)
@@ -140,7 +139,7 @@ def pwrite(fd: int, data: memoryview, offset: int) -> int:
 
 
 def _array(tensor: Tensor) -> np.ndarray:
-    """A CPU tensor's memory as integers. numpy copies them in the calling thread; torch wakes a team of threads."""
+    """A CPU tensor's memory as integers. numpy copies in the calling thread, torch would wake a thread pool."""
     return tensor.detach().view(INTEGERS[tensor.dtype.itemsize]).numpy()
 
 

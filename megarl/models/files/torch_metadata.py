@@ -1,4 +1,4 @@
-"""The metadata of a torch_dist checkpoint, unpickled with nothing but the classes that describe one."""
+"""The metadata of a torch_dist checkpoint, unpickled with only the classes that describe one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megarl.errors import UserError
 
 
 def load_metadata(file: Path) -> Metadata:
-    """Read a `.metadata` file. It is a pickle: only the classes that describe a checkpoint are let through."""
+    """Read a `.metadata` file. It is a pickle: only classes that describe a checkpoint are allowed."""
     try:
         with open(file, "rb") as stream:
             metadata = _MetadataUnpickler(stream).load()
@@ -35,7 +35,7 @@ def load_metadata(file: Path) -> Metadata:
 
 
 class _Inert:
-    """Stands in for what a saver keeps in the metadata for itself, its save plans."""
+    """Replaces what a saver keeps in the metadata for itself: its save plans."""
 
     def __init__(self, *_: Any) -> None: ...
     def __setstate__(self, state: Any) -> None: ...
