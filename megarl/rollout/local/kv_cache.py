@@ -1,4 +1,4 @@
-"""Keys and values of the sequences that are being decoded."""
+"""The KV cache: keys and values of the sequences in the slots."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 class KVCache:
     """Room for `slots` sequences of `columns` tokens, per layer.
 
-    Keys are [slots, groups, head_dim, columns] and values [slots, groups, columns, head_dim]: the layouts in which both
-    products of attention read memory in order. `experts` int16 [slots, columns, layers, top_k] are those that a token
-    passed through, where they are kept. Column `spare`, the last, takes what padding writes and is never read.
+    Keys are [slots, groups, head_dim, columns] and values [slots, groups, columns, head_dim], so that both products of
+    attention read memory in order. `experts` int16 [slots, columns, layers, top_k] are those that each token passed
+    through, if they are kept. Padding writes to column `spare`, the last one, which nothing reads.
     """
 
     def __init__(
@@ -24,7 +24,7 @@ class KVCache:
         dtype: torch.dtype,
         top_k: int = 0,
     ) -> None:
-        """`top_k` experts a token and layer are kept; 0 = none."""
+        """Keeps `top_k` experts a token and layer; 0 = none."""
         self.spare = columns
         self._keys = torch.zeros(layers, slots, groups, head_dim, columns + 1, device=device, dtype=dtype)
         self._values = torch.zeros(layers, slots, groups, columns + 1, head_dim, device=device, dtype=dtype)

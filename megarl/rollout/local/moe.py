@@ -1,32 +1,13 @@
-"""A mixture of experts in the decoder: a router and experts in the place of a layer's MLP (Qwen3-MoE)."""
+"""A mixture of experts in the decoder: a router and experts instead of a layer's MLP (Qwen3-MoE)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from transformers import PretrainedConfig
 
-from megarl.errors import UserError
-
-
-@dataclass(frozen=True, slots=True)
-class Experts:
-    """What of a model's config.json the mixture needs."""
-
-    count: int
-    top_k: int
-    ffn: int  # width of one expert
-    normalise: bool  # the chosen experts' probabilities are scaled to sum to 1
-
-    @classmethod
-    def of(cls, config: PretrainedConfig) -> Experts:
-        """From a transformers configuration; UserError when some layers have no experts."""
-        if config.mlp_only_layers or config.decoder_sparse_step != 1:
-            raise UserError("model.path: the local engine needs experts in every layer; use rollout.engine=sglang")
-        return cls(config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size, config.norm_topk_prob)
+from megarl.models.shape import Experts
 
 
 class Mixture:
@@ -50,9 +31,9 @@ class Mixture:
             yield f"{prefix}.experts.{i}.down_proj.weight", down
 
     def add(self, x: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x + the experts' output for h, both [n, hidden]; and the experts chosen, int64 [n, top_k].
+        """x + the experts' output for h, both [n, hidden]; and the chosen experts, int64 [n, top_k].
 
-        The router works in float32, as the learner's does.
+        The router computes in float32, as the learner's does.
         """
         experts = self.experts
         share, chosen = F.linear(h.float(), self.router.float()).softmax(-1).topk(experts.top_k, -1)  # [n, top_k]

@@ -1,9 +1,9 @@
-"""The embedded engine as a server of its own, so that it may run on another node than the learner.
+"""The embedded engine as a server, so that it may run on another node than the learner.
 
     python -m megarl.rollout.local.server --model FOLDER --port 30000     what `megarl serve` starts for engine: local
 
-Token ids in, token ids out, as JSON; rollout/servers/local.py is the client. It has no weights until the first `/load`.
-A key, when the variable MEGARL_ENGINE_KEY holds one, is asked of every request.
+Token ids in, token ids out, as JSON. The client is rollout/servers/local.py. There are no weights until the first
+`/load`. If the variable MEGARL_ENGINE_KEY contains a key, every request must present it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class LocalServer:
-    """Routes of one `LocalEngine`; a request with a wrong key is refused when `api_key` is not empty."""
+    """Routes of one `LocalEngine`. Refuses requests with a wrong key, unless `api_key` is empty."""
 
     def __init__(self, engine: LocalEngine, api_key: str = "") -> None:
         self._engine = engine
@@ -48,7 +48,7 @@ class LocalServer:
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """The key; and what a failure is in HTTP: 4xx for what would be declined anywhere, 5xx for the engine's own."""
+        """Check the key, and turn errors into HTTP: 4xx for a bad request, 5xx for a failure of the engine."""
         if self._key and not hmac.compare_digest(self._key, request.headers.get("Authorization", "")):
             return web.json_response({"error": "wrong api key"}, status=401)
         try:
@@ -79,22 +79,22 @@ class LocalServer:
         return web.json_response({"logprobs": await self._engine.score(body["token_ids"])})
 
     async def _abort(self, request: web.Request) -> web.Response:
-        """One request, or with `id: null` all."""
+        """Abort one request, or all with `id: null`."""
         wanted = (await request.json())["id"]
         for each in list(self._running) if wanted is None else [wanted]:
             await self._engine.abort(each)
         return web.json_response({})
 
     async def _load(self, request: web.Request) -> web.Response:
-        """Take the safetensors of a folder as weights `version`; answers with checksums of what is now held."""
+        """Load the safetensors of a folder as weights `version`. Answers with the checksums of the loaded tensors."""
         body = await request.json()
         self._loaded = True
-        held = await self._engine.update_weights(body["version"], read(Path(body["folder"])))
-        return web.json_response({"held": dict(held)})
+        sums = await self._engine.update_weights(body["version"], read(Path(body["folder"])))
+        return web.json_response({"held": dict(sums)})
 
 
 def sampling_of(fields: dict[str, Any]) -> Sampling:
-    """A `Sampling` as JSON has it."""
+    """A `Sampling` from its JSON."""
     return Sampling(**{name: _tuple(value) for name, value in fields.items()})
 
 
@@ -102,7 +102,7 @@ def read(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of a folder's safetensors files, by name."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise RunError(f"{folder} holds no *.safetensors that this node can see")
+        raise RunError(f"{folder} has no *.safetensors that this node can see")
     for file in files:
         with safe_open(file, framework="pt") as handle:
             for name in handle.keys():  # noqa: SIM118 - not a dict
@@ -119,14 +119,8 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--max-length", type=int, default=4096)
     given = parser.parse_args()
-    engine = LocalEngine(
-        given.model,
-        load_tokenizer(given.model),
-        given.device,
-        getattr(torch, given.dtype),
-        given.slots,
-        given.max_length,
-    )
+    tokenizer, dtype = load_tokenizer(given.model), getattr(torch, given.dtype)
+    engine = LocalEngine(given.model, tokenizer, given.device, dtype, given.slots, given.max_length)
     app = LocalServer(engine, os.environ.get(KEY_VARIABLE, "")).application()
     web.run_app(app, host=given.host, port=given.port, access_log=None, shutdown_timeout=1.0)
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
-from megarl.errors import UserError
-from megarl.rollout.local.decoder import Decoder, Piece, Shape
+from megarl.rollout.local.decoder import Decoder, Piece
+from tests.support.tiny_models import shape_of
 from tests.support.tiny_rollout import named, randomise
 
 SIZES = {
@@ -24,6 +24,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 CONFIGS = {
@@ -34,7 +35,7 @@ CONFIGS = {
     "qwen2.5": Qwen2Config(**SIZES, tie_word_embeddings=True),
     "llama": LlamaConfig(**SIZES),
     "llama-3": LlamaConfig(**SIZES, rope_parameters=LLAMA3),
-    "llama-biased": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
+    "llama-linear": LlamaConfig(**SIZES, rope_parameters=LINEAR),
     "llama-mha": LlamaConfig(**(SIZES | {"num_key_value_heads": 4})),
 }
 
@@ -47,7 +48,7 @@ def test_logits_are_transformers(name):
     torch.manual_seed(1)
     config = CONFIGS[name]
     model = randomise(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
-    decoder = Decoder(Shape.of(config), torch.device("cpu"), torch.float32, slots=5, columns=40)
+    decoder = Decoder(shape_of(config), torch.device("cpu"), torch.float32, slots=5, columns=40)
     weights, state = decoder.weights(), named(model)
     assert set(state) - set(weights) <= {"lm_head.weight"}
     for key, weight in weights.items():
@@ -81,17 +82,3 @@ def test_logits_are_transformers(name):
     logits = decoder.decode(ids[[0, 1, 0, 0, 0], [0, 27, 0, 0, 28]], columns, 29, late=late)
     close(logits[4], expected[0, 28])
     close(logits[1], expected[1, 27])
-
-
-def test_other_models_are_refused(tmp_path):
-    """One line that names the setting, for families and rotary scalings that the decoder does not have."""
-    with pytest.raises(UserError, match="model.path.*gpt2.*qwen3, qwen3_moe, qwen2, llama"):
-        Shape.of(GPT2Config())
-    with pytest.raises(UserError, match="model.path.*'dynamic'"):
-        Shape.of(LlamaConfig(**SIZES, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}))
-    with pytest.raises(UserError, match="sliding"):
-        Shape.of(Qwen2Config(**SIZES, use_sliding_window=True))
-    with pytest.raises(UserError, match="experts in every layer"):
-        Shape.of(Qwen3MoeConfig(**SIZES, **EXPERTS, mlp_only_layers=[1]))
-    with pytest.raises(UserError, match="config.json"):
-        Shape.read(tmp_path)

@@ -15,9 +15,9 @@ from megarl.errors import UserError
 from megarl.rollout.early_exit import thinker
 from megarl.rollout.early_exit.plan import Plan
 from megarl.rollout.engine import Generation, Sampling
-from megarl.rollout.local.decoder import Shape
 from megarl.rollout.local.engine import LocalEngine
 from megarl.types import Prompt
+from tests.support.tiny_models import shape_of
 from tests.support.tiny_rollout import named, randomise
 
 LAYERS, TOP_K = 3, 2
@@ -45,7 +45,7 @@ def mixture():
 
 async def engine_of(mixture, words, **more) -> LocalEngine:
     settings = {"batch_slots": 4, "max_length": 160, "keep_experts": True, **more}
-    engine = LocalEngine(Shape.of(mixture.config), words, **settings)
+    engine = LocalEngine(shape_of(mixture.config), words, **settings)
     await engine.update_weights(1, named(mixture).items())
     return engine
 
