@@ -1,4 +1,4 @@
-"""Evaluation apart from training: a model folder, or the newest checkpoint of a run, on held-out problems."""
+"""Evaluation without training: a model folder, or the newest checkpoint of a run, on held-out problems."""
 
 from __future__ import annotations
 
@@ -7,28 +7,26 @@ from pathlib import Path
 from typing import Any
 
 from megarl import config
-from megarl.algorithms import presets
 from megarl.config import Settings
 from megarl.errors import UserError
 from megarl.learner import parallel
 from megarl.learner.learner import Learner
-from megarl.loop.batching import Experience
 from megarl.loop.checkpoints import Checkpoints
 from megarl.loop.collector import Collector
 from megarl.loop.controller import Controller
-from megarl.loop.rollout_engine import Engines
+from megarl.loop.rollout_engine import RolloutEngine
 from megarl.models.tokenizer import load_tokenizer
 from megarl.runtime.event_loop import EventLoop
 from megarl.view.progress import RunProgress
 
 
 def evaluate(settings: Settings, trained: bool, temperatures: list[float]) -> list[dict[str, Any]]:
-    """Evaluate on this rank; one object per temperature, on rank 0 ([] elsewhere).
+    """Evaluate on this rank. Returns one object per temperature on rank 0 ([] elsewhere).
 
-    `trained` takes the weights from the newest whole checkpoint of `settings.run`; else from `settings.model.path`.
+    `trained`: take the weights of the newest whole checkpoint of `settings.run`, else those of `settings.model.path`.
     """
     if not settings.data.eval:
-        raise UserError("data.eval: names no held-out problems; e.g. data.eval=[heldout.jsonl]")
+        raise UserError("data.eval: [] has no held-out problems; e.g. data.eval=[heldout.jsonl]")
     with ExitStack() as stack:
         deadline = settings.collective_timeout + settings.rollout.timeout
         world = parallel.start(settings.parallel, settings.precision, settings.seed, deadline)
@@ -37,26 +35,27 @@ def evaluate(settings: Settings, trained: bool, temperatures: list[float]) -> li
         progress = RunProgress(len(temperatures), quiet=not world.is_controller)
         stack.callback(progress.close)
         tokenizer = load_tokenizer(settings.model.path)
-        controller = stack.enter_context(Controller(settings, tokenizer, progress)) if world.is_controller else None
+        controller = None
+        if world.is_controller:
+            controller = Controller(settings, tokenizer, progress)
+            stack.callback(controller.close)
         learner = Learner(settings, world, total_updates=1)
         step = Checkpoints(settings, world, learner, controller, progress).restore() if trained else 0
         loop = stack.enter_context(EventLoop(world.device))
-        engines = Engines(settings, world, loop, tokenizer, learner, controller)
-        stack.callback(engines.close)
-        engines.push(version=step)
-        switches = presets.resolve(settings.algorithm, settings.rollout.max_response_tokens, 1)
-        experience = Experience(settings, switches, world.dp_size)
+        engine = RolloutEngine(settings, world, loop, tokenizer, learner, controller)
+        stack.callback(engine.close)
+        engine.push(version=step)
         rows = []
         for temperature in temperatures:
             settings.evaluation.temperature = temperature
-            figures = Collector(settings, world, loop, engines, tokenizer, controller, experience).evaluate()
+            metrics = Collector(settings, world, loop, engine, tokenizer, controller).evaluate()
             progress.phase(f"temperature {temperature:g}")
-            rows.append({"step": step, "temperature": temperature, **figures})
+            rows.append({"step": step, "temperature": temperature, **metrics})
         return rows if world.is_controller else []
 
 
 def find(place: Path, overrides: list[str] | None) -> tuple[Settings, bool]:
-    """The settings of a run directory (and that its checkpoint is meant), or of a YAML file (and that it is not)."""
+    """The settings of a run directory or of a YAML file, and whether `place` is a run, whose checkpoint is meant."""
     if place.is_dir():
         return config.load(place / "config.yaml", overrides), True
     return config.load(place, overrides), False

@@ -1,7 +1,7 @@
-"""Re-run a recorded step: the same rollouts through the same weights give the same figures, bit by bit.
+"""Re-run a recorded step: the same rollouts through the same weights give the same metrics, bit by bit.
 
-A run's checkpoints hold the state before the step, `rollouts/` what was sampled in it and how it was rewarded. Neither
-data, graders nor engines are needed. Advantages, pruning, packing, log-probs and the update are computed anew.
+A run's checkpoints have the state before the step; `rollouts/` has its tokens and rewards. No data, graders or engines
+are needed. Advantages, pruning, packing, log-probs and the update are computed again.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from megarl.errors import UserError
 from megarl.learner import checkpoint, parallel
 from megarl.learner.learner import Learner
 from megarl.loop import logprobs, metrics
-from megarl.loop.batching import Collected, Experience
+from megarl.loop.batching import BatchBuilder
 from megarl.loop.controller import STATE
+from megarl.loop.scoring import Collected
 from megarl.run import atomic
 from megarl.run.directory import read_metrics, read_rollouts, rollouts_file
 from megarl.runtime.watchdog import doing
@@ -32,7 +33,7 @@ from megarl.types import Batch
 def replay(settings: Settings, step: int, start: int) -> list[dict[str, Any]]:
     """Re-run `step` of `settings.run` on this rank, from the checkpoint after `start` (0: the initial weights).
 
-    Steps in between are re-run on the way. Figures of the step on rank 0 ([] elsewhere): name, recorded, replayed.
+    Steps in between are re-run on the way. Returns the step's metrics, one row each, on rank 0 ([] elsewhere).
     """
     updates = settings.batch.updates_per_step
     switches = presets.resolve(settings.algorithm, settings.rollout.max_response_tokens, updates)
@@ -43,7 +44,8 @@ def replay(settings: Settings, step: int, start: int) -> list[dict[str, Any]]:
         learner = Learner(settings, world, total_updates=settings.steps * updates)
         if start:
             checkpoint.load(learner, atomic.folder_of(settings.run / "checkpoints", start) / "learner")
-        record = Record(settings, start, Experience(settings, switches, world.dp_size)) if world.is_controller else None
+        builder = BatchBuilder(settings, switches, world.dp_size)
+        record = Record(settings, start, builder) if world.is_controller else None
         rows: list[dict[str, Any]] = []
         for each in range(start + 1, step + 1):
             made = record.batches(each) if record else []
@@ -57,10 +59,10 @@ def replay(settings: Settings, step: int, start: int) -> list[dict[str, Any]]:
 
 
 class Record:
-    """What the run recorded of its steps, as batches, and its figures to compare with. On rank 0."""
+    """The recorded steps of a run, as batches, and the metrics to compare with. On rank 0."""
 
-    def __init__(self, settings: Settings, start: int, experience: Experience) -> None:
-        self.settings, self.experience = settings, experience
+    def __init__(self, settings: Settings, start: int, builder: BatchBuilder) -> None:
+        self.settings, self.builder = settings, builder
         self.metrics = {line["step"]: line for line in read_metrics(settings.run)}
         self.expected_length = pruning.ExpectedLength()
         if start:
@@ -69,24 +71,24 @@ class Record:
                 self.expected_length.restore({k[7:]: v for k, v in state.items() if k.startswith("length_")})
 
     def batches(self, step: int) -> list[Batch]:
-        """The step's batches, made anew from its rollouts and their rewards."""
+        """The step's batches, built again from its rollouts and their rewards."""
         line, groups = self.metrics[step], read_rollouts(self.settings.run, step)
-        survived = line["prompts_drawn"] - line["prompts_pruned"]
-        collected = Collected(groups, taken=line["prompts_drawn"], survived=survived)
+        drawn = line["prompts_drawn"]
+        collected = Collected(groups, num_drawn=drawn, num_kept=drawn - line["prompts_pruned"])
         expected = self.expected_length.mean() if self.settings.pruning.prompts else None
-        batches = self.experience.make(collected, step, expected)
+        batches = self.builder.build(collected, step, expected)
         self.expected_length.update(*collected.lengths())
         return batches
 
     def compare(self, step: int, batches: list[Batch], trained: list[dict[str, float]]) -> list[dict[str, Any]]:
-        """The figures that training makes, as recorded and as replayed."""
+        """The learner's metrics, recorded and replayed."""
         replayed = {
-            **metrics.learner_figures(trained),
+            **metrics.learner_metrics(trained),
             "packing_density": metrics.density(batches, self.settings.batch.tokens_per_row),
         }
         recorded = self.metrics[step]
         return [
-            {"figure": name, "recorded": recorded[name], "replayed": value, "equal": recorded[name] == value}
+            {"metric": name, "recorded": recorded[name], "replayed": value, "equal": recorded[name] == value}
             for name, value in replayed.items()
             if name in recorded
         ]
@@ -95,7 +97,7 @@ class Record:
 def find(run: Path, step: int) -> int:
     """The checkpoint to start from: the newest whole one before `step`, 0 for the initial weights.
 
-    Raises UserError, saying what is gone, when the step cannot be replayed.
+    Raises UserError, naming what is missing, when the step cannot be replayed.
     """
     recorded = {line["step"] for line in read_metrics(run)} - {0}
     if step not in recorded:
@@ -105,7 +107,7 @@ def find(run: Path, step: int) -> int:
     start = max((each for each in atomic.steps(checkpoints) if each < step), default=0)
     missing = [each for each in range(start + 1, step + 1) if not rollouts_file(run, each).is_file()]
     if missing:
-        raise UserError(f"step: {step} cannot be replayed: {rollouts_file(run, missing[0])} is gone")
+        raise UserError(f"step: {step} cannot be replayed: {rollouts_file(run, missing[0])} is missing")
     if start and (damage := atomic.verify(atomic.folder_of(checkpoints, start))):
         raise UserError(f"step: {step} cannot be replayed: the checkpoint of step {start} is damaged ({damage})")
     return start

@@ -1,8 +1,8 @@
 """Supervised fine-tuning through the loop's own learner: `megarl sft CONFIG [key=value …] [--nproc N]`.
 
-Every rank runs `sft`; rank 0 holds the demonstrations. Of the settings it reads `run`, `seed`, `steps`, `model`, `data`
-(train files of prompts and responses), `parallel`, `precision`, `optimizer`, `packing`, and of `batch`
-`prompts_per_step`, the demonstrations per update, and `tokens_per_row`. The model ends up in `run`/model.
+Every rank runs `sft`; rank 0 has the demonstrations. It reads the settings `run`, `seed`, `steps`, `model`, `data`
+(train files of prompts and responses), `parallel`, `precision`, `optimizer`, `packing`, `batch.tokens_per_row` and
+`batch.prompts_per_step`, the demonstrations per update. It writes the model to `run`/model.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from contextlib import ExitStack
 import numpy as np
 
 from megarl.config import Settings
+from megarl.data.balance import Cost
 from megarl.data.demonstrations import Demonstration, read_demonstrations
 from megarl.learner import parallel
 from megarl.learner.export import export
@@ -41,11 +42,10 @@ def sft(settings: Settings) -> None:
             tokenizer = load_tokenizer(settings.model.path)
             longest = settings.batch.tokens_per_row + 1  # a sequence's last token is no input
             demonstrations, too_long = read_demonstrations(settings.data.train, tokenizer, settings.data, longest)
-            progress.say(
-                f"{len(demonstrations)} demonstrations, {too_long} left out as longer than batch.tokens_per_row"
-            )
-            metrics = stack.enter_context((settings.run / "metrics.jsonl").open("x"))
+            progress.say(f"{len(demonstrations)} demonstrations, {too_long} dropped: longer than batch.tokens_per_row")
+            file = stack.enter_context((settings.run / "metrics.jsonl").open("x"))
         learner = Learner(settings, world, total_updates=settings.steps)
+        cost = Cost.of_model(learner.shape)
 
         order = draw_order(len(demonstrations), settings.seed, settings.data.shuffle)
         for step in range(1, settings.steps + 1):
@@ -53,19 +53,19 @@ def sft(settings: Settings) -> None:
             batch = None
             if world.is_controller:
                 chosen = [demonstrations[next(order)] for _ in range(settings.batch.prompts_per_step)]
-                batch = make_batch(chosen, settings, world.dp_size)
-            figures = learner.train_step(batch, sft_objective)
+                batch = make_batch(chosen, settings, world.dp_size, cost)
+            metrics = learner.train_step(batch, sft_objective)
             if world.is_controller:
-                figures = {"step": step, **figures, "seconds_train": time.perf_counter() - began}
-                metrics.write(json.dumps(figures) + "\n")
-                metrics.flush()
-                progress.step(step, figures)
+                metrics = {"step": step, **metrics, "seconds_train": time.perf_counter() - began}
+                file.write(json.dumps(metrics) + "\n")
+                file.flush()
+                progress.step(step, metrics)
         export(learner, world, settings.model.path, settings.run / "model")
         progress.say(f"the model is in {settings.run / 'model'}")
 
 
 def draw_order(count: int, seed: int, shuffle: bool) -> Iterator[int]:
-    """Positions 0 … count - 1 again and again; each round in an order of its own when shuffled."""
+    """Positions 0 … count - 1, over and over; each round in another order when shuffled."""
     epoch = 0
     while count:
         key = derive_seed(seed, "sft", epoch)
@@ -73,8 +73,8 @@ def draw_order(count: int, seed: int, shuffle: bool) -> Iterator[int]:
         epoch += 1
 
 
-def make_batch(demonstrations: list[Demonstration], settings: Settings, dp_size: int) -> Batch:
-    """One update's samples, each response token scaled by 1 / the update's response tokens."""
+def make_batch(demonstrations: list[Demonstration], settings: Settings, dp_size: int, cost: Cost) -> Batch:
+    """One update's samples. Each response token is scaled by 1 / (response tokens of the update)."""
     tokens = sum(len(d.token_ids) - d.response_start for d in demonstrations)
     samples = [Sample(d.token_ids, d.response_start, scale=1.0 / tokens) for d in demonstrations]
-    return Batch(samples, pack_rows(samples, settings, dp_size), float(len(samples)), float(tokens))
+    return Batch(samples, pack_rows(samples, settings, dp_size, cost), float(len(samples)), float(tokens))

@@ -1,14 +1,16 @@
-"""The loop. Every rank runs it; rank 0 is the controller, which holds the data, the groups and the run directory.
+"""The loop. Every rank runs it. Rank 0 is the controller: it has the data, the groups and the run directory.
 
 One step, as the papers tell it:
 
-    draw prompts; DPPO leaves out those whose history says little        data/loader.py
+    draw prompts; DPPO prunes those whose history says little            data/loader.py
     roll out G completions each; Step-GRPO ends finished thoughts early  loop/collector.py, rollout/early_exit/
-    (with async_steps, the next steps' rollouts go on from here on)      runtime/event_loop.py
-    grade, shape the reward, take advantages over whole groups           rewards/, algorithms/steps.py, advantage.py
-    drop completions of low |advantage|, weight what is kept, pack       algorithms/pruning.py, data/packing.py
+    grade each completion as soon as it is done                          rewards/grading.py
+    (with async_steps, the next steps' rollouts begin here)              runtime/event_loop.py
+    score: count steps, shape the rewards                                loop/scoring.py, algorithms/steps.py
+    penalise: subtract the KL term, where the reward bears it            loop/logprobs.py
+    build: advantages over whole groups, prune completions, pack         loop/batching.py, algorithms/, data/packing.py
     old and reference log-probs; forward and backward; optimizer         learner/, algorithms/loss.py
-    push the new weights into the engines, proven by a canary            loop/rollout_engine.py, rollout/weights/
+    send the new weights to the engines and check them by a canary       loop/rollout_engine.py, rollout/weights/
     commit weights, data position and history by one rename              loop/checkpoints.py
 """
 
@@ -24,12 +26,12 @@ from megarl.config import Settings
 from megarl.learner import parallel
 from megarl.learner.learner import Learner
 from megarl.loop import logprobs, metrics
-from megarl.loop.batching import Experience
+from megarl.loop.batching import BatchBuilder
 from megarl.loop.checkpoints import Checkpoints
 from megarl.loop.collectives import broadcast
 from megarl.loop.collector import Collector
 from megarl.loop.controller import Controller
-from megarl.loop.rollout_engine import Engines
+from megarl.loop.rollout_engine import RolloutEngine
 from megarl.models.tokenizer import load_tokenizer
 from megarl.run.lock import only_job
 from megarl.run.timeline import PhaseLog
@@ -40,11 +42,11 @@ from megarl.view.progress import RunProgress, Stopwatch
 
 
 def train(settings: Settings, resume: bool = False) -> bool:
-    """Run the job on this rank; whether it came to its end. The first Ctrl-C, SIGTERM or SIGUSR1 saves and leaves."""
+    """Run the job on this rank. Returns whether it is finished: a first Ctrl-C, SIGTERM or SIGUSR1 saves and stops."""
     updates = settings.batch.updates_per_step
     switches = presets.resolve(settings.algorithm, settings.rollout.max_response_tokens, updates)
     objective = partial(policy_loss, switches=switches)
-    deadline = settings.collective_timeout + settings.rollout.timeout  # ranks wait for others' rollouts
+    deadline = settings.collective_timeout + settings.rollout.timeout  # ranks wait for the rollouts of others
 
     with ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt())
@@ -62,7 +64,8 @@ def train(settings: Settings, resume: bool = False) -> bool:
         tokenizer = load_tokenizer(settings.model.path)
         controller = None
         if world.is_controller:
-            controller = stack.enter_context(Controller(settings, tokenizer, progress))
+            controller = Controller(settings, tokenizer, progress)
+            stack.callback(controller.close)
         learner = Learner(settings, world, total_updates=settings.steps * updates)
         checkpoints = stack.enter_context(Checkpoints(settings, world, learner, controller, progress))
         done = checkpoints.restore() if resume else 0
@@ -70,32 +73,34 @@ def train(settings: Settings, resume: bool = False) -> bool:
             controller.open_run(done if resume else None, world.world_size)
 
         loop = stack.enter_context(EventLoop(world.device))
-        engines = Engines(settings, world, loop, tokenizer, learner, controller)
-        stack.callback(engines.close)
-        experience = Experience(settings, switches, world.dp_size)
-        collector = Collector(settings, world, loop, engines, tokenizer, controller, experience)
+        engine = RolloutEngine(settings, world, loop, tokenizer, learner, controller)
+        stack.callback(engine.close)
+        collector = Collector(settings, world, loop, engine, tokenizer, controller, switches.dynamic_sampling)
+        builder = BatchBuilder(settings, switches, world.dp_size)
 
         def evaluate(step: int) -> dict[str, float]:
             with watch("evaluation"):
-                return collector.evaluate() if metrics.evaluation_due(step, settings) else {}
+                due = step == 0 or metrics.due(step, settings.evaluation.every, settings.steps)
+                return collector.evaluate() if due else {}
 
         with watch("sync"):
-            engines.push(version=done)
+            engine.push(version=done)
         if done == 0 and (measured := evaluate(0)) and controller:
             controller.report(0, measured)
         watch.lap()
 
         for step in range(done + 1, settings.steps + 1):
             watch.step = step
+            rounds = collector.collect(step, watch)
             with watch("rollout"):
-                collected = collector.collect(step, switches.dynamic_sampling)
                 for later in range(step + 1, step + settings.async_steps + 1):
                     collector.begin(later)
             with watch("reward"):
-                if switches.kl_reward_coef:
-                    logprobs.penalise(collected.groups, learner, switches, experience)
-                made = controller.make(collected, experience, step) if controller else []
-                batches: Sequence[Batch | None] = made or [None] * updates
+                collected = collector.score(rounds)
+                logprobs.penalise(collected.groups, learner, switches, builder)
+                batches: Sequence[Batch | None] = [None] * updates
+                if controller:
+                    batches = builder.build(collected, step, controller.expected_tokens)
             with watch("logprobs"):
                 logprobs.fill(batches, learner, switches)
             with watch("train"):
@@ -103,17 +108,17 @@ def train(settings: Settings, resume: bool = False) -> bool:
             with watch("rollout"):
                 collector.settle()
             with watch("sync"):
-                engines.push(version=step)
+                engine.push(version=step)
             measured = evaluate(step)
 
             if controller:
-                measured |= metrics.of_step(step, collected, made, trained, engines, settings)
+                measured |= metrics.of_step(step, collected, batches, trained, engine, settings)
                 controller.finish_step(step, collected, measured | watch.lap())
             leaving = broadcast(interrupt.asked, world)
-            if leaving or metrics.checkpoint_due(step, settings):
+            if leaving or metrics.due(step, settings.checkpoint.every, settings.steps):
                 with watch("checkpoint"):
                     checkpoints.save(step)
             if leaving:
-                progress.say(f"stopped after step {step}, saved; go on with --resume")
+                progress.say(f"stopped after step {step}, saved; continue with --resume")
                 return step == settings.steps
     return True

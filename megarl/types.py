@@ -1,4 +1,4 @@
-"""The types that flow through one step: Prompt → Completion → Group → Sample → MicroBatch → Batch.
+"""The types that flow through one step: Prompt → Completion → ScoredCompletion → Sample → MicroBatch → Batch.
 
 Tokens are the truth: from sampling to training nothing is text. `Completion.text` exists for graders and viewers only.
 """
@@ -6,6 +6,7 @@ Tokens are the truth: from sampling to training nothing is text. `Completion.tex
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Literal
@@ -56,13 +57,13 @@ class Probe:
 
     position: int  # response tokens before the probe (the finished steps)
     token_ids: tuple[int, ...]
-    confidence: float  # of a trial that was refused early, over the tokens it had
+    confidence: float  # of a trial that was rejected early: over the tokens it had
     accepted: bool
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Completion:
-    """One response. The per-token arrays have the response's length n; what the later stages add follows below."""
+    """One response as it was rolled out. The per-token arrays have the response's length n; nothing writes to them."""
 
     prompt_uid: str
     index: int  # 0 … completions_per_prompt - 1
@@ -70,31 +71,46 @@ class Completion:
     origin: np.ndarray  # uint8 [n], Origin
     logprobs: np.ndarray  # float32 [n], behaviour log-probs at the sampling temperature; nan where inserted
     finish: Finish
-    spans: list[Span] = field(default_factory=list)
-    exit_reason: str = "plain"  # see rollout/early_exit/thinker.py; "plain" = generated without early exit
-    probes: list[Probe] = field(default_factory=list)
+    spans: tuple[Span, ...] = ()
+    exit_reason: str = "plain"  # see rollout/early_exit/plan.py; "plain" = generated without early exit
+    probes: tuple[Probe, ...] = ()
     discarded_tokens: int = 0  # sampled after the step at which it exited (the marker, a continuation given up)
     text: str = ""  # decoded without the end-of-text token
-    experts: np.ndarray | None = None  # int16, see Sample; None = not asked for
-
-    verdict: Verdict | None = None
-    score: float = 0.0  # the grader's, 1 = right
-    formatted: bool = False  # a \boxed{} is present
-    steps: int = 1  # semantic steps, algorithms/steps.py
-    reward: float = 0.0
-    advantage: float = 0.0
-    weight: float = 1.0  # Horvitz-Thompson weight; 0 = dropped by pruning
+    experts: np.ndarray | None = None  # int16, see Sample; None = the engine was not asked
 
     def __len__(self) -> int:
+        """Response tokens."""
         return len(self.token_ids)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Group:
-    """All completions of one prompt. `keep` is the probability with which the prompt survived pruning (1 - P_q)."""
+    """All completions of one prompt, as they were rolled out."""
 
     prompt: Prompt
     completions: list[Completion]
+
+
+@dataclass(slots=True)
+class ScoredCompletion:
+    """A completion and what it is worth. Only a graded completion becomes one."""
+
+    completion: Completion
+    verdict: Verdict
+    score: float  # the grader's, 1 = right; nan when read from a run's record, which does not have it
+    formatted: bool  # a \boxed{} is present
+    steps: int  # semantic steps, algorithms/steps.py
+    reward: float  # shaped; less the KL penalty, where the reward bears it
+    advantage: float = math.nan  # nan until the batches are built
+    weight: float = math.nan  # Horvitz-Thompson weight; 0 = dropped by pruning; nan until the batches are built
+
+
+@dataclass(slots=True)
+class ScoredGroup:
+    """All completions of one prompt, scored. `keep`: the probability that pruning kept the prompt (1 - P_q)."""
+
+    prompt: Prompt
+    completions: list[ScoredCompletion]
     keep: float = 1.0
 
 

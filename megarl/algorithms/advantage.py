@@ -1,4 +1,4 @@
-"""Group-relative advantages, from whole groups: computed before anything is pruned."""
+"""Group-relative advantages of whole groups, computed before anything is pruned."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EPSILON = 1e-6
 def advantages(
     rewards: Sequence[np.ndarray], kind: Advantage, keep: Sequence[float] | np.ndarray | None = None
 ) -> list[np.ndarray]:
-    """One advantage per completion: float64 arrays of the shapes of `rewards`, one array a group; sizes may differ.
+    """One advantage per completion: float64 arrays with the shapes of `rewards`, one per group; sizes may differ.
 
     With R the rewards of a group of G:
 
@@ -26,10 +26,9 @@ def advantages(
     - `reinforce_pp`: (R - mean) / (std + 1e-6), std over all completions of the batch (2501.03262, the variant with a
       group baseline). The batch mean of R - mean is 0.
 
-    A group whose rewards are all equal, or that holds one completion only, has advantages of exactly 0.
-    `keep` is each group's chance of having survived prompt pruning (default 1): the batch statistic of `reinforce_pp`
-    weights the group by its inverse, so that it estimates the unpruned batch's. The other kinds never look beyond a
-    group.
+    A group with equal rewards, or with one completion only, has advantages of exactly 0. `keep` is each group's chance
+    of not being pruned by its prompt (default 1). The batch statistic of `reinforce_pp` weights the group by its
+    inverse, so that it estimates the unpruned batch's. The other kinds use one group at a time.
     """
     groups = [np.asarray(group, dtype=np.float64) for group in rewards]
     for number, group in enumerate(groups):

@@ -9,7 +9,7 @@ from torch import Tensor
 from megarl.algorithms.presets import KLEstimator
 
 LOG_RATIO_BOUND = 20.0
-"""Log-ratios are held within ±20 before `exp`, so that one wild token cannot make the whole loss infinite."""
+"""Log-ratios are clamped to ±20 before `exp`, so that one extreme token cannot make the whole loss infinite."""
 
 
 def kl_estimate(logprobs: Tensor, reference: Tensor, estimator: KLEstimator) -> Tensor:
@@ -28,6 +28,6 @@ def kl_estimate(logprobs: Tensor, reference: Tensor, estimator: KLEstimator) -> 
 
 
 def kl_penalty(logprobs: np.ndarray, reference: np.ndarray, coef: float, estimator: KLEstimator) -> float:
-    """What a completion's KL takes off its reward: coef * sum over its n tokens. Both arrays are [n], in nats."""
+    """The KL penalty on a completion's reward: coef * sum over its n tokens. Both arrays are [n], in nats."""
     estimate = kl_estimate(torch.from_numpy(np.float64(logprobs)), torch.from_numpy(np.float64(reference)), estimator)
     return coef * float(estimate.sum())

@@ -1,7 +1,7 @@
-"""The one policy loss. Presets are rows of switches (presets.py); the loss of any set of samples is a plain sum.
+"""The one policy loss. Presets are rows of switches (presets.py); the loss of any set of samples is a sum.
 
-Denominators are fixed before anything is dropped, packed or sharded (`token_scale`); `policy_loss` never counts what
-it happens to hold, so micro-batches, ranks and pruning leave the expected gradient alone.
+Denominators are fixed before anything is dropped, packed or sharded (`token_scale`). `policy_loss` never counts its
+samples, so micro-batches, ranks and pruning do not change the expected gradient.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megarl.algorithms.presets import Aggregation, Switches
 from megarl.types import MicroBatch
 
 SequenceSum = Callable[[Tensor], Tensor]
-"""values [T] -> [T]: each sequence's sum (over every rank that holds a part of it), at each of its positions."""
+"""values [T] -> [T]: each sequence's sum over all ranks that have a part of it, at each of its positions."""
 
 
 def token_scale(
@@ -48,13 +48,13 @@ def token_scale(
 def policy_loss(
     logprobs: Tensor, entropy: Tensor, micro: MicroBatch, sequence_sum: SequenceSum, switches: Switches
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of one row, a plain sum over its tokens, and sums for the metrics (see metrics.py).
+    """The loss of one row, a sum over its tokens, and sums for the metrics (see metrics.py).
 
     Args:
-        logprobs: [T], the policy's log-prob of each label, with gradient. Positions of scale 0 may hold anything.
-        entropy: [T], of the policy's distribution, in nats; differentiable if `entropy_coef` is to act.
-        micro: the row; nan in `old_logprobs` means the policy's own, detached (ratio 1, on-policy); nan in
-            `rollout_logprobs` a token without behaviour log-prob (weight 1, no mismatch); in `ref_logprobs` no KL.
+        logprobs: [T], the policy's log-prob of each label, with gradient. Positions of scale 0 may have any value.
+        entropy: [T], of the policy's distribution, in nats; differentiable if `entropy_coef` is not 0.
+        micro: the row. nan in `old_logprobs` means the policy's own, detached (ratio 1, on-policy). nan in
+            `rollout_logprobs` means no behaviour log-prob (weight 1, no mismatch), nan in `ref_logprobs` no KL.
         sequence_sum: sums over each sequence, across context-parallel ranks too; called for `ratio: sequence` only.
         switches: partially applied by the caller.
 
@@ -62,10 +62,10 @@ def policy_loss(
 
         loss = sum of scale * (w * surrogate(r, A) + kl_loss_coef * KL - entropy_coef * entropy)
 
-    The metrics' values are detached scalars to be summed over rows and ranks, those ending in `_max` maximised.
+    The metrics' sums are detached scalars to add over rows and ranks; of those ending in `_max` take the maximum.
     """
     learned = micro.scale != 0
-    # Masked inputs, not masked outputs: 0 * nan would carry nan into the gradient.
+    # Mask inputs, not outputs: 0 * nan would put nan into the gradient.
     logprobs = torch.where(learned, logprobs, 0)
     entropy = torch.where(learned, entropy, 0)
     advantage = torch.where(learned, micro.advantage, 0)
@@ -75,7 +75,7 @@ def policy_loss(
     ratio = _importance_ratio(logprobs, old, learned, sequence_sum, switches)
     surrogate, clipped = _surrogate(ratio, logprobs, advantage, switches)
 
-    # The rollout's engine is compared with the learner's log-probs under the same weights: `old`, if recomputed.
+    # Compare the rollout engine with the learner's log-probs under the same weights: `old`, if recomputed.
     trainer = own if switches.old_logprobs == "rollout" else old
     behaved = learned & ~torch.isnan(micro.rollout_logprobs)
     mismatch = torch.where(behaved, trainer - micro.rollout_logprobs, 0)
@@ -114,7 +114,7 @@ def policy_loss(
 
 
 def within_row(sequence: Tensor) -> SequenceSum:
-    """The `sequence_sum` of a row that one rank holds whole; `sequence` [T] is `MicroBatch.sequence`."""
+    """The `sequence_sum` of a row that is whole on one rank; `sequence` [T] is `MicroBatch.sequence`."""
 
     def sequence_sum(values: Tensor) -> Tensor:
         size = int(sequence.max()) + 1 if len(sequence) else 0
@@ -128,8 +128,8 @@ def _importance_ratio(
 ) -> Tensor:
     """policy / old, [T]: per token, or for `sequence` the geometric mean over the sequence's response tokens.
 
-    The sequence ratio is in the GSPO-token form (arXiv 2507.18071, eq. 14): its value is the sequence's, its gradient
-    the token's own, so that advantages may differ between tokens; with equal ones the gradient is GSPO's.
+    The sequence ratio has the GSPO-token form (arXiv 2507.18071, eq. 14): the value of the sequence's ratio and the
+    gradient of the token's. Advantages may then differ between tokens; if they are equal, the gradient is GSPO's.
     """
     log_ratio = (logprobs - old).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
     if switches.ratio != "sequence":
@@ -142,7 +142,7 @@ def _importance_ratio(
 def _surrogate(
     ratio: Tensor, logprobs: Tensor, advantage: Tensor, switches: Switches
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The policy term of each token [T], to be minimised, and where it was clipped (bool [T] per kind of clip)."""
+    """The policy term of each token [T], to minimise, and where it was clipped (bool [T] per kind of clip)."""
     low, high = 1 - switches.clip_low, 1 + switches.clip_high
     bounded = ratio.clamp(low, high)
     if switches.ratio == "cispo":

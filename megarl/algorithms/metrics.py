@@ -1,4 +1,4 @@
-"""From the loss's sums, added up over rows and ranks, to the figures of one update."""
+"""From the loss's sums over rows and ranks to the metrics of one update."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ from collections.abc import Mapping
 
 
 def summarise(sums: Mapping[str, float]) -> dict[str, float]:
-    """Figures of one update from the combined sums of `policy_loss`.
+    """Metrics of one update from the combined sums of `policy_loss`.
 
-    `loss` and `policy_loss` are sums already normalised by `scale`; the others are means over the tokens they concern:
-    `entropy`, `ratio_mean`, `clip_fraction` (of which `clip_low_fraction`, `clip_high_fraction`; dual clip apart),
-    `dual_clip_fraction` and `tis_clip_fraction` when these are on, `kl` when there is a reference, and, when rollout
-    log-probs were given, `mismatch_mean` = mean |train - rollout|, `mismatch_max`, `mismatch_kl` = the k3 estimate of
-    KL(rollout || train). All log-prob figures are in nats a token. `tokens_trained` counts response tokens.
+    `loss` and `policy_loss` are sums that `scale` has normalised; `tokens_trained` counts response tokens. The others
+    are means over tokens, those of log-probs in nats per token:
+
+    - `entropy`, `ratio_mean`, and `clip_fraction` with its parts `clip_low_fraction` and `clip_high_fraction`;
+    - `dual_clip_fraction` and `tis_clip_fraction` if these are on, `kl` if there is a reference;
+    - with rollout log-probs, `mismatch_mean` = mean |train - rollout|, `mismatch_max`, and `mismatch_kl` = the k3
+      estimate of KL(rollout || train).
     """
     tokens = max(sums["tokens"], 1.0)
-    figures = {
+    metrics = {
         "loss": sums["loss"],
         "policy_loss": sums["policy_loss"],
         "tokens_trained": sums["tokens"],
@@ -27,11 +29,11 @@ def summarise(sums: Mapping[str, float]) -> dict[str, float]:
     }
     for name in ("dual_clip", "tis_clip"):
         if name in sums:
-            figures[f"{name}_fraction"] = sums[name] / tokens
+            metrics[f"{name}_fraction"] = sums[name] / tokens
     if sums["kl_tokens"]:
-        figures["kl"] = sums["kl"] / sums["kl_tokens"]
+        metrics["kl"] = sums["kl"] / sums["kl_tokens"]
     if sums["mismatch_tokens"]:
-        figures["mismatch_mean"] = sums["mismatch"] / sums["mismatch_tokens"]
-        figures["mismatch_kl"] = sums["mismatch_kl"] / sums["mismatch_tokens"]
-        figures["mismatch_max"] = sums["mismatch_max"]
-    return figures
+        metrics["mismatch_mean"] = sums["mismatch"] / sums["mismatch_tokens"]
+        metrics["mismatch_kl"] = sums["mismatch_kl"] / sums["mismatch_tokens"]
+        metrics["mismatch_max"] = sums["mismatch_max"]
+    return metrics

@@ -1,4 +1,4 @@
-"""The table of algorithms: each a row of switches of the one loss function, none a class of its own.
+"""The table of algorithms: each is a row of switches of the one loss function, none is a class.
 
 | preset       | source           | what it switches                                                               |
 |--------------|------------------|--------------------------------------------------------------------------------|
@@ -10,7 +10,7 @@
 | rloo         | arXiv 2402.14740 | leave-one-out baseline; sequences summed, not averaged (constant divisor)      |
 | reinforce_pp | arXiv 2501.03262 | group mean as the baseline, normalised over the batch, token mean              |
 
-No preset sets a KL term, an entropy bonus, dual clip or truncated importance sampling: these stay as configured.
+No preset sets a KL term, an entropy bonus, dual clip or truncated importance sampling: settings do.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ KLEstimator = Literal["k1", "k2", "k3"]
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """The switches an algorithm is known by; an explicit setting overrides its field."""
+    """The switches of an algorithm; an explicit setting overrides its field."""
 
     advantage: Advantage
     ratio: Ratio
@@ -53,7 +53,7 @@ PRESETS: dict[str, Preset] = {
 
 @dataclass(frozen=True, slots=True)
 class Switches:
-    """Every switch of the loss, filled. `None` means off (dual clip, truncated importance sampling)."""
+    """Every switch of the loss, with its value. `None` means off (dual clip, truncated importance sampling)."""
 
     advantage: Advantage
     ratio: Ratio
@@ -62,7 +62,7 @@ class Switches:
     clip_low: float
     clip_high: float
     dynamic_sampling: bool
-    old_logprobs: OldLogprobs  # `policy`: the policy's own, detached (one update a step)
+    old_logprobs: OldLogprobs  # `policy`: the policy's own, detached (one update per step)
     dual_clip: float | None = None
     tis_cap: float | None = None
     entropy_coef: float = 0.0
@@ -77,7 +77,7 @@ class Switches:
 
 
 def resolve(algorithm: config.Algorithm, max_response_tokens: int, updates_per_step: int) -> Switches:
-    """The preset's switches under the explicit settings; raises UserError for a switch that would do nothing."""
+    """The preset's switches, overridden by explicit settings; raises UserError for a setting that would do nothing."""
     preset = PRESETS[algorithm.preset]
 
     def choose(name: str):
@@ -112,11 +112,11 @@ def _old_logprobs(setting: Literal["auto", "recompute", "rollout"], updates_per_
 
 
 def _refuse_idle(algorithm: config.Algorithm, switches: Switches) -> None:
-    """Refuse settings that the others leave without any effect."""
+    """Refuse settings that have no effect because of others."""
     if algorithm.dual_clip is not None and switches.ratio == "cispo":
         raise UserError(
-            f"algorithm.dual_clip: {algorithm.dual_clip:g} does nothing with ratio cispo, whose loss is bounded "
-            "already; leave it unset, or set algorithm.ratio to token"
+            f"algorithm.dual_clip: {algorithm.dual_clip:g} does nothing with ratio cispo, whose loss is already "
+            "bounded; leave it unset, or set algorithm.ratio to token"
         )
     if algorithm.loss_divisor is not None and switches.aggregation != "constant":
         raise UserError(
@@ -125,6 +125,6 @@ def _refuse_idle(algorithm: config.Algorithm, switches: Switches) -> None:
         )
     if algorithm.tis_cap is not None and switches.old_logprobs == "rollout":
         raise UserError(
-            f"algorithm.tis_cap: {algorithm.tis_cap:g} does nothing when old_logprobs is rollout: the ratio is then "
-            "taken against the rollout itself; leave it unset, or set algorithm.old_logprobs to recompute"
+            f"algorithm.tis_cap: {algorithm.tis_cap:g} does nothing when old_logprobs is rollout, because the ratio "
+            "is then against the rollout itself; leave it unset, or set algorithm.old_logprobs to recompute"
         )

@@ -1,4 +1,4 @@
-"""Dynamic pruning policy optimization (DPPO, arXiv 2603.04135): what is dropped, with what chance, at what weight.
+"""Dynamic pruning policy optimization (DPPO, arXiv 2603.04135): chances of being dropped, draws, weights.
 
 Two levels. A prompt is pruned *before* its rollout by its history H, the mean |advantage| of its last visit; a
 completion is pruned *after* its reward by its own |advantage|, taken from the whole group:
@@ -6,21 +6,21 @@ completion is pruned *after* its reward by its own |advantage|, taken from the w
     P_q = r_q  if H(q) < mean H over visited prompts, else 0; 0 for a prompt never visited
     P_o = r_o  if |A_i| < mean |A| of its group, else 0
 
-What is kept has the Horvitz-Thompson weight 1 / ((1 - P_q) (1 - P_o)), which multiplies the sample's whole term of
-the loss, KL and entropy included (`loss.token_scale`). With denominators of the unpruned batch the gradient's
-expectation is the unpruned gradient, exactly; `megarl bench unbiased` proves it by enumeration. The denominators:
+A kept sample has the Horvitz-Thompson weight 1 / ((1 - P_q) (1 - P_o)), which multiplies its whole term of the loss,
+KL and entropy included (`loss.token_scale`). With denominators of the unpruned batch, the expected gradient is exactly
+the unpruned gradient; `megarl bench unbiased` proves it by enumeration. The denominators:
 
 - completions: the sequences and tokens of the group are known, pruned or not;
-- prompts: pruned ones have no tokens to count. `unpruned_prompts` gives their number, `ExpectedLength` the tokens that
-  a response is expected to have. Dividing by a weighted count of this step's kept tokens instead would be biased: a
-  ratio of two random sums.
+- prompts: pruned ones have no tokens to count. `unpruned_prompts` gives their number, `ExpectedLength` the expected
+  tokens of a response. Dividing by a weighted count of this step's kept tokens would be biased: a ratio of two random
+  sums.
 
-The paper gives no thresholds, and its Algorithm 1 drops a deterministic lowest fraction, which its theorem does not
-cover; the rule above follows InfoBatch (2303.04947) and CPPO (2503.22342). `selection: deterministic` is the ablation.
-`selection: proportional` (ours) keeps the low ones in proportion to what they can say, with chance H / mean H or
-|A_i| / mean |A|, at least 1 - r: those just below the mean, whose loss would cost most, are all but never dropped.
+The paper gives no thresholds. Its Algorithm 1 drops a deterministic lowest fraction, which its theorem does not cover.
+The rule above follows InfoBatch (2303.04947) and CPPO (2503.22342). `selection: deterministic` is the ablation.
+`selection: proportional` (ours) keeps a low sample with chance H / mean H or |A_i| / mean |A|, but at least 1 - r. It
+rarely drops those just below the mean, whose loss would cost most.
 
-Every draw comes from `uniforms(count, *key)`, a function of its key alone: equal on any layout and after any resume.
+Every draw comes from `uniforms(count, *key)`, a function of its key: the same on any layout and after any resume.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ Draw = Literal["bernoulli", "fixed"]
 Selection = Literal["random_low", "proportional", "deterministic"]
 
 TIE = 1e-6
-"""Relative. Values nearer than this to the mean are not below it: equal |advantages| differ by rounding."""
+"""Relative. Values this close to the mean are not below it: equal |advantages| differ by rounding."""
 
 
 class History:
-    """The last score of every prompt, by its position in the data: 4 bytes a prompt, mean kept as scores change."""
+    """The last score of every prompt, by its position in the data, and their mean. 4 bytes per prompt."""
 
     def __init__(self, prompts: int) -> None:
         self._scores = np.full(prompts, np.nan, dtype=np.float32)
@@ -73,16 +73,16 @@ class History:
         return self._sum / self._visited if self._visited else None
 
     def state(self) -> dict[str, np.ndarray]:
-        """A copy of everything, as arrays for one .npz; `restore` gives it back bit by bit."""
+        """A copy of the state, as arrays for one .npz; `restore` brings it back bit by bit."""
         return {"scores": self._scores.copy(), "sum": np.array(self._sum), "visited": np.array(self._visited)}
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
-        """Take over a `state` of the same data; raises UserError when it holds another number of prompts."""
+        """Restore a `state` of the same data; raises UserError if it has another number of prompts."""
         scores = np.asarray(state["scores"])
         if scores.shape != self._scores.shape:
             raise UserError(
-                f"data.train: holds {len(self)} prompts, the checkpoint's pruning history {len(scores)}; resume with "
-                "the data that the run was started with"
+                f"data.train: has {len(self)} prompts, the checkpoint's pruning history {len(scores)}; resume with the "
+                "data that the run started with"
             )
         self._scores = scores.astype(np.float32, copy=True)
         self._sum = float(state["sum"])
@@ -90,8 +90,11 @@ class History:
 
 
 class ExpectedLength:
-    """Response tokens a completion is expected to have, from earlier steps: the token mean's denominator under prompt
-    pruning, which this step's draw must not influence. A decayed Horvitz-Thompson mean (half-life: 7 steps)."""
+    """The expected response tokens of a completion, from earlier steps only.
+
+    It is the token mean's denominator under prompt pruning, which this step's draw must not influence. A decayed
+    Horvitz-Thompson mean (half-life: 7 steps).
+    """
 
     DECAY = 0.9
 
@@ -118,7 +121,7 @@ class ExpectedLength:
 def uniforms(count: int, *key: object) -> np.ndarray:
     """`count` numbers in [0, 1), a function of the key: `(seed, epoch, prompt uid)`. float64 [count].
 
-    The i-th does not depend on `count`, nor on anything drawn before.
+    The i-th does not depend on `count` or on earlier draws.
     """
     return np.array([derive_seed("prune", *key, i) / 2**63 for i in range(count)])
 
@@ -134,7 +137,7 @@ def prompt_weights(
     """Weights of candidate prompts by their history, float64 [n]: 0 = pruned, else 1 / (1 - P_q).
 
     `indices` [n] are positions in the data, `uniform` [n] their draws: `uniforms(1, seed, epoch, uid)` of each; `rate`
-    is r_q. With Bernoulli draws a prompt's fate is its own, whatever the candidates around it; a fixed-size or
+    is r_q. With Bernoulli draws, a prompt's result does not depend on the other candidates. A fixed-size or
     deterministic selection is made among the low ones of this call.
     """
     mean = history.mean() or 0.0
@@ -154,8 +157,8 @@ def completion_weights(
     """Weights of one whole group's completions, float64 [G]: 0 = pruned, else 1 / (1 - P_o).
 
     `advantages` [G] from the whole group; `uniform` [G]: `uniforms(G, seed, epoch, uid)`, by completion index; `rate`
-    is r_o. `drop_zero_variance`: see `may_drop_zero_variance`; a group of advantages all 0 is then dropped whole (its
-    sequences and tokens stay in the denominators).
+    is r_o. `drop_zero_variance`: see `may_drop_zero_variance`; a group whose advantages are all 0 is then dropped
+    (its sequences and tokens stay in the denominators).
     """
     magnitude = np.abs(np.asarray(advantages, dtype=np.float64))
     if not magnitude.any():
@@ -164,22 +167,22 @@ def completion_weights(
 
 
 def may_drop_zero_variance(settings: config.Pruning, switches: Switches) -> bool:
-    """Whether groups of equal rewards may be dropped: asked for, and exact, for nothing but the advantage acts."""
+    """Whether groups of equal rewards are dropped: if the setting says so, and if only advantages act in the loss."""
     return settings.drop_zero_variance and switches.zero_advantage_is_zero_gradient
 
 
 def active(settings: config.Pruning, step: int, steps: int) -> bool:
-    """Whether step `step` of `steps` (counted from 1) prunes at random: not after the share `until` of the run."""
+    """Whether step `step` of `steps` (from 1) prunes at random: not after the fraction `until_fraction` of the run."""
     return step <= settings.until_fraction * steps + 1e-9
 
 
 def unpruned_prompts(taken: int, kept: int, refilled: bool) -> float:
-    """The number of prompts that a step stands for: the denominator when `kept` of `taken` prompts were rolled out.
+    """The number of unpruned prompts of a step, the denominator when `kept` of `taken` prompts were rolled out.
 
-    Without refilling it is `taken`. With refilling prompts are taken until `kept` have survived: `taken` is then random
-    and ends on a survivor, and dividing by it is biased. Haldane's estimator for inverse sampling (Biometrika 33, 1945)
-    leaves that last draw out; averaged over which survivor that is, it divides by (taken - 1) * kept / (kept - 1). No
-    such estimator exists for kept = 1, where `taken` is returned.
+    Without refilling it is `taken`. With refilling, prompts are taken until `kept` are kept: `taken` is then random and
+    ends on a kept prompt, so dividing by it is biased. Haldane's estimator for inverse sampling (Biometrika 33, 1945)
+    leaves out the last draw. Averaged over which prompt that is, it divides by (taken - 1) * kept / (kept - 1). For
+    kept = 1 there is no such estimator, and `taken` is returned.
     """
     if not refilled or kept < 2:
         return float(taken)
@@ -187,7 +190,7 @@ def unpruned_prompts(taken: int, kept: int, refilled: bool) -> float:
 
 
 def effective_sample_size(weights: np.ndarray) -> float:
-    """(sum w)² / sum w² (Kish), in samples: as many equally weighted ones vary as little. Dropped ones add nothing."""
+    """(sum w)² / sum w² (Kish): the number of equally weighted samples with the same variance."""
     weights = np.asarray(weights, dtype=np.float64)
     square = float((weights**2).sum())
     return float(weights.sum()) ** 2 / square if square else 0.0
@@ -197,16 +200,16 @@ def added_variance(magnitude: np.ndarray, weights: np.ndarray) -> float:
     """Estimate of the variance that pruning adds to the summed gradient: sum over all samples of g² P / (1 - P).
 
     Estimated from the kept samples, for which P / (1 - P) = w - 1 and whose own weight is w: sum of g² w (w - 1).
-    `magnitude` [n] stands for the norms g of the samples' gradients. Before the backward pass |advantage| is the proxy
-    (then in units of A²; compare with sum of w A², the variance of the batch itself). Samples are taken as drawn
-    independently: fixed-size draws add a little less, completions of one pruned prompt a little more.
+    `magnitude` [n] stands for the norms g of the samples' gradients. Before the backward pass, |advantage| is the proxy
+    (in units of A²; compare with sum of w A², the variance of the batch itself). Independent draws are assumed:
+    fixed-size draws add a little less, completions of one pruned prompt a little more.
     """
     weights = np.asarray(weights, dtype=np.float64)
     return float((np.asarray(magnitude, np.float64) ** 2 * weights * np.maximum(weights - 1, 0)).sum())
 
 
 def warning(weights: np.ndarray, settings: config.Pruning) -> str | None:
-    """One line when a step's kept samples are worth less than the share `min_effective` of their number, else None."""
+    """One line if the kept samples' effective number is below `min_effective` of their number, else None."""
     kept = int(np.count_nonzero(weights))
     effective = effective_sample_size(weights)
     if effective >= settings.min_effective * kept:
@@ -219,16 +222,16 @@ def warning(weights: np.ndarray, settings: config.Pruning) -> str | None:
 
 
 def notice(settings: config.Pruning) -> str | None:
-    """What a run's log must say at its start about the chosen selection; None for the unbiased one."""
+    """A warning about the chosen selection for the start of the log; None if it is unbiased."""
     if settings.selection == "deterministic" and (settings.prompts or settings.completions):
         return "pruning.selection: deterministic is biased (an ablation); random_low is the unbiased estimator"
     return None
 
 
 def _weights(relative: np.ndarray, uniform: np.ndarray, rate: float, draw: Draw, selection: Selection) -> np.ndarray:
-    """0 for what is dropped out of the low class, 1 / (1 - P) for the rest of it, 1 outside it.
+    """Weights: 0 for dropped members of the low class, 1 / (1 - P) for its other members, 1 outside it.
 
-    `relative` [n]: each score over the mean score. The low class is what lies below 1.
+    `relative` [n]: each score over the mean score. The low class lies below 1.
     """
     weights = np.ones(len(relative))
     members = np.flatnonzero(relative < 1 - TIE)

@@ -1,5 +1,7 @@
-"""Step-GRPO's reward side (arXiv 2604.16890): markers, step count, step-aware reward; and the rewards it is measured
-against, a linear length penalty and DAPO's soft overlong punishment (arXiv 2503.14476)."""
+"""Step-GRPO's rewards (arXiv 2604.16890): markers, step count, step-aware reward.
+
+Also the rewards it is compared with: a linear length penalty and DAPO's soft overlong punishment (arXiv 2503.14476).
+"""
 
 from __future__ import annotations
 
@@ -15,22 +17,15 @@ from megarl.errors import UserError
 
 
 def count_steps(text: str, markers: Sequence[str]) -> int:
-    """k = 1 + the number of stand-alone markers in `text`; a marker has no ASCII letter directly before or after it."""
+    """k = 1 + the number of stand-alone markers in `text`; a marker has no ASCII letter directly before or after it.
+
+    `markers`: at least one, none blank, as `config.EarlyExit` checks.
+    """
     return 1 + sum(1 for _ in _pattern(tuple(markers)).finditer(text))
-
-
-def check_markers(markers: Sequence[str]) -> None:
-    """Refuse lists that cannot mark a step; raises UserError."""
-    if not markers:
-        raise UserError("reward.markers: [] names no marker; the paper's is ['Wait']")
-    for marker in markers:
-        if not marker.strip():
-            raise UserError(f"reward.markers: {marker!r} is blank; the paper's is 'Wait'")
 
 
 @lru_cache(maxsize=64)
 def _pattern(markers: tuple[str, ...]) -> re.Pattern[str]:
-    check_markers(markers)
     longest_first = sorted(markers, key=len, reverse=True)
     return re.compile(f"(?<![A-Za-z])(?:{'|'.join(map(re.escape, longest_first))})(?![A-Za-z])")
 
@@ -53,8 +48,8 @@ def step_aware_reward(
         R = alpha * score * (1 - beta * tanh((k - mu) / mu)) + (1 - alpha) * formatted
 
     `score` [G] is 1 for a correct completion; `steps` [G] is k; mu is the mean k of the group's correct completions
-    (`step_mean="all"`: of all, an ablation). The bracket is 1 for a completion that is not correct, and for all when
-    none is (under "all" too: there is then nothing for it to act on).
+    (`step_mean="all"`: of all, an ablation). The bracket is 1 for a completion that is not correct, so it is 1 for all
+    if none is correct.
     """
     score = np.asarray(score, np.float64)
     steps = np.asarray(steps, np.float64)
@@ -72,14 +67,12 @@ def overlong_punishment(lengths: np.ndarray, limit: int, buffer: int) -> np.ndar
 
 
 def check_shaping(settings: config.Reward, max_response_tokens: int) -> None:
-    """Refuse shapings that would do nothing, or that leave no room; raises UserError."""
-    if settings.shaping == "step_aware":
-        check_markers(settings.markers)
+    """Raise UserError for a shaping that would do nothing or leave no room."""
     if settings.shaping == "length_penalty" and settings.length_penalty == 0:
         raise UserError("reward.length_penalty: 0.0 penalises nothing under shaping length_penalty; try 0.0001")
     if settings.shaping == "overlong" and not 1 <= settings.overlong_buffer < max_response_tokens:
         raise UserError(
-            f"reward.overlong_buffer: {settings.overlong_buffer} is not within 1 and the response budget of "
+            f"reward.overlong_buffer: {settings.overlong_buffer} is not between 1 and the response budget of "
             f"{max_response_tokens}; try {max(1, max_response_tokens // 4)}"
         )
 
@@ -92,7 +85,7 @@ def shape_rewards(
     settings: config.Reward,
     max_response_tokens: int,
 ) -> np.ndarray:
-    """The rewards of one whole group under `settings.shaping`, float64 [G]. Groups never meet here.
+    """The rewards of one whole group under `settings.shaping`, float64 [G].
 
     `score` [G] is the grader's (1 = correct), `formatted` [G] whether a box is present, `steps` [G] from `count_steps`,
     `lengths` [G] response tokens.

@@ -1,4 +1,4 @@
-"""Files → demonstrations: a prompt and the response to imitate, tokenised. What supervised fine-tuning reads."""
+"""Files → demonstrations for supervised fine-tuning: a prompt and the response to imitate, tokenised."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Demonstration:
 def read_demonstrations(
     files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, data: config.Data, longest: int
 ) -> tuple[list[Demonstration], int]:
-    """The demonstrations of `files` in their order, and how many were left out for having over `longest` tokens.
+    """The demonstrations of `files` in their order, and how many were dropped for having over `longest` tokens.
 
-    A row holds a prompt (text, or chat messages for the tokenizer's template) and its response: a column of
-    `RESPONSES`, or the messages' last one, the assistant's. The response gets the end-of-text token.
+    A row has a prompt (text, or chat messages for the tokenizer's template) and its response: a column of `RESPONSES`,
+    or the last message if it is the assistant's. The response gets the end-of-text token.
     Raises UserError for a missing or malformed file, a row without prompt or response, and when nothing is left.
     """
     if tokenizer.eos_token_id is None:
@@ -64,23 +64,16 @@ def read_demonstrations(
         raise UserError(
             f"batch.tokens_per_row: {longest} is below all {too_long} rows of {names}; the shortest has {shortest}"
         )
-    raise UserError(f"data.train: {names or '[]'} holds no demonstrations")
+    raise UserError(f"data.train: {names or '[]'} has no demonstrations")
 
 
 def _row(record: Any, where: str) -> tuple[list[dict[str, str]], str, str]:
     """The conversation up to the response, the response, and where they were read."""
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: holds a {type(record).__name__}, not an object with a prompt and a response")
-    prompt = next((record[name] for name in PROMPTS if record.get(name)), None)
-    if prompt is None:
-        raise UserError(
-            f"{where}: prompt missing: none of {', '.join(PROMPTS)} (has: {', '.join(record) or 'nothing'})"
-        )
-    messages, reply = conversation(prompt, where)
+    messages, reply = conversation(record, where, "response")
     response = next((record[name] for name in RESPONSES if record.get(name)), reply)
     if not isinstance(response, str):
         raise UserError(
-            f"{where}: response missing: no text in {', '.join(RESPONSES)} and no assistant's message last "
+            f"{where}: response missing: no text in {', '.join(RESPONSES)}, and the last message is no assistant's "
             f"(has: {', '.join(record)})"
         )
     return messages, response, where

@@ -16,7 +16,7 @@ Records = tuple[str, Iterator[tuple[int, Any]]]  # the mark between a file's nam
 
 
 def check_exists(file: Path, setting: str) -> None:
-    """Raise UserError, naming `setting`, unless `file` is there and of a kind that can be read."""
+    """Raise UserError, naming `setting`, unless `file` exists and is of a known kind."""
     if not file.is_file():
         there = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
         raise UserError(f"{setting}: {file} does not exist{nearest(file.name, there) if there else ''}")
@@ -25,9 +25,9 @@ def check_exists(file: Path, setting: str) -> None:
 
 
 def records(file: Path, columns: Collection[str]) -> Records:
-    """The rows of `file`, one after another; `columns` are read from Parquet, everything from the other kinds.
+    """The rows of `file`, one by one. From Parquet only `columns` are read; from other kinds, everything.
 
-    Raises UserError, when it gets there, for a row that cannot be parsed.
+    The iterator raises UserError at a row that cannot be parsed.
     """
     return _READERS[file.suffix](file, columns)
 
@@ -43,7 +43,7 @@ def _jsonl(file: Path, columns: Collection[str]) -> Records:
 
 
 def _json(file: Path, columns: Collection[str]) -> Records:
-    """One array of objects; or, as many files of the hub so named are, one object a line."""
+    """One array of objects, or one object a line: many files on the hub with this name are so."""
     text = file.read_bytes()
     if not text.lstrip().startswith(b"["):
         return _jsonl(file, columns)

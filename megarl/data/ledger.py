@@ -1,7 +1,7 @@
-"""The ledger: what became of every prompt taken from the data, step by step; append-only, checked line by line.
+"""The ledger: what became of every prompt drawn from the data, step by step. Append-only, checked line by line.
 
-It is committed inside the checkpoint's folder, so it tells exactly what the weights beside it have seen. One JSON line
-a step, columns over the step's prompts, then a checksum over that line and all before it.
+It is committed inside the checkpoint's folder, so it says exactly what the weights beside it have seen. Each step is
+one JSON line with columns over the step's prompts, and a checksum over that line and all before it.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ FILE = "ledger.jsonl"
 
 
 class Fate(StrEnum):
-    """What became of a prompt that was taken from the data."""
+    """What became of a prompt that was drawn from the data."""
 
-    PRUNED = "p"  # left out before its rollout, by its history
+    PRUNED = "p"  # not rolled out, because of its history
     REPLACED = "r"  # rolled out, but its group was replaced (dynamic sampling)
     DROPPED = "d"  # rolled out, and every completion dropped before training
     TRAINED = "t"  # rolled out, and at least one completion trained on
@@ -44,7 +44,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One training step. `version` is that of the weights that rolled out."""
+    """One training step. `version`: of the weights that rolled out."""
 
     step: int
     version: int
@@ -53,11 +53,11 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """A ledger against the loader's order. Exactly-once data has no lost, no repeated and no missing steps."""
+    """A ledger compared with the loader's order. Exactly-once data has nothing lost, repeated or missing."""
 
-    taken: int
-    lost: int  # taken by the loader, not in the ledger
-    repeated: int  # in the ledger, though not taken, or not so often
+    num_drawn: int
+    lost: int  # drawn by the loader, not in the ledger
+    repeated: int  # in the ledger more often than drawn
     missing_steps: int
 
     @property
@@ -66,12 +66,11 @@ class Audit:
 
 
 class Ledger:
-    """An append-only record of steps; `dropped_lines` counts those that loading found torn at the end of the file."""
+    """An append-only record of steps."""
 
     def __init__(self) -> None:
         self._lines: list[bytes] = []
         self._digest = b""
-        self.dropped_lines = 0
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -80,11 +79,11 @@ class Ledger:
         return map(_decode, self._lines)
 
     def record_step(self, step: int, version: int, entries: Iterable[Entry]) -> None:
-        """Append one step; steps come in order."""
+        """Append one step. Steps come in order."""
         self._append(_encode(Step(step, version, list(entries))))
 
     def commit(self, folder: Path) -> None:
-        """Write the whole ledger into a checkpoint's folder, which becomes visible by the caller's rename."""
+        """Write the whole ledger into a checkpoint's folder. The caller's rename makes it visible."""
         with (folder / FILE).open("wb") as file:
             digest = b""
             for line in self._lines:
@@ -93,9 +92,9 @@ class Ledger:
 
     @classmethod
     def load(cls, folder: Path) -> Ledger:
-        """Read a committed ledger. Torn lines at its end are left out and counted.
+        """Read a committed ledger. Lines that a crash cut off at its end are skipped.
 
-        A torn line is one that was cut off; any other damage, and a missing file, raises RunError.
+        Any other damage, and a missing file, raises RunError.
         """
         path, ledger = folder / FILE, cls()
         try:
@@ -105,10 +104,8 @@ class Ledger:
         for number, line in enumerate(lines, start=1):
             text, _, digest = line.rpartition(b"\t")
             if digest != _chain(ledger._digest, text):
-                torn = [rest for rest in lines[number - 1 :] if rest]
-                if any(map(_is_whole, torn)):
-                    raise RunError(f"{path}:{number}: damaged: the checksum is wrong, and the file goes on")
-                ledger.dropped_lines = len(torn)
+                if any(map(_is_whole, lines[number - 1 :])):
+                    raise RunError(f"{path}:{number}: damaged: the checksum is wrong")
                 break
             ledger._append(text)
         return ledger

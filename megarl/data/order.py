@@ -1,6 +1,6 @@
 """The order of the prompts in every epoch: a function of (seed, epoch) alone, the same on any machine.
 
-It comes from the raw stream of Philox, which numpy guarantees; what numpy builds on top of it may change by version.
+It comes from the raw stream of Philox, which numpy guarantees. What numpy builds on top of it may change with versions.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from megarl.types import derive_seed
 
 
 class EpochOrder:
-    """Permutations of `0 … prompts - 1`, one an epoch; 4 bytes a prompt for the epoch asked for last.
+    """Permutations of `0 … prompts - 1`, one per epoch. It keeps the newest, 4 bytes per prompt.
 
-    Between two visits of a prompt there are at least a third of the others, also where one epoch meets the next: a
-    training step that takes fewer prompts than that never holds one twice.
+    At least a third of the others lie between two visits of a prompt, also where one epoch meets the next. A training
+    step that draws fewer prompts than that never has one twice.
     """
 
     def __init__(self, prompts: int, seed: int, shuffle: bool) -> None:
@@ -35,8 +35,8 @@ class EpochOrder:
         order = self._shuffled(epoch)
         if epoch == 0:
             return order
-        # What ended the epoch before must not begin this one: it trades places with others from the middle. The end
-        # stays as shuffled, so that the next epoch need not know of these trades.
+        # Prompts that ended the last epoch must not begin this one: they swap places with others from the middle. The
+        # end stays as shuffled, so that the next epoch need not know of the swaps.
         third = self.prompts // 3
         just_seen = np.zeros(self.prompts, dtype=bool)
         just_seen[self._shuffled(epoch - 1)[self.prompts - third :]] = True

@@ -1,6 +1,6 @@
-"""Sequences → rows of at most `capacity` tokens, by Dense Prompt Packing or one of its alternatives. Pure.
+"""Sequences → rows of at most `capacity` tokens, by Dense Prompt Packing or an alternative. Pure.
 
-One packer serves prompts and prompt+completion sequences: it sees lengths only. Rows are arrays of indices into them.
+The packer sees lengths only, so it serves prompts and prompt+completion sequences. Rows are arrays of indices.
 """
 
 from __future__ import annotations
@@ -17,33 +17,26 @@ from megarl.errors import UserError
 Strategy = Literal["dense", "none", "sorted", "first_fit"]
 
 
-class RowTooShort(UserError):
-    """A sequence longer than a row. `index` lets the caller name the prompt."""
-
-    def __init__(self, index: int, length: int, capacity: int) -> None:
-        self.index, self.length, self.capacity = index, length, capacity
-        super().__init__(
-            f"batch.tokens_per_row: {capacity} is shorter than sequence {index} of {length} tokens; at least {length}"
-        )
-
-
 def pack(
     lengths: np.ndarray | Sequence[int], capacity: int, strategy: Strategy = "dense", window: int = 256
 ) -> list[np.ndarray]:
-    """Put every sequence into exactly one row of at most `capacity` tokens; returns the rows, int64 indices each.
+    """Put every sequence into exactly one row of at most `capacity` tokens. Returns each row's indices, int64.
 
-    `dense` is DPPO's window-based greedy packing (arXiv 2603.04135): the row takes the oldest of up to `window` pending
-    sequences, then again and again the longest of them that still fits; when none fits the row is closed and the window
-    filled up. A sequence waits for at most `window` rows; a window of 1 packs nothing. `none`: one sequence a row.
-    `sorted`: in decreasing length, a row is closed by the first that doesn't fit. `first_fit`: first-fit decreasing.
-    Raises RowTooShort, a UserError, when a sequence is longer than a row.
+    `dense` is DPPO's window-based greedy packing (arXiv 2603.04135). A row takes the oldest of up to `window` pending
+    sequences, then repeatedly the longest that still fits. When none fits, the row is closed and the window refilled.
+    A sequence waits for at most `window` rows; a window of 1 packs nothing. `none`: one sequence a row.
+    `sorted`: by decreasing length, the first that does not fit closes the row. `first_fit`: first-fit decreasing.
+    Raises UserError when a sequence is longer than a row.
     """
     sizes = np.asarray(lengths, dtype=np.int64)
     if window < 1:
         raise UserError(f"packing.window: {window} leaves nothing to choose from; at least 1")
     if len(sizes) and sizes.max() > capacity:
         index = int(sizes.argmax())
-        raise RowTooShort(index, int(sizes[index]), capacity)
+        raise UserError(
+            f"batch.tokens_per_row: {capacity} is shorter than sequence {index} of {sizes[index]} tokens; at least "
+            f"{sizes[index]}"
+        )
     if strategy == "none":
         rows = [[i] for i in range(len(sizes))]
     elif strategy == "dense":
@@ -58,14 +51,14 @@ def pack(
 
 
 def density(rows: Sequence[np.ndarray], lengths: np.ndarray | Sequence[int], capacity: int) -> float:
-    """Valid tokens over the tokens that the rows have room for; 1 without rows."""
+    """Valid tokens over the capacity of all rows. 1 without rows."""
     sizes = np.asarray(lengths)
     return sum(int(sizes[row].sum()) for row in rows) / (len(rows) * capacity) if rows else 1.0
 
 
 def _dense(lengths: np.ndarray, capacity: int, window: int) -> list[list[int]]:
     n = len(lengths)
-    # A pending sequence is one integer that sorts by length and, among equals, has the oldest last.
+    # A pending sequence is one integer. They sort by length and, among equals, the oldest is last.
     keys = (lengths * n + np.arange(n - 1, -1, -1)).tolist()
     sizes = lengths.tolist()
     pending = sorted(keys[:window])
@@ -104,7 +97,7 @@ def _next_fit(order: list[int], sizes: list[int], capacity: int) -> list[list[in
 
 
 def first_fit(order: list[int], sizes: list[int], capacity: int) -> list[list[int]]:
-    """Each sequence, in the given order, into the first row with room for it, found by descending a tree of maxima."""
+    """Put each sequence, in the given order, into the first row with room, found by descending a tree of maxima."""
     leaves = 1 << max(len(order) - 1, 0).bit_length()
     room = [capacity] * (2 * leaves)  # room[1] is the root; the rows, most of them never opened, are the leaves
     rows: list[list[int]] = [[] for _ in range(len(order))]

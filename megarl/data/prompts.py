@@ -1,7 +1,7 @@
 r"""Files → prompts: the hub's layouts, chat templates, the length filter, one-line errors that name file and line.
 
-A prompt is read from the first of the columns `PROMPTS` that a row holds, as text or as a list of chat messages; its
-answer from the first of `ANSWERS`, where `#### n` (GSM8K) or `\boxed{…}` (MATH) is taken out of a worked solution.
+The prompt is the first of the columns `PROMPTS` that a row has, as text or as a list of chat messages. The answer is
+the first of `ANSWERS`; from a worked solution only `#### n` (GSM8K) or `\boxed{…}` (MATH) is kept.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from megarl.errors import UserError
 
 PROMPTS = ("prompt", "problem", "question", "messages")
 ANSWERS = ("answer", "ground_truth", "reward_model.ground_truth", "expected_answer", "final_answer", "solution")
-WORKED = ("solution", "the assistant's message")  # may hold a derivation rather than an answer
+WORKED = ("solution", "the assistant's message")  # may be a derivation rather than an answer
 
 Message = dict[str, str]  # {"role": …, "content": …}
 
 
 @dataclass(frozen=True, slots=True)
 class PromptReport:
-    """What became of the rows that were read: `read == kept + duplicates + too_long`."""
+    """What became of the rows: `read == kept + duplicates + too_long`."""
 
     read: int
     kept: int
@@ -67,14 +67,13 @@ def read_prompts(
     files: Sequence[Path],
     tokenizer: PreTrainedTokenizerBase,
     data: config.Data,
-    progress: Callable[[int], object] | None = None,
     setting: str = "data.train",
 ) -> tuple[PromptTable, PromptReport]:
     """Read, de-duplicate, template, tokenise and filter prompts, in the files' order.
 
-    `progress` is told the number of rows read, now and then; `setting` is what errors about `files` name. The uid is a
-    hash of the prompt as the file has it and of its answer, so it outlives a change of the chat template.
-    Raises UserError for a missing or malformed file, a row without prompt or answer, and when nothing is left.
+    `setting`: the name of `files` in errors. The uid is a hash of the prompt as the file has it and of its answer:
+    another chat template does not change it.
+    Raises UserError for a missing or malformed file, a row without prompt or answer, and when no prompt is left.
     """
     render = renderer(tokenizer, data)
     for file in files:
@@ -101,17 +100,20 @@ def read_prompts(
             longest = max(longest, len(token_ids))
             table.append(uid, token_ids, text, row.answer, row.file, row.number)
         read += len(batch)
-        if progress:
-            progress(read)
     names = ", ".join(map(str, files))
     if not read:
-        raise UserError(f"{setting}: {names or '[]'} holds no prompts")
+        raise UserError(f"{setting}: {names or '[]'} has no prompts")
     if not table:
         raise UserError(
             f"data.max_prompt_tokens: {data.max_prompt_tokens} is below all {too_long} prompts of {names}; "
             f"the shortest has {shortest} tokens"
         )
     return table, PromptReport(read, len(table), read - len(seen), too_long, longest)
+
+
+def first_answers(files: Sequence[Path], count: int) -> list[str]:
+    """The reference answers of the first `count` problems; nothing else is read. Raises UserError for a bad row."""
+    return [row.answer for row in islice((row for file in files for row in _rows(file)), count)]
 
 
 # Rendering and tokenising
@@ -122,7 +124,7 @@ def _uses_template(tokenizer: PreTrainedTokenizerBase, data: config.Data) -> boo
 
 
 def renderer(tokenizer: PreTrainedTokenizerBase, data: config.Data) -> Callable[[list[Message], str], str]:
-    """The function that turns a conversation, and where it was read, into the text to tokenise."""
+    """A function from a conversation, and where it was read, to the text to tokenise."""
 
     def templated(conversation: list[Message], where: str) -> str:
         if data.system_prompt is not None:
@@ -136,7 +138,7 @@ def renderer(tokenizer: PreTrainedTokenizerBase, data: config.Data) -> Callable[
     def plain(conversation: list[Message], where: str) -> str:
         if len(conversation) > 1:
             raise UserError(
-                f"{where}: holds {len(conversation)} chat messages, but "
+                f"{where}: has {len(conversation)} chat messages, but "
                 + ("data.chat_template is none" if tokenizer.chat_template else "the tokenizer has no chat template")
             )
         return conversation[0]["content"]
@@ -152,7 +154,7 @@ def renderer(tokenizer: PreTrainedTokenizerBase, data: config.Data) -> Callable[
 def tokenise(tokenizer: PreTrainedTokenizerBase, data: config.Data, texts: list[str]) -> list[list[int]]:
     if not texts:
         return []
-    # A chat template writes its own special tokens; to plain text the tokenizer adds the model's (Llama's first).
+    # A chat template writes its own special tokens. To plain text the tokenizer adds the model's (Llama's first).
     special = not _uses_template(tokenizer, data)
     ids: list[list[int]] = tokenizer(texts, add_special_tokens=special, return_attention_mask=False)["input_ids"]
     return ids
@@ -169,14 +171,7 @@ def _rows(file: Path) -> Iterator[_Row]:
 
 def _row(record: Any, file: str, number: int) -> _Row:
     where = f"{file}{number}"
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: holds a {type(record).__name__}, not an object with a prompt and an answer")
-    prompt = next((record[name] for name in PROMPTS if record.get(name)), None)
-    if prompt is None:
-        raise UserError(
-            f"{where}: prompt missing: none of {', '.join(PROMPTS)} (has: {', '.join(record) or 'nothing'})"
-        )
-    messages, reply = conversation(prompt, where)
+    messages, reply = conversation(record, where, "answer")
     candidates = {name: _field(record, name) for name in ANSWERS} | {WORKED[1]: reply}
     column = next((name for name, value in candidates.items() if value not in (None, "", [], {})), None)
     if column is None:
@@ -188,7 +183,7 @@ def _row(record: Any, file: str, number: int) -> _Row:
     try:
         uid = hashlib.blake2b(key.encode(), digest_size=16).digest()
     except UnicodeEncodeError:
-        raise UserError(f"{where}: holds half of a surrogate pair, which is not text") from None
+        raise UserError(f"{where}: has half of a surrogate pair, which is not text") from None
     return _Row(uid, messages, answer, file, number)
 
 
@@ -200,8 +195,18 @@ def _field(record: dict[str, Any], name: str) -> Any:
     return value
 
 
-def conversation(prompt: Any, where: str) -> tuple[list[Message], str | None]:
-    """The messages up to the model's turn, and the assistant's reply to them when the file has it."""
+def conversation(record: Any, where: str, beside: str) -> tuple[list[Message], str | None]:
+    """A row's messages up to the model's turn, and the assistant's reply if the row has one.
+
+    `beside`: what errors say that a row has beside its prompt.
+    """
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: is a {type(record).__name__}, not an object with a prompt and its {beside}")
+    prompt = next((record[name] for name in PROMPTS if record.get(name)), None)
+    if prompt is None:
+        raise UserError(
+            f"{where}: prompt missing: none of {', '.join(PROMPTS)} (has: {', '.join(record) or 'nothing'})"
+        )
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}], None
     try:
@@ -217,7 +222,7 @@ def conversation(prompt: Any, where: str) -> tuple[list[Message], str | None]:
 def _answer(value: Any, column: str) -> str | None:
     """The reference answer as the grader gets it: text as it is, numbers in decimals, anything else as JSON.
 
-    None for a worked solution, of several lines, that does not say what its answer is.
+    None for a worked solution of several lines that does not mark its answer.
     """
     if isinstance(value, list) and len(value) == 1:
         value = value[0]

@@ -1,4 +1,4 @@
-"""Prompts in columns: ten million problems cost their bytes, not an object each."""
+"""Prompts in columns: ten million problems cost their bytes, not one object each."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _Ragged:
 
 
 class PromptTable(Sequence[Prompt]):
-    """An append-only sequence of prompts; `table[i]` builds the `Prompt` when it is asked for."""
+    """An append-only sequence of prompts; `table[i]` builds the `Prompt` on access."""
 
     def __init__(self) -> None:
         self._uids = bytearray()  # 16 bytes each
@@ -67,5 +67,5 @@ class PromptTable(Sequence[Prompt]):
 
     @property
     def fingerprint(self) -> str:
-        """Identifies which prompts these are, and in which order: a resumed run must find the same."""
+        """Identifies the prompts and their order. A resumed run must find the same."""
         return hashlib.blake2b(self._uids, digest_size=16).hexdigest()

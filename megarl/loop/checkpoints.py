@@ -1,4 +1,4 @@
-"""A run's checkpoints: every rank's weights and optimizer, and the controller's state, as one commit."""
+"""A run's checkpoints: every rank's weights and optimizer and the controller's state, in one atomic commit."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from megarl.view.progress import RunProgress
 
 
 class Checkpoints:
-    """Saves and restores; collective, so every rank calls it. `with checkpoints:` ends when all of them are on disk.
+    """Saves and restores. Collective: every rank calls it. `with checkpoints:` ends when all of them are on disk.
 
-    With `checkpoint.asynchronous`, a thread writes a copy of the state while training goes on, and its ranks talk over
-    a group of their own; the next save waits for it first.
+    With `checkpoint.asynchronous`, a thread writes a copy of the state while training goes on. These threads use a
+    separate process group. The next save waits for the last.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Checkpoints:
         self._step = 0  # of what is being written
 
     def save(self, step: int) -> None:
-        """Commit the state after `step`. On failure what was written is removed and the older checkpoints stay.
+        """Commit the state after `step`. On failure the new files are removed and the older checkpoints stay.
 
         An asynchronous save that fails raises in the next call of `save` or `finish`.
         """
@@ -62,7 +62,7 @@ class Checkpoints:
         threading.Thread(target=_into, args=(self._writing, job), name=f"save of step {step}", daemon=True).start()
 
     def finish(self) -> None:
-        """Wait for the save under way, if there is one, and raise what it raised."""
+        """Wait for the save in progress, if any, and raise what it raised."""
         if self._writing:
             writing, self._writing = self._writing, None
             with self._waiting(self._step):
@@ -81,7 +81,7 @@ class Checkpoints:
         return waiting(f"the checkpoint of step {step} to be on disk in {self.folder}", self.world.deadline_s)
 
     def _begin(self, step: int) -> Callable[[], None]:
-        """Write the small parts, and return what writes the learner's."""
+        """Write the small parts. Return a function that writes the learner's."""
         folder = atomic.partial_of(self.folder, step)
         if self.controller:
             atomic.prepare(self.folder, step)
@@ -109,7 +109,7 @@ class Checkpoints:
             atomic.discard(self.folder, step)
 
     def restore(self) -> int:
-        """Load the newest whole checkpoint; the step it was made after, 0 when there is none."""
+        """Load the newest whole checkpoint. Returns its step, 0 when there is none."""
         step = None
         if self.controller:
             step = atomic.newest_good(self.folder, self.progress.say)

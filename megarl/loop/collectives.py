@@ -1,4 +1,4 @@
-"""Python objects between this run's own ranks; nothing from outside the run is ever unpickled."""
+"""Python objects between the ranks of this run. Nothing from outside the run is ever unpickled."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def broadcast(value: T, world: World) -> T:
 
 
 def gather(value: T, world: World) -> list[T]:
-    """Every rank's value, by rank, on the controller; [] elsewhere. Collective."""
+    """Every rank's value, in rank order, on the controller; [] elsewhere. Collective."""
     if world.world_size == 1:
         return [value]
     values: list[T | None] | None = [None] * world.world_size if world.is_controller else None

@@ -1,4 +1,4 @@
-"""Old and reference log-probs of a step: asked of the learner by every rank, filled in on the controller."""
+"""Old and reference log-probs of a step. Every rank computes them; the controller fills them in."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from megarl.algorithms.kl import kl_penalty
 from megarl.algorithms.presets import Switches
 from megarl.learner.learner import Learner
-from megarl.loop.batching import Experience
-from megarl.types import Batch, Group
+from megarl.loop.batching import BatchBuilder
+from megarl.types import Batch, ScoredGroup
 
 
 def fill(batches: Sequence[Batch | None], learner: Learner, switches: Switches) -> None:
-    """Fill `old_logprobs` and `ref_logprobs` of every sample, as far as the loss reads them. Collective."""
+    """Fill `old_logprobs` and `ref_logprobs` of every sample, if the loss reads them. Collective."""
     for batch in batches:
         samples = batch.samples if batch else []
         if switches.old_logprobs == "recompute":
@@ -26,10 +26,11 @@ def fill(batches: Sequence[Batch | None], learner: Learner, switches: Switches) 
                 samples[i].ref_logprobs = values
 
 
-def penalise(groups: Sequence[Group], learner: Learner, switches: Switches, experience: Experience) -> None:
-    """Take the KL penalty off every completion's reward, before advantages are taken. Collective."""
-    batch = experience.whole(groups) if groups else None
+def penalise(groups: Sequence[ScoredGroup], learner: Learner, switches: Switches, builder: BatchBuilder) -> None:
+    """Subtract the KL penalty from every completion's reward, if the reward bears it. Collective."""
+    if not switches.kl_reward_coef:
+        return
+    batch = builder.unweighted(groups) if groups else None
     policy, reference = learner.logprobs(batch, "policy"), learner.logprobs(batch, "reference")
-    completions = [c for group in groups for c in group.completions]
-    for i, c in enumerate(completions):
+    for i, c in enumerate(c for group in groups for c in group.completions):
         c.reward -= kl_penalty(policy[i], reference[i], switches.kl_reward_coef, switches.kl_estimator)

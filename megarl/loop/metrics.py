@@ -1,4 +1,4 @@
-"""The figures of one step, under the names of metrics.jsonl."""
+"""The metrics of one step, under their names in metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import numpy as np
 from megarl.algorithms import pruning
 from megarl.config import Settings
 from megarl.errors import RunError
-from megarl.loop.batching import Collected
-from megarl.loop.rollout_engine import Engines
-from megarl.rollout.early_exit import metrics
+from megarl.loop.rollout_engine import RolloutEngine
+from megarl.loop.scoring import Collected
+from megarl.rollout.early_exit import metrics as early_exit
 from megarl.runtime import device
 from megarl.types import Batch, Completion
 
@@ -21,17 +21,18 @@ from megarl.types import Batch, Completion
 def of_step(
     step: int,
     collected: Collected,
-    batches: Sequence[Batch],
+    batches: Sequence[Batch | None],
     updates: Sequence[dict[str, float]],
-    engines: Engines,
+    engine: RolloutEngine,
     settings: Settings,
 ) -> dict[str, Any]:
-    """Every figure of a step but its timings. Raises RunError when train and rollout log-probs drifted apart, or tokens
-    are staler than the settings allow."""
-    completions = collected.completions
+    """Every metric of a step except its timings. Raises RunError when train and rollout log-probs drifted apart, or
+    tokens are staler than the settings allow."""
+    scored = collected.completions
+    completions = [c.completion for c in scored]
     n = len(completions)
-    verdicts = Counter(c.verdict for c in completions)
-    trained = learner_figures(updates)
+    verdicts = Counter(c.verdict for c in scored)
+    trained = learner_metrics(updates)
     if trained.get("mismatch_mean", 0.0) > settings.rollout.mismatch_limit:
         raise RunError(
             f"rollout.mismatch_limit: train and rollout log-probs differ by {trained['mismatch_mean']:.3g} on average, "
@@ -43,32 +44,32 @@ def of_step(
             f"async_steps: {settings.async_steps}, but step {step} has tokens of weights {stale['staleness_max']:.0f} "
             "updates old"
         )
-    weights = np.array([c.weight for c in completions])
+    weights = np.array([c.weight for c in scored])
     return {
-        "reward": float(np.mean([c.reward for c in completions])),
-        "accuracy": float(np.mean([c.score for c in completions])),
+        "reward": float(np.mean([c.reward for c in scored])),
+        "accuracy": float(np.mean([c.score for c in scored])),
         "response_tokens": float(np.mean([len(c) for c in completions])),
         "overlong": sum(c.finish == "length" for c in completions) / n,
         **{f"verdict_{name}": verdicts.get(name, 0) for name in ("right", "wrong", "timeout", "error")},
-        "steps_per_response": float(np.mean([c.steps for c in completions])),
-        **metrics.summarise(collected.groups),
+        "steps_per_response": float(np.mean([c.steps for c in scored])),
+        **early_exit.summarise(collected.groups),
         "tokens_generated": sum(map(len, completions)),
-        "prompts_drawn": collected.taken,
-        "prompts_pruned": collected.taken - collected.survived,
+        "prompts_drawn": collected.num_drawn,
+        "prompts_pruned": collected.num_drawn - collected.num_kept,
         "completions_dropped": int((weights == 0).sum()),
         "effective_sample_size": pruning.effective_sample_size(weights[weights > 0]),
-        "added_variance": pruning.added_variance(np.abs([c.advantage for c in completions]), weights),
+        "added_variance": pruning.added_variance(np.abs([c.advantage for c in scored]), weights),
         "packing_density": density(batches, settings.batch.tokens_per_row),
         **trained,
         **stale,
-        "canary_difference": engines.canary_difference,
+        "canary_difference": engine.canary_difference,
         "memory_gib": device.peak_memory() / 2**30,
         "weight_version": completions[0].spans[0].version if n and completions[0].spans else -1,
     }
 
 
 def staleness(step: int, completions: Sequence[Completion]) -> dict[str, float]:
-    """Updates between the weights that sampled the tokens of a step and those that it trains; mean over tokens."""
+    """Updates between the weights that sampled a step's tokens and those that it trains: maximum and token mean."""
     updates = np.array([step - 1 - span.version for c in completions for span in c.spans])
     tokens = np.array([span.end - span.start for c in completions for span in c.spans])
     if not tokens.sum():
@@ -76,9 +77,9 @@ def staleness(step: int, completions: Sequence[Completion]) -> dict[str, float]:
     return {"staleness_max": float(updates.max()), "staleness_mean": float((updates * tokens).sum() / tokens.sum())}
 
 
-def learner_figures(updates: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Means over the step's updates that trained something (pruning may leave one nothing); the mismatch is the first
-    update's, whose policy is the one that sampled."""
+def learner_metrics(updates: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Means over the step's updates that trained something: pruning may leave an update nothing. The mismatch is the
+    first update's, whose policy is the one that sampled."""
     trained = [update for update in updates if update["tokens_trained"]] or updates[:1]
     names = [name for name in trained[0] if not name.startswith("mismatch")]
     mean = {name: float(np.mean([update[name] for update in trained])) for name in names}
@@ -86,18 +87,14 @@ def learner_figures(updates: Sequence[dict[str, float]]) -> dict[str, float]:
     return mean | {"tokens_trained": sum(update["tokens_trained"] for update in updates)}
 
 
-def density(batches: Sequence[Batch], tokens_per_row: int) -> float:
+def density(batches: Sequence[Batch | None], tokens_per_row: int) -> float:
     """Valid tokens over the capacity of all non-empty rows."""
-    used = [row for batch in batches for rank in batch.rows for row in rank if row]
-    tokens = sum(sample.input_length for batch in batches for sample in batch.samples)
+    built = [batch for batch in batches if batch]
+    used = [row for batch in built for rank in batch.rows for row in rank if row]
+    tokens = sum(sample.input_length for batch in built for sample in batch.samples)
     return tokens / (len(used) * tokens_per_row) if used else 0.0
 
 
-def evaluation_due(step: int, settings: Settings) -> bool:
-    every = settings.evaluation.every
-    return step in (0, settings.steps) or (every > 0 and step % every == 0)
-
-
-def checkpoint_due(step: int, settings: Settings) -> bool:
-    every = settings.checkpoint.every
-    return step == settings.steps or (every > 0 and step % every == 0)
+def due(step: int, every: int, last: int) -> bool:
+    """Whether `step` is the last one or a multiple of `every`; 0 means only the last."""
+    return step == last or (every > 0 and step % every == 0)

@@ -1,4 +1,4 @@
-"""This rank's rollout engine, if it drives one, and keeping its weights the learner's."""
+"""This rank's rollout engine, if it drives one. Its weights are kept equal to the learner's."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from megarl.types import Batch, Sample
 CANARY_TOKENS = 32
 
 
-class Engines:
-    """The first `drivers` ranks drive an engine and share the prompts; `engine` is None on the others.
+class RolloutEngine:
+    """The first `drivers` ranks drive an engine and share the prompts. `engine` is None on the others.
 
-    Embedded: every rank has one. Servers: the controller drives the pool of all of them.
+    Embedded: every rank has an engine. Servers: the controller drives the pool of all of them.
 
     The canary is a training prompt and the engine's greedy answer under the run's first weights. In bf16 the log-probs
     of less likely tokens differ by more than 0.1 between two right programs (docs/concepts.md).
@@ -71,10 +71,10 @@ class Engines:
                 raise
 
     def push(self, version: int) -> None:
-        """Give every engine the learner's weights, checked tensor by tensor and by the canary. Collective."""
+        """Send the learner's weights to every engine. Check them tensor by tensor and by the canary. Collective."""
         tensors = self.learner.named_tensors()
         if self.engine is None:
-            for _ in tensors:  # the ranks gather them together
+            for _ in tensors:  # all ranks gather them together
                 pass
         else:
             with waiting(f"the engines to take the weights of version {version}", self.world.deadline_s):
@@ -86,18 +86,18 @@ class Engines:
                 self.canary_difference = self.loop.run(checked)
 
     def close(self) -> None:
-        """Free the engines; servers that were started for this run end."""
+        """Free the engines. Servers that this run started end."""
         if self.engine is not None:
             self.loop.run(self.engine.close())
 
     def _canary(self) -> verify.Canary:
-        """The canary with the learner's log-probs of it, in the engines' arithmetic, on every rank.
+        """The canary with the learner's log-probs of it, on every rank, in the engines' arithmetic.
 
-        Engines do not quantise: what FP8 changes is the step's mismatch, and would hide here a tensor that is wrong.
+        Engines do not quantise. FP8's rounding would hide a wrong tensor here; the step's mismatch measures it.
         """
         batch = None
         if self.controller:
-            prompt = self.controller.first_prompt
+            prompt = self.controller.loader.prompts[0].token_ids
             if self.controller.answer is None:
                 self.controller.answer = self._answer(prompt)
             tokens = np.array([*prompt, *self.controller.answer], np.int32)
@@ -110,7 +110,7 @@ class Engines:
         return canary
 
     def _answer(self, prompt: Sequence[int]) -> list[int]:
-        """The engine's likeliest continuation of a prompt, beyond its end of text too."""
+        """The engine's likeliest continuation of a prompt. It does not stop at the end of text."""
         assert self.engine
         sampling = Sampling(min(CANARY_TOKENS, self.settings.rollout.max_response_tokens), temperature=0.0)
         with waiting("the engine to write the canary", self.world.deadline_s):

@@ -81,7 +81,7 @@ def _data(each: Run, name: str, packed: rollouts.Packed) -> dict[str, Any]:
         "rollouts": packed.index,
         "calibration": packed.calibration,
         "ledger": run.ledger_view(each.ledger),
-        "markers": early.get("markers") or each.settings.get("reward", {}).get("markers") or [],
+        "markers": early.get("markers") or [],
     }
 
 

@@ -1,7 +1,7 @@
-"""Which rollouts the page holds, and how: one compressed chunk a step, tokens as numbers of a shared dictionary.
+"""Which rollouts the page has, and how: one compressed chunk a step, tokens as numbers of a shared dictionary.
 
-A page holds at most `BUDGET` bytes of rollouts, whatever the run: steps are spread evenly with the first and the last
-among them, and of a step that is too large the first whole groups are shown. The page says what it leaves out.
+A page has at most `BUDGET` bytes of rollouts. When a run has more, the page gets evenly spread steps, the first and the
+last included, and the first whole groups of a step that is too large. The page says what it leaves out.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megarl.report.run import Run, as_json
 from megarl.rollout.detokenize import Vocabulary
 
 BUDGET = 18 * 2**20  # of compressed rollouts, in base64, over all runs of a page
-PACKED = 0.22  # bytes in the page per byte on disk, about: which steps to read is decided before any is read
+PACKED = 0.22  # bytes in the page per byte on disk, roughly: steps are chosen before any is read
 BINS = 10
 
 
@@ -30,9 +30,7 @@ class Packed:
     """The chosen rollouts of one run."""
 
     chunks: dict[int, str] = field(default_factory=dict)  # by step
-    index: list[dict[str, int]] = field(
-        default_factory=list
-    )  # {step, groups, completions, all}, `all` with those left out
+    index: list[dict[str, int]] = field(default_factory=list)  # {step, groups, completions, all (on disk)}
     steps_on_disk: int = 0
     tokens: list[Any] = field(default_factory=list)  # [id, text or bytes] by number
     calibration: list[list[float]] = field(default_factory=list)  # [probes, mean confidence, share right] by tenth
@@ -40,7 +38,7 @@ class Packed:
 
 
 def pack(run: Run, budget: int = BUDGET) -> Packed:
-    """Choose and pack the rollouts of a run into at most about `budget` bytes."""
+    """Choose and pack the rollouts of a run, within about `budget` bytes."""
     files = sorted((run.folder / "rollouts").glob("step_*.jsonl"))
     packed, numbers = Packed(steps_on_disk=len(files)), _Numbers(run)
     packed.notice = numbers.notice
@@ -64,7 +62,7 @@ def pack(run: Run, budget: int = BUDGET) -> Packed:
 
 
 def choose(sizes: list[int], budget: int) -> list[int]:
-    """Positions of the files to read: all when they fit, else evenly spread ones, the first and the last included."""
+    """Positions of the files to read: all if they fit, else evenly spread ones with the first and the last."""
     total = sum(sizes) * PACKED
     if total <= budget or len(sizes) < 3:
         return list(range(len(sizes)))
@@ -73,12 +71,12 @@ def choose(sizes: list[int], budget: int) -> list[int]:
 
 
 def compress(value: Any) -> str:
-    """JSON → gzip → base64; equal values give equal text."""
+    """JSON → gzip → base64. Equal values give equal text."""
     return base64.b64encode(gzip.compress(as_json(value).encode(), 6, mtime=0)).decode()
 
 
 class _Numbers:
-    """Numbers tokens in the order of their first appearance; without the run's tokenizer it numbers nothing."""
+    """Numbers tokens in the order of their first appearance. Without the run's tokenizer it numbers nothing."""
 
     def __init__(self, run: Run) -> None:
         self.table: list[Any] = []
@@ -109,7 +107,7 @@ class _Numbers:
 
 
 def _chunk(groups: list[list[dict[str, Any]]], numbers: _Numbers, share: float) -> tuple[str, int]:
-    """The first whole groups that fit into `share` bytes (at least one), and how many they are."""
+    """The first whole groups that fit into `share` bytes (at least one), and their number."""
     packed = [_group(group, numbers) for group in groups]
     shown = len(packed)
     while True:

@@ -1,5 +1,6 @@
-"""Rewards: graders in killable worker processes; verdicts right | wrong | timeout | error, counted apart.
+"""Rewards: graders in worker processes that can be killed. Verdicts are right | wrong | timeout | error.
 
-Files: math (the default grader) · grade (a verdict, and what a grading function may return) · worker (one process) ·
-workers (all of them, as `train` uses them). Workers start quickly because nothing here but `workers` imports much.
+Files: math (the default grader) · grade (one verdict, and what a grading function may return) · worker (one process) ·
+workers (all of them) · grading (the grades of one rollout). A worker starts quickly: it imports only `grade`, `worker`
+and the grading function.
 """

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,19 +19,19 @@ if TYPE_CHECKING:
 VERDICTS = ("right", "wrong", "timeout", "error")
 
 GradingFunction = Callable[[str, str], Any]
-"""`function(response, answer)` returns a bool, a number (right from 0.5 on), or a verdict in words."""
+"""`function(response, answer)` returns a bool, a number (right from 0.5 on), or a verdict."""
 
 
 @dataclass(frozen=True, slots=True)
 class Grade:
     verdict: Verdict
     score: float  # 1 or 0, or the number that the grading function gave; 0 after a timeout or an error
-    formatted: bool  # the part after </think> holds a \boxed{…}
+    formatted: bool  # the part after </think> has a \boxed{…}
     message: str = ""  # what went wrong, for `error`
 
 
 def judge(function: GradingFunction, response: str, answer: str) -> Grade:
-    """Call the grading function; an exception, or a value that is none of the allowed ones, is the verdict `error`."""
+    """Call the grading function. An exception, or a value of another kind, gets the verdict `error`."""
     try:
         value = function(response, answer)
     except (Exception, SystemExit) as e:
@@ -48,17 +50,20 @@ def judge(function: GradingFunction, response: str, answer: str) -> Grade:
 
 
 def failed(verdict: Verdict, response: str, message: str) -> Grade:
-    """The grade of a response on which no verdict was reached."""
+    """The grade of a response that could not be judged."""
     return Grade(verdict, 0.0, is_formatted(response), message)
 
 
 def is_formatted(response: str) -> bool:
-    r"""Whether the response's answer part holds a complete `\boxed{…}`."""
+    r"""Whether the response's answer part has a complete `\boxed{…}`."""
     return last_boxed(answer_part(response)) is not None
 
 
 def find(path: str) -> GradingFunction:
-    """The grading function at the import path `package.module:function`; UserError when there is none."""
+    """The grading function at the import path `package.module:function`.
+
+    Raises UserError if it cannot be imported or does not take `(response, answer)`.
+    """
     module_name, colon, name = path.partition(":")
     if not colon or not module_name or not name:
         raise UserError(f"reward.function: '{path}' is not of the form package.module:function")
@@ -70,4 +75,9 @@ def find(path: str) -> GradingFunction:
     if not callable(function):
         known = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
         raise UserError(f"reward.function: '{path}': {module_name} has no function '{name}'{nearest(name, known)}")
+    with suppress(ValueError):  # some builtins have no signature
+        try:
+            inspect.signature(function).bind("response", "answer")
+        except TypeError as e:
+            raise UserError(f"reward.function: '{path}' must take (response, answer): {e}") from None
     return function

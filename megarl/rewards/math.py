@@ -1,7 +1,7 @@
 r"""The default grader: the last `\boxed{…}` after the thought, compared by math-verify.
 
-math-verify takes 2–400 ms a call and now and then hangs; it runs in a worker that is killed at its deadline, so its
-own timers (which use SIGALRM) are off.
+math-verify takes 2–400 ms a call and sometimes hangs. It runs in a worker that is killed at its deadline, so its own
+timers (which use SIGALRM) are off.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _INTEGER = re.compile(r"[+-]?[0-9]{1,100}")
 
 
 def grade(response: str, answer: str) -> bool:
-    r"""Whether the response's last `\boxed{…}` equals the reference answer; False when it has none.
+    r"""Whether the response's last `\boxed{…}` equals the reference answer. False when it has none.
 
     Raises ValueError when math-verify cannot read the reference answer: then no response could be right.
     """
@@ -48,6 +48,4 @@ def _parse(text: str) -> list[Any]:
     return list(parse(f"\\boxed{{{text}}}", parsing_timeout=None))
 
 
-_parse(
-    r"\frac{1}{2}"
-)  # the first call builds the grammar, 0.4 s: before the worker is ready, not on someone's deadline
+_parse(r"\frac{1}{2}")  # the first call builds the grammar in 0.4 s: do it before any deadline runs

@@ -1,7 +1,7 @@
 """One grader process: `python -m megarl.rewards.worker FUNCTION PARENT_PID`, with a socket as standard input.
 
-It sends `{"ready": true}`, or `{"refused": reason}` and leaves; then one JSON line comes in and one goes out per
-response. It leaves when the socket closes and, on Linux, is killed when its parent dies, even amid a grading call.
+It first sends `{"ready": true}`, or `{"refused": reason}` and exits. Then it answers one JSON line per response with
+another. It exits when the socket closes. On Linux it is killed when its parent dies, even during a grading call.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megarl.rewards.grade import find, judge
 def main() -> None:
     path, parent = sys.argv[1], int(sys.argv[2])
     _die_with(parent)
-    for asked in (signal.SIGTERM, signal.SIGUSR1):  # Slurm signals every process of a job; ours decides what follows
+    for asked in (signal.SIGTERM, signal.SIGUSR1):  # Slurm signals every process; the controller decides what follows
         signal.signal(asked, signal.SIG_IGN)
     connection = _take_stdin()
     lines = connection.makefile("rwb")
@@ -50,7 +50,7 @@ def _die_with(parent: int) -> None:
 
 
 def _take_stdin() -> socket.socket:
-    """The socket, out of reach of a grading function that reads standard input; what it prints goes to stderr."""
+    """The socket, where a grading function that reads standard input cannot reach it. What it prints goes to stderr."""
     connection = socket.socket(fileno=os.dup(0))
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)

@@ -1,8 +1,7 @@
-"""Grader processes as the training loop sees them: responses in, grades out, no matter what a grading function does."""
+"""Grader processes: responses in, grades out, whatever a grading function does."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import os
@@ -12,30 +11,29 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from concurrent.futures import Future, InvalidStateError
 from queue import SimpleQueue
-from typing import Any, Self
+from typing import Any
 
 from megarl.errors import DeadlineExceeded, RunError, UserError
 from megarl.rewards.grade import Grade, failed
 
 START_DEADLINE = 120.0  # seconds; importing math-verify takes 1–3
-ATTEMPTS = 2  # at a grade, when the process that is to give it dies
+ATTEMPTS = 2  # per grade, when its process dies
 
 
 class Graders:
     """`workers` processes that grade by `function` (`package.module:function`), each call within `timeout` seconds.
 
-    A call over its time is answered with the verdict `timeout`, and its process is killed and replaced; an exception
-    is the verdict `error`, with the message kept, and so is a process that dies, twice: the first time may have been
-    somebody else's doing (`kill -9`, no memory), and must not change a reward.
-    Use from any event loop; close when done. The constructor returns when the first process is ready; it raises
-    UserError when the function cannot be imported.
+    A call that takes longer gets the verdict `timeout`, and its process is killed and replaced. An exception gets the
+    verdict `error`, with its message. A process that dies is asked once more: something else may have killed it
+    (`kill -9`, no memory), and that must not change a reward. The second time the verdict is `error`.
+    Use from any thread; close when done. The constructor returns when the first process is ready. It raises UserError
+    when the function cannot be imported.
     """
 
     def __init__(self, function: str, workers: int, timeout: float) -> None:
-        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._jobs: SimpleQueue[tuple[str, str, Future[Grade]] | None] = SimpleQueue()
         self._workers = [_Worker(function, timeout) for _ in range(workers)]
         ready: Future[None] = Future()
         # Each process is owned by one thread: the kernel ties a child to the thread that started it.
@@ -51,19 +49,15 @@ class Graders:
             self.close()
             raise
 
-    async def grade_many(self, responses: Sequence[tuple[str, str]]) -> list[Grade]:
-        """Grade `(response text, reference answer)` pairs; the grades come in the same order.
+    def submit(self, response: str, answer: str) -> Future[Grade]:
+        """Queue one response text with its reference answer. Returns its grade to come, at once.
 
-        Raises RunError when a process cannot be started again.
+        The future raises RunError or UserError when a process cannot be started again. Cancelled before its turn, the
+        response is never graded.
         """
-        jobs = [_Job(response, answer) for response, answer in responses]
-        for job in jobs:
-            self._jobs.put(job)
-        try:
-            return list(await asyncio.gather(*(asyncio.wrap_future(job.grade) for job in jobs)))
-        finally:
-            for job in jobs:
-                job.grade.cancel()  # does nothing to those that are done
+        grade: Future[Grade] = Future()
+        self._jobs.put((response, answer, grade))
+        return grade
 
     def close(self) -> None:
         """Kill the processes, whatever they are doing."""
@@ -74,12 +68,6 @@ class Graders:
         for thread in self._threads:
             thread.join()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def _serve(self, worker: _Worker, ready: Future[None]) -> None:
         try:
             worker.start()
@@ -89,23 +77,18 @@ class Graders:
             with contextlib.suppress(InvalidStateError):
                 ready.set_exception(e)
         while job := self._jobs.get():
-            if not job.grade.set_running_or_notify_cancel():
+            response, answer, grade = job
+            if not grade.set_running_or_notify_cancel():
                 continue
             try:
-                job.grade.set_result(worker.grade(job.response, job.answer))
+                grade.set_result(worker.grade(response, answer))
             except Exception as e:
-                job.grade.set_exception(e)
+                grade.set_exception(e)
         worker.end()
 
 
-class _Job:
-    def __init__(self, response: str, answer: str) -> None:
-        self.response, self.answer = response, answer
-        self.grade: Future[Grade] = Future()
-
-
 class _Worker:
-    """One process and the socket to it; started again as often as need be."""
+    """One process and the socket to it. It is started again whenever it has ended."""
 
     def __init__(self, function: str, timeout: float) -> None:
         self._function, self._timeout = function, timeout
@@ -115,9 +98,9 @@ class _Worker:
         self._socket: socket.socket | None = None
 
     def start(self, again: bool = True) -> None:
-        """Start the process and wait until it can grade; UserError when the function cannot be imported.
+        """Start the process and wait until it can grade. Raises UserError when the function cannot be imported.
 
-        `again`: once more if a signal ends it meanwhile: a kill from outside says nothing about the function.
+        `again`: start once more if a signal ends it meanwhile. A kill from outside says nothing about the function.
         """
         ours, theirs = socket.socketpair()
         with theirs, self._lock:
@@ -159,18 +142,18 @@ class _Worker:
             except OSError:
                 code = self.end()
                 if self._closed:
-                    raise RunError("the graders were closed amid a call") from None
+                    raise RunError("the graders were closed during a call") from None
         return failed("error", response, f"the grader process {_death(code)}, {ATTEMPTS} times")
 
     def forbid(self) -> None:
-        """From another thread: break off what the process does, and let it not be started again."""
+        """From another thread: kill the process and never start it again."""
         with self._lock:
             self._closed = True
             if self._process is not None:
                 _kill_group(self._process)
 
     def end(self) -> int:
-        """End the process and its children; returns its exit status. The next call starts another."""
+        """End the process and its children, and return its exit status. The next call starts another."""
         with self._lock:
             if self._process is None or self._socket is None:
                 return 0
@@ -181,7 +164,7 @@ class _Worker:
             return code
 
     def _ask(self, request: Any, seconds: float) -> dict[str, Any]:
-        """Send one line, unless None, and return the answer; TimeoutError, or OSError when the process is gone."""
+        """Send one line, unless None, and return the answer. Raises TimeoutError, or OSError if the process died."""
         assert self._socket is not None
         deadline = time.monotonic() + seconds
         self._socket.settimeout(seconds)

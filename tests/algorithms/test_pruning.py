@@ -91,7 +91,7 @@ def test_history_takes_four_bytes_a_prompt():
 
 
 def test_history_of_other_data_is_refused():
-    with pytest.raises(UserError, match="holds 3 prompts, the checkpoint's pruning history 2"):
+    with pytest.raises(UserError, match="has 3 prompts, the checkpoint's pruning history 2"):
         History(3).restore(History(2).state())
 
 

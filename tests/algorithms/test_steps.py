@@ -50,12 +50,6 @@ def test_count_is_that_of_a_scan_by_hand(pieces, markers):
     assert count_steps(text, markers) == count
 
 
-@pytest.mark.parametrize("markers", [[], [""], ["Wait", " "]])
-def test_markers_that_mark_nothing_are_refused(markers):
-    with pytest.raises(UserError, match="reward.markers"):
-        count_steps("text", markers)
-
-
 def paper(score, formatted, steps, **kwargs):
     return step_aware_reward(np.array(score), np.array(formatted), np.array(steps), 0.9, 0.5, **kwargs)
 
@@ -136,7 +130,6 @@ def test_every_shaping(settings, expected):
 @pytest.mark.parametrize(
     "settings, named",
     [
-        ({"shaping": "step_aware", "markers": []}, "reward.markers"),
         ({"shaping": "length_penalty"}, "reward.length_penalty"),
         ({"shaping": "overlong", "overlong_buffer": 0}, "reward.overlong_buffer: 0"),
         ({"shaping": "overlong", "overlong_buffer": 100}, "reward.overlong_buffer: 100"),

@@ -55,7 +55,7 @@ def test_the_problem_clips_and_corrects():
     problem, case = Problem("fp64"), Case()
     everything = np.arange(problem.size)
     logprobs, entropy = problem.model(problem.tokens)
-    micro = problem._row(everything, np.ones(problem.size), problem.advantages(case))
+    micro = problem.row(everything, np.ones(problem.size), problem.advantages(case))
     _, sums = policy_loss(logprobs.flatten(), entropy.flatten(), micro, within_row(micro.sequence), case.switches)
     assert all(sums[name] > 0 for name in ("clip_low", "clip_high", "tis_clip", "kl", "mismatch"))
     assert sums["mismatch_tokens"] < sums["tokens"]

@@ -1,5 +1,7 @@
 """Dealing rows to data-parallel ranks: every sequence once, equal counts, no row over capacity, even work."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from megarl.data.balance import Cost, balance, imbalance
 from megarl.data.packing import pack
 from megarl.errors import UserError
+from megarl.models.shape import Experts, ModelShape
 
 CAPACITY = 40
 
@@ -78,13 +81,13 @@ def test_one_giant_cannot_be_shared():
 
 def test_cost_of_a_model():
     """Against a count by hand for a tiny grouped-query model, dense and with experts."""
-    model = dict(hidden_size=8, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=10)
-    dense = Cost.of_model({**model, "intermediate_size": 16})
+    model = ModelShape(layers=2, hidden=8, heads=4, kv_groups=2, head_dim=2, ffn=16, vocab=10)
+    dense = Cost.of_model(model)
     attention = 8 * 8 + 2 * 8 * 4 + 8 * 8  # q, k and v, o; heads of 2
     assert dense.token == 2 * (attention + 3 * 8 * 16) + 8 * 10
     assert dense.square == 2 * 4 * 2  # layers * heads * head size: n**2 / 2 scores and n**2 / 2 weighted values
-    experts = Cost.of_model({**model, "intermediate_size": 99, "num_experts_per_tok": 2, "moe_intermediate_size": 4})
-    assert experts.token == 2 * (attention + 3 * 8 * 8) + 8 * 10
+    experts = Cost.of_model(replace(model, moe=Experts(5, top_k=2, ffn=4)))
+    assert experts.token == 2 * (attention + 8 * 5 + 3 * 8 * 8) + 8 * 10  # the router, and two experts of five
     assert Cost(2.0, 0.5)([0, 3]).tolist() == [0.0, 10.5]
 
 

@@ -59,7 +59,7 @@ def test_long_rows_are_left_out_and_counted(tmp_path: Path) -> None:
         ({"prompt": "5"}, r"a.jsonl:1: response missing: no text in response, completion, output"),
         ({"prompt": "5", "response": 7}, r"a.jsonl:1: response missing"),
         ({"messages": [{"role": "user", "content": "5"}]}, r"a.jsonl:1: response missing"),
-        (["5", "no"], r"a.jsonl:1: holds a list"),
+        (["5", "no"], r"a.jsonl:1: is a list"),
         ({"prompt": "5", "response": "5 5"}, r"batch.tokens_per_row: 3 is below all 1 rows of .*; the shortest has 4"),
     ],
 )
@@ -69,7 +69,7 @@ def test_what_is_refused(tmp_path: Path, row: object, complaint: str) -> None:
 
 
 def test_an_empty_or_missing_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="data.train: .*a.jsonl holds no demonstrations"):
+    with pytest.raises(UserError, match="data.train: .*a.jsonl has no demonstrations"):
         read(write(tmp_path / "a.jsonl"))
     with pytest.raises(UserError, match="data.train: .*b.jsonl does not exist .did you mean 'a.jsonl'"):
         read(tmp_path / "b.jsonl")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megarl.config import Pruning
 from megarl.data import loader as loader_module
-from megarl.data.loader import Draw, Loader, told_apart
+from megarl.data.loader import Loader, PromptBatch, with_unique_ids
 from megarl.errors import RunError, UserError
 from tests.support import tables
 
@@ -24,11 +24,11 @@ def through_a_file(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return dict(loaded)
 
 
-def indices(draw: Draw) -> list[tuple[int, int, float]]:
+def indices(draw: PromptBatch) -> list[tuple[int, int, float]]:
     return [(drawn.index, drawn.epoch, drawn.keep) for drawn in draw.prompts]
 
 
-def visit(loader: Loader, draw: Draw) -> None:
+def visit(loader: Loader, draw: PromptBatch) -> None:
     """Give every prompt of the draw a history: that of a third of the prompts is low."""
     for drawn in draw.prompts:
         loader.history.update(drawn.index, 0.1 if drawn.index % 3 == 0 else 0.9)
@@ -39,7 +39,7 @@ def test_without_pruning_every_prompt_comes_once_an_epoch(n, sizes, shuffle):
     """Draws of any sizes, across epochs: together they are the epochs' orders, none skipped, none repeated."""
     loader = Loader(tables.table(n), Pruning(), seed=3, shuffle=shuffle)
     draws = [loader.draw(size) for size in sizes]
-    assert [len(draw.prompts) for draw in draws] == [draw.taken for draw in draws] == sizes
+    assert [len(draw.prompts) for draw in draws] == [draw.num_drawn for draw in draws] == sizes
     taken = [(drawn.index, drawn.epoch) for draw in draws for drawn in draw.prompts]
     orders = [(int(i), e) for e in range(len(taken) // n + 1) for i in loader.order(e)]
     assert taken == orders[: len(taken)]
@@ -127,17 +127,17 @@ def test_pruning_follows_the_rule():
 
 
 def test_refilling():
-    """With refilling n prompts come back and the last one taken is among them; without, those of n that survive."""
+    """With refilling n prompts come back, the last one drawn among them. Without it, those of n that are kept."""
     refilled = visited(60, PRUNING)
     for n in (1, 7, 25):
         draw = refilled.draw(n)
         assert len(draw.prompts) == n
-        assert draw.taken == n + len(draw.pruned)
+        assert draw.num_drawn == n + len(draw.pruned)
         epoch, offset = divmod(refilled.position - 1, 60)
         assert (draw.prompts[-1].index, draw.prompts[-1].epoch) == (refilled.order(epoch)[offset], epoch)
     plain = visited(60, Pruning(prompts=0.5, refill=False))
     draw = plain.draw(30)
-    assert draw.taken == 30
+    assert draw.num_drawn == 30
     assert draw.pruned and len(draw.prompts) == 30 - len(draw.pruned)
 
 
@@ -162,7 +162,7 @@ def test_drawing_ends_though_everything_is_pruned(monkeypatch):
     for i in range(1000):
         loader.history.update(i, 1.0 if i == 500 else 0.1)
     monkeypatch.setattr(loader_module, "uniforms", lambda count, *key: np.zeros(count))
-    with pytest.raises(RunError, match=r"pruning.prompts: 0.9 left only [01] of \d+ prompts taken, 2 wanted"):
+    with pytest.raises(RunError, match=r"pruning.prompts: 0.9 kept only [01] of \d+ prompts drawn; the step needs 2"):
         loader.draw(2)
 
 
@@ -174,7 +174,7 @@ def test_ten_million_prompts():
     state = loader.state()
     assert sum(array.nbytes for array in state.values()) < 4 * n + 1000
     resumed.restore(state)
-    assert resumed.epoch == 1.5
+    assert resumed.position == loader.position
     small = Loader(tables.Counted(n // 100), PRUNING, seed=0)
     assert small.order(0).nbytes == 4 * n // 100
 
@@ -183,8 +183,11 @@ def test_another_run_cannot_be_resumed():
     """Other data, order, seed or shuffling would repeat or skip prompts: refused, naming the setting."""
     state = through_a_file(Loader(tables.table(10), PRUNING, seed=0).state())
     for loader, message in [
-        (Loader(tables.table(11), PRUNING, seed=0), "data.train: holds 11 prompts, the checkpoint's .* 10"),
-        (Loader(tables.table(10, "other"), PRUNING, seed=0), "data.train: other prompts, or in another order"),
+        (Loader(tables.table(11), PRUNING, seed=0), "data.train: has 11 prompts, the checkpoint's .* 10"),
+        (
+            Loader(tables.table(10, "other"), PRUNING, seed=0),
+            "data.train: the run to resume has other prompts, or another order",
+        ),
         (Loader(tables.table(10), PRUNING, seed=1), "seed: 1, but the run to resume has 0"),
         (Loader(tables.table(10), PRUNING, seed=0, shuffle=False), "data.shuffle: False, but the run to .* True"),
     ]:
@@ -193,13 +196,13 @@ def test_another_run_cannot_be_resumed():
 
 
 @given(st.integers(1, 12), st.lists(st.integers(0, 20), max_size=4))
-def test_prompts_of_one_step_are_told_apart(n, sizes):
+def test_prompts_of_one_step_have_unique_ids(n, sizes):
     """Several draws of one step, more than the data holds: no uid twice, and the first visit keeps its own."""
     loader = Loader(tables.table(n), Pruning(), seed=0)
     before, uids = [], []
     for size in sizes:
         drawn = loader.draw(size).prompts
-        prompts = told_apart(drawn, before)
+        prompts = with_unique_ids(drawn, before)
         assert [p.token_ids for p in prompts] == [d.prompt.token_ids for d in drawn]
         assert [p.uid.partition("@")[0] for p in prompts] == [d.prompt.uid for d in drawn]
         before += drawn
@@ -212,5 +215,5 @@ def test_a_draw_comes_back_from_a_file():
     """Two epochs, pruned prompts among them; also a draw of nothing."""
     loader = Loader(tables.table(12), PRUNING, seed=5)
     visit(loader, loader.draw(12))
-    for draw in (loader.draw(10), Draw()):
-        assert loader.drawn_before(through_a_file(draw.state())) == draw
+    for draw in (loader.draw(10), PromptBatch()):
+        assert loader.batch_from(through_a_file(draw.state())) == draw

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megarl.data.packing import RowTooShort, density, pack
+from megarl.data.packing import density, pack
 from megarl.errors import UserError
 
 CAPACITY = 40
@@ -86,8 +86,7 @@ def test_examples():
 
 def test_mistakes_are_named():
     """A row shorter than a sequence says which one and how long; so does a window that sees nothing."""
-    with pytest.raises(RowTooShort, match="tokens_per_row: 8 is shorter than sequence 1 of 9 tokens; at least 9") as e:
+    with pytest.raises(UserError, match="tokens_per_row: 8 is shorter than sequence 1 of 9 tokens; at least 9"):
         pack([3, 9, 8], 8)
-    assert (e.value.index, e.value.length, e.value.capacity) == (1, 9, 8)
     with pytest.raises(UserError, match="packing.window: 0 leaves nothing to choose from; at least 1"):
         pack([1], 8, window=0)

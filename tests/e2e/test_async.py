@@ -21,7 +21,7 @@ from megarl.runtime.spawn import spawn
 from megarl.train import train
 from tests.support import runs
 
-pytestmark = [pytest.mark.e2e, pytest.mark.parallel]
+pytestmark = [pytest.mark.e2e, pytest.mark.parallel, pytest.mark.slow]
 
 AHEAD = ["async_steps=1", "algorithm.tis_cap=2"]
 
@@ -36,24 +36,24 @@ def train_holding_back(wanted: config.Settings) -> list[int]:
     from megarl.learner.learner import Learner
     from megarl.rollout.local.engine import LocalEngine
 
-    update, tick = Learner.train_step, LocalEngine._tick
-    ticked, ticks, during = threading.Event(), [0], []
+    update, step = Learner.train_step, LocalEngine.step
+    stepped, steps, during = threading.Event(), [0], []
 
     def noticed(self: LocalEngine) -> bool:
-        ticks[0] += 1
-        ticked.set()
-        return tick(self)
+        steps[0] += 1
+        stepped.set()
+        return step(self)
 
     def held(self: Learner, *arguments: Any) -> Any:
-        before = ticks[0]
-        ticked.clear()
+        before = steps[0]
+        stepped.clear()
         if len(during) + 1 < wanted.steps:
-            assert ticked.wait(60), "no rollout goes on while the learner trains"
+            assert stepped.wait(60), "no rollout goes on while the learner trains"
         result = update(self, *arguments)
-        during.append(ticks[0] - before)
+        during.append(steps[0] - before)
         return result
 
-    Learner.train_step, LocalEngine._tick = held, noticed
+    Learner.train_step, LocalEngine.step = held, noticed
     train(wanted)
     return during
 

@@ -13,7 +13,7 @@ from megarl.data.ledger import Fate, Ledger
 from megarl.data.order import EpochOrder
 from tests.support import runs
 
-pytestmark = [pytest.mark.e2e, pytest.mark.parallel]
+pytestmark = [pytest.mark.e2e, pytest.mark.parallel, pytest.mark.slow]
 
 PROMPTS = 10
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support import runs
 
-pytestmark = [pytest.mark.e2e, pytest.mark.parallel]
+pytestmark = [pytest.mark.e2e, pytest.mark.parallel, pytest.mark.slow]
 
 
 @pytest.mark.timeout(600)

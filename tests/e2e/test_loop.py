@@ -100,10 +100,10 @@ def test_a_recorded_step_is_replayed_bit_by_bit(reference: tuple[Path, list]) ->
     wanted = reference_settings(folder)
     assert (recorded.find(folder, 4), recorded.find(folder, 2)) == (2, 0)
     rows = spawn(recorded.replay, 2, (wanted, 4, 2), runs.DEADLINE)[0]
-    assert {row["figure"]: row["recorded"] for row in rows}.items() <= metrics[3].items()
-    assert {"loss", "grad_norm", "entropy", "mismatch_mean", "tokens_trained"} <= {row["figure"] for row in rows}
-    assert [row["figure"] for row in rows if not row["equal"]] == []
-    assert any(row["replayed"] != metrics[2].get(row["figure"]) for row in rows)
+    assert {row["metric"]: row["recorded"] for row in rows}.items() <= metrics[3].items()
+    assert {"loss", "grad_norm", "entropy", "mismatch_mean", "tokens_trained"} <= {row["metric"] for row in rows}
+    assert [row["metric"] for row in rows if not row["equal"]] == []
+    assert any(row["replayed"] != metrics[2].get(row["metric"]) for row in rows)
 
 
 def test_layouts_draw_the_same_and_lose_the_same(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from megarl.errors import UserError
 from megarl.run.directory import read_rollouts
 from tests.support import runs
 
-pytestmark = [pytest.mark.e2e, pytest.mark.parallel]
+pytestmark = [pytest.mark.e2e, pytest.mark.parallel, pytest.mark.slow]
 
 
 def settings(folder: Path, *more: str) -> config.Settings:
@@ -55,11 +55,13 @@ def test_replayed_routing_closes_the_gap_that_rounding_makes(folder: Path) -> No
         chosen.run = folder / name
         seen[name] = runs.run(chosen, 2)[0], read_rollouts(chosen.run, 1)
     (free, sampled), (replayed, same) = seen["false"], seen["true"]
-    tokens, again = ([c.token_ids.tolist() for g in groups for c in g.completions] for groups in (sampled, same))
+    tokens, again = (
+        [c.completion.token_ids.tolist() for g in groups for c in g.completions] for groups in (sampled, same)
+    )
     assert tokens == again
     assert replayed["mismatch_mean"] < 0.9 * free["mismatch_mean"]
     assert replayed["mismatch_max"] < free["mismatch_max"]
-    with pytest.raises(UserError, match="rollout.replay_routing: true: .*does not record .*replay_routing=false"):
+    with pytest.raises(UserError, match="rollout.replay_routing: true, .*does not record .*replay_routing=false"):
         launch.replay(folder / "true", 1, None, None)
 
 

@@ -1,4 +1,4 @@
-"""A run's checkpoints on a disk that fails: what was there stays, what was begun is removed, one line says why."""
+"""A run's checkpoints on a disk that fails: old ones stay, the new one is removed, one line says why."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import pytest
 
 from megarl import config
 from megarl.errors import RunError
+from megarl.learner import checkpoint
 from megarl.loop.checkpoints import Checkpoints
 from megarl.run import atomic
 from megarl.view.progress import RunProgress
@@ -34,6 +35,12 @@ def limited_files(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@pytest.fixture(autouse=True)
+def small_learner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The learner's part is what its `write` makes of the folder."""
+    monkeypatch.setattr(checkpoint, "saving", lambda learner, folder, aside: lambda: learner.write(folder))
+
+
 def _weights(folder: Path) -> None:
     (folder / "weights").write_bytes(bytes(SIZE))
 
@@ -44,7 +51,7 @@ def checkpoints(run: Path, write: Callable[[Path], object] = _weights, asynchron
     settings = config.parse(tree)
     world: Any = SimpleNamespace(is_controller=True, deadline_s=60.0, barrier=lambda name: None)
     world.aside = lambda: world
-    learner: Any = SimpleNamespace(saving=lambda folder, aside: lambda: write(folder))
+    learner: Any = SimpleNamespace(write=write)
     controller: Any = SimpleNamespace(save=lambda folder: (folder / "data").write_bytes(b"position"))
     return Checkpoints(settings, world, learner, controller, RunProgress(1, quiet=True))
 

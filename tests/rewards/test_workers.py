@@ -4,13 +4,13 @@ The verdicts of a hung function rest on real clocks: the timeout is far above wh
 hung ones wait for it.
 """
 
-import asyncio
 import os
 import select
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -23,12 +23,13 @@ DEADLINE = 60.0  # seconds for what must happen at all
 
 
 def grade(graders: Graders, *pairs: tuple[str, str]) -> list[Grade]:
-    return asyncio.run(asyncio.wait_for(graders.grade_many(pairs), DEADLINE))
+    futures = [graders.submit(*pair) for pair in pairs]
+    return [future.result(DEADLINE) for future in futures]
 
 
 @pytest.fixture(scope="module")
 def graders() -> Iterator[Graders]:
-    with Graders("tests.support.odd_graders:by_answer", workers=2, timeout=3.0) as graders:
+    with closing(Graders("tests.support.odd_graders:by_answer", workers=2, timeout=3.0)) as graders:
         yield graders
 
 
@@ -91,7 +92,7 @@ def test_formatted_whatever_the_verdict(graders):
 
 
 def test_many_calls_keep_their_order(graders):
-    """More calls than workers, responses far larger than a pipe's buffer, several event loops in a row."""
+    """More calls than workers, responses far larger than a pipe's buffer, twice in a row."""
     sizes = [1, 200_000, 2, 70_000, *range(50)]
     for _ in range(2):
         assert [g.score for g in grade(graders, *[("é" * n, "length") for n in sizes])] == sizes
@@ -100,7 +101,7 @@ def test_many_calls_keep_their_order(graders):
 
 def test_a_hung_worker_is_replaced():
     """After a timeout, another process answers, and the old one is gone (reaped: its id is unknown)."""
-    with Graders("tests.support.odd_graders:by_answer", workers=1, timeout=1.0) as graders:
+    with closing(Graders("tests.support.odd_graders:by_answer", workers=1, timeout=1.0)) as graders:
         before, hung, after = grade(graders, ("", "pid"), ("", "spin"), ("", "pid"))
         assert hung.verdict == "timeout"
         assert before.score != after.score
@@ -117,20 +118,20 @@ def test_a_hung_worker_is_replaced():
 def test_a_hung_workers_children_die_with_it(fifo):
     """A grading function that starts processes of its own leaves none behind when it is killed."""
     path, end = fifo
-    with Graders("tests.support.odd_graders:by_answer", workers=1, timeout=2.0) as graders:
+    with closing(Graders("tests.support.odd_graders:by_answer", workers=1, timeout=2.0)) as graders:
         assert grade(graders, ("", f"spin_with_child {path}"))[0].verdict == "timeout"
         assert read(end) == b"!"
         assert read(end) == b""
 
 
 def test_workers_die_with_their_parent(fifo):
-    """`kill -9` of the controller amid a grading call ends the workers, though they cannot notice by themselves."""
+    """`kill -9` of the controller during a grading call ends the workers, though they cannot notice by themselves."""
     path, end = fifo
     code = f"""
-import asyncio
 from megarl.rewards.workers import Graders
 graders = Graders("tests.support.odd_graders:by_answer", workers=2, timeout={DEADLINE})
-asyncio.run(graders.grade_many([("", "spin_alone {path}")] * 2))
+for future in [graders.submit("", "spin_alone {path}") for _ in range(2)]:
+    future.result()
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     parent = subprocess.Popen([sys.executable, "-c", code], env=environment)
@@ -141,40 +142,28 @@ asyncio.run(graders.grade_many([("", "spin_alone {path}")] * 2))
 
 
 def test_close_breaks_off_what_runs(fifo):
-    """Closing amid calls ends them with an error that says so, and leaves no process."""
+    """Closing during calls ends them with an error that says so, and leaves no process."""
     path, end = fifo
     graders = Graders("tests.support.odd_graders:by_answer", workers=1, timeout=DEADLINE)
-
-    async def close_amid() -> list[object]:
-        calls = asyncio.ensure_future(
-            asyncio.gather(
-                graders.grade_many([("", f"spin_alone {path}")]),
-                graders.grade_many([("", "equal ")]),
-                return_exceptions=True,
-            )
-        )
-        assert await asyncio.to_thread(read, end) == b"!"
-        await asyncio.to_thread(graders.close)
-        return await asyncio.wait_for(calls, DEADLINE)
-
-    running, waiting = asyncio.run(close_amid())
-    assert isinstance(running, RunError) and "closed amid a call" in str(running)
-    assert isinstance(waiting, RunError) and "closed" in str(waiting)
+    running, waiting = graders.submit("", f"spin_alone {path}"), graders.submit("", "equal ")
+    assert read(end) == b"!"
+    graders.close()
+    with pytest.raises(RunError, match="closed during a call"):
+        running.result(DEADLINE)
+    with pytest.raises(RunError, match="closed"):
+        waiting.result(DEADLINE)
     assert read(end) == b""
 
 
 def test_cancelled_calls_are_not_begun(fifo):
-    """Cancelling grade_many leaves nothing in the queue: the next call does not wait for it."""
+    """A cancelled call is taken out of the queue: the next call does not wait for it."""
     path, end = fifo
-    with Graders("tests.support.odd_graders:by_answer", workers=1, timeout=2.0) as graders:
-
-        async def cancel_then_grade() -> list[Grade]:
-            doomed = asyncio.ensure_future(graders.grade_many([("", f"spin_alone {path}")] + [("", "spin")] * 100))
-            assert await asyncio.to_thread(read, end) == b"!"
-            doomed.cancel()
-            return await asyncio.wait_for(graders.grade_many([("a", "equal a")]), DEADLINE)  # not 200 s
-
-        assert [g.verdict for g in asyncio.run(cancel_then_grade())] == ["right"]
+    with closing(Graders("tests.support.odd_graders:by_answer", workers=1, timeout=2.0)) as graders:
+        calls = [("", f"spin_alone {path}")] + [("", "spin")] * 100
+        doomed = [graders.submit(*call) for call in calls]
+        assert read(end) == b"!"
+        assert [future.cancel() for future in doomed] == [False] + [True] * 100
+        assert grade(graders, ("a", "equal a"))[0].verdict == "right"  # not after 200 s
 
 
 def test_workers_are_light(graders):
@@ -206,5 +195,5 @@ def test_a_wrong_path_is_refused_at_start(function, message):
 
 def test_a_process_that_dies_at_start_is_reported():
     """Dying while importing is an error of the run, with its cause, not a hang."""
-    with pytest.raises(RunError, match="left with status 1 while it imported vanishes_at_import:grade"):
-        Graders("vanishes_at_import:grade", workers=2, timeout=1.0)
+    with pytest.raises(RunError, match="left with status 1 while it imported tests.rewards.vanishes_at_import:grade"):
+        Graders("tests.rewards.vanishes_at_import:grade", workers=2, timeout=1.0)

@@ -5,8 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from megarl.rollout.detokenize import Vocabulary
-from megarl.rollout.local.decoder import Shape
 from megarl.rollout.local.engine import LocalEngine
+from tests.support.tiny_models import shape_of
 from tests.support.tiny_rollout import byte_level_tokenizer, randomise, word_tokenizer
 
 
@@ -58,7 +58,7 @@ def make_engine(qwen3, words):
     """A function: LocalEngine of the tiny model, its weights loaded as version 1."""
 
     async def make(**settings) -> LocalEngine:
-        engine = LocalEngine(Shape.of(qwen3.config), words, **{"batch_slots": 4, "max_length": 96, **settings})
+        engine = LocalEngine(shape_of(qwen3.config), words, **{"batch_slots": 4, "max_length": 96, **settings})
         await engine.update_weights(1, qwen3.state_dict().items())
         return engine
 

@@ -12,12 +12,12 @@ from megarl.rollout.stops import Match, Stops
 
 
 def run(stops: Stops, ids: list[int], first: int = 0) -> tuple[int, Match | None]:
-    """Feed ids as the engine does, checking only tokens that `touches` or a pending word call for.
+    """Feed ids as the engine does, checking only `stop_candidates` and what a pending word calls for.
 
     Returns (tokens fed, match)."""
     pending = first > 0 and stops.awaits(ids, 0, first)
     for end in range(first + 1, len(ids) + 1):
-        if stops.touches[ids[end - 1]] or pending:
+        if stops.stop_candidates[ids[end - 1]] or pending:
             match, pending = stops.check(np.array(ids), 0, end)
             if match:
                 return end, match

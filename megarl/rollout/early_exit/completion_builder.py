@@ -1,4 +1,4 @@
-"""A response while it is being made: sampled and inserted tokens, each with its origin, log-prob and weight version."""
+"""A response under construction: sampled and inserted tokens, each with its origin, log-prob and weight version."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from megarl.rollout.engine import Generation
 from megarl.types import Completion, Finish, Origin, Probe, Span
 
 
-class Draft:
-    """The prompt's and the response's tokens, in one list that is what an engine is sent."""
+class CompletionBuilder:
+    """The tokens of prompt and response in one list, as an engine gets them."""
 
     def __init__(self, prompt: Sequence[int]) -> None:
         self.token_ids = list(prompt)
@@ -56,7 +56,7 @@ class Draft:
         self._versions += [self._version] * len(token_ids)
 
     def cut(self, length: int) -> None:
-        """Drop the response from position `length` on."""
+        """Drop the response tokens from position `length` on."""
         self.discarded += sum(origin == Origin.SAMPLED for origin in self._origin[length:])
         del self.token_ids[self._prompt + length :]
         for values in (self._logprobs, self._origin, self._versions):
@@ -64,25 +64,29 @@ class Draft:
         if self._experts is not None:
             self._experts = self._experts[: self._prompt + length]
 
-    def completion(self, prompt_uid: str, index: int, finish: Finish, exit_reason: str, text: str) -> Completion:
-        """The finished response."""
+    def build(
+        self, prompt_uid: str, index: int, finish: Finish, exit_reason: str, vocabulary: Vocabulary
+    ) -> Completion:
+        """The finished completion. Its text leaves out the end-of-text token."""
+        response = self.response
+        text = response[:-1] if response and response[-1] in vocabulary.end_ids else response
         return Completion(
             prompt_uid=prompt_uid,
             index=index,
-            token_ids=np.array(self.response, np.int32),
+            token_ids=np.array(response, np.int32),
             origin=np.array(self._origin, np.uint8),
             logprobs=np.array(self._logprobs, np.float32),
             finish=finish,
             spans=self._spans(),
             exit_reason=exit_reason,
-            probes=self.probes,
+            probes=tuple(self.probes),
             discarded_tokens=self.discarded,
-            text=text,
+            text=vocabulary.text(text),
             experts=self._inputs_experts(),
         )
 
     def _inputs_experts(self) -> np.ndarray | None:
-        """Those of every token but the last, as in `Completion`; None where no engine was asked."""
+        """The experts of every token but the last, as in `Completion`; None if no engine was asked."""
         if self._experts is None:
             return None
         inputs = len(self.token_ids) - 1
@@ -90,14 +94,8 @@ class Draft:
         unknown = np.full((inputs - len(known), *known.shape[1:]), -1, np.int16)
         return np.concatenate([known, unknown])
 
-    def _spans(self) -> list[Span]:
-        """Runs of one weight version; inserted tokens count with what was sampled before them."""
+    def _spans(self) -> tuple[Span, ...]:
+        """Runs of one weight version. Inserted tokens belong to the run before them."""
         edges = [i for i in range(1, len(self)) if self._versions[i] != self._versions[i - 1]]
         bounds = [0, *edges, len(self)] if len(self) else []
-        return [Span(self._versions[a], a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
-
-
-def text_of(draft: Draft, vocabulary: Vocabulary) -> str:
-    """The response as text, without the end of text."""
-    response = draft.response
-    return vocabulary.text(response[:-1] if response and response[-1] in vocabulary.end_ids else response)
+        return tuple(Span(self._versions[a], a, b) for a, b in zip(bounds, bounds[1:], strict=False))

@@ -29,14 +29,14 @@ class ExitReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The settings of early exit in tokens: what is equal for all completions of a run."""
+    """Early exit's settings in tokens, equal for all completions of a run."""
 
     settings: config.EarlyExit
     vocabulary: Vocabulary
     sampling: Sampling  # of the response; max_tokens is the response budget
     inducer: tuple[int, ...]
     closing: tuple[int, ...]
-    thought_stops: Sampling  # `sampling` with the stops of a thought: end of text, `think_end`; markers come on top
+    thought_stops: Sampling  # `sampling` with the stops of a thought: end of text, `think_end`; markers are added
 
     @classmethod
     def of(cls, rollout: config.Rollout, vocabulary: Vocabulary) -> Plan:
@@ -50,7 +50,7 @@ class Plan:
             experts=rollout.replay_routing,
         )
         think_end = vocabulary.encode(exits.think_end)
-        # Several tokens may be cut differently when sampled (">" and a line end in one token): match their text.
+        # The policy may cut several tokens differently (">" and a line end in one token): match their text.
         if len(think_end) == 1:
             stops = sampling._replace(stop_token_ids=(*vocabulary.end_ids, *think_end))
         else:
@@ -64,12 +64,13 @@ class Plan:
         return math.floor(self.settings.thinking_share * self.sampling.max_tokens)
 
     @property
-    def least_logprob(self) -> float | None:
-        """What a trial's log-probs, the first left out, must sum to for its confidence to pass the threshold, however
-        long it becomes and however sure of the rest it is: tokens of probability 1 lift a geometric mean the most
-        where there are as many as there may be. The hair is for rounding."""
+    def min_logprob(self) -> float | None:
+        """The least sum of a trial's log-probs, without the first, that can still pass the threshold.
+
+        The rest helps most when it is as long as allowed and every token has probability 1. 1e-6 is for rounding.
+        """
         exits = self.settings
-        if not exits.refuse_early or exits.averaging != "geometric":
+        if not exits.reject_early or exits.averaging != "geometric":
             return None
         return (exits.probe_tokens - 1) * math.log(exits.threshold) - 1e-6
 
@@ -86,12 +87,10 @@ class Plan:
 
 
 def check(rollout: config.Rollout, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse settings of early exit that cannot work with this tokenizer; raises UserError."""
+    """Refuse settings of early exit that cannot work with this tokenizer. Raises UserError."""
     exits = rollout.early_exit
     if not exits.enabled:
         return
-    if not exits.markers:
-        raise UserError("rollout.early_exit.markers: [] names no marker; the paper's is ['Wait']")
     vocabulary = Vocabulary(tokenizer)
     texts = [("markers", marker) for marker in exits.markers]
     texts += [("think_end", exits.think_end), ("inducer", exits.trial_inducer), ("closing", exits.closing)]
@@ -119,5 +118,5 @@ def check(rollout: config.Rollout, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _squeeze(text: str) -> str:
-    """Without blanks: tokenizers of whole words put their own between them."""
+    """Without blanks: tokenizers of whole words add blanks between them."""
     return "".join(text.split())

@@ -1,4 +1,4 @@
-"""Early exit of whole groups, on chosen tokens and on the local engine; its settings and figures."""
+"""Early exit of whole groups, on chosen tokens and on the local engine; its settings and metrics."""
 
 import asyncio
 from pathlib import Path
@@ -9,9 +9,9 @@ import pytest
 from megarl import config
 from megarl.errors import UserError
 from megarl.rollout import groups
-from megarl.rollout.early_exit import metrics, plan, thinker
+from megarl.rollout.early_exit import metrics, plan
 from megarl.rollout.early_exit.plan import ExitReason
-from megarl.types import Completion, Group, Origin, Probe, Prompt, Span
+from megarl.types import Completion, Origin, Probe, Prompt, ScoredCompletion, ScoredGroup, Span
 from tests.support.exit_scripts import DEFAULTS, PROMPT, SCHEDULES, hashed_policy
 from tests.support.scripted_engine import ScriptedEngine
 from tests.support.tiny_rollout import teacher_forced
@@ -33,8 +33,8 @@ def prompts(count: int) -> list[Prompt]:
 
 @SCHEDULES
 def test_no_barrier(byte_vocabulary, schedule):
-    """One completion is held at its second request; all the others finish, with the very same tokens as without it,
-    before it is let go. Driven by events, with a deadline for a hang."""
+    """One completion is held at its second request. All the others finish before it is let go, with the very same
+    tokens as without it, and each is announced when it is done. Driven by events, with a deadline for a hang."""
     policy = hashed_policy(byte_vocabulary, 3, 4)
     chosen = whole_settings(schedule=schedule, max_probes=4)
 
@@ -48,24 +48,19 @@ def test_no_barrier(byte_vocabulary, schedule):
     async def held():
         engine = ScriptedEngine(byte_vocabulary, policy)
         engine.gates[f"{slow}|2"] = engine.gates[f"{slow}|probe2"] = asyncio.Event()
-        complete, done, rest = thinker.complete, [], asyncio.Event()
+        done, rest = [], asyncio.Event()
 
-        async def watched(engine, prompt, index, plan, seed, name):
-            made = await complete(engine, prompt, index, plan, seed, name)
-            done.append(name)
+        def on_done(prompt, completion):
+            done.append(f"3/{prompt.uid}/{completion.index}")
             if len(done) == 15:
                 rest.set()
-            return made
 
-        thinker.complete = watched
-        try:
-            task = asyncio.ensure_future(groups.rollout(engine, prompts(4), chosen, byte_vocabulary.tokenizer, step=3))
-            await asyncio.wait_for(rest.wait(), 60)
-            assert slow not in done and not task.done()
-            engine.gates[f"{slow}|2"].set()
-            return await asyncio.wait_for(task, 60)
-        finally:
-            thinker.complete = complete
+        work = groups.rollout(engine, prompts(4), chosen, byte_vocabulary.tokenizer, step=3, on_done=on_done)
+        task = asyncio.ensure_future(work)
+        await asyncio.wait_for(rest.wait(), 60)
+        assert slow not in done and not task.done()
+        engine.gates[f"{slow}|2"].set()
+        return await asyncio.wait_for(task, 60)
 
     for one, other in zip(expected, asyncio.run(held()), strict=True):
         for a, b in zip(one.completions, other.completions, strict=True):
@@ -77,7 +72,7 @@ def test_exit_fraction_and_evaluation(byte_vocabulary):
     the same at every call. Seeds differ between completions, steps and prompts."""
     policy = hashed_policy(byte_vocabulary, 5, 4)
 
-    def groups(kind, **changes):
+    def make(kind, **changes):
         engine = ScriptedEngine(byte_vocabulary, policy)
         chosen = whole_settings(**changes)
         if kind == "evaluation":
@@ -86,11 +81,11 @@ def test_exit_fraction_and_evaluation(byte_vocabulary):
             made = groups.rollout(engine, prompts(3), chosen, byte_vocabulary.tokenizer, kind)
         return asyncio.run(made), engine
 
-    half, engine = groups(1, exit_fraction=0.5)
+    half, engine = make(1, exit_fraction=0.5)
     for group in half:
         reasons = [c.exit_reason for c in group.completions]
         assert reasons[2:] == ["plain"] * 2 and "plain" not in reasons[:2]
-    off, engine_off = groups(1, enabled=False)
+    off, engine_off = make(1, enabled=False)
     assert all(c.exit_reason == "plain" for g in off for c in g.completions)
 
     def first_seeds(engine):
@@ -100,13 +95,13 @@ def test_exit_fraction_and_evaluation(byte_vocabulary):
 
     assert first_seeds(engine).keys() == first_seeds(engine_off).keys()
     assert len(set(first_seeds(engine_off).values())) == 12
-    assert not set(first_seeds(engine_off).values()) & set(first_seeds(groups(2, enabled=False)[1]).values())
+    assert not set(first_seeds(engine_off).values()) & set(first_seeds(make(2, enabled=False)[1]).values())
     for seed in (c.sampling.seed for c in engine.calls if c.sampling.offset == 0):
         assert seed in first_seeds(engine_off).values()
-    evaluated, engine = groups("evaluation")
+    evaluated, engine = make("evaluation")
     assert all(c.exit_reason == "plain" for g in evaluated for c in g.completions)
     assert {c.sampling.temperature for c in engine.calls} == {0.6}
-    again, _ = groups("evaluation")
+    again, _ = make("evaluation")
     assert [c.text for g in again for c in g.completions] == [c.text for g in evaluated for c in g.completions]
 
 
@@ -152,10 +147,10 @@ def test_on_the_local_engine(make_engine, qwen3, words, schedule):
         engine = await make_engine(batch_slots=6, max_length=128)
         return await groups.rollout(engine, prompts(4), settings, words.tokenizer, 1)
 
-    groups = asyncio.run(go(chosen))
-    reasons = {c.exit_reason for g in groups for c in g.completions}
+    made = asyncio.run(go(chosen))
+    reasons = {c.exit_reason for g in made for c in g.completions}
     assert ExitReason.CONFIDENT in reasons and len(reasons) > 1
-    for group in groups:
+    for group in made:
         for c in group.completions:
             expected = teacher_forced(qwen3, list(group.prompt.token_ids), c.token_ids.tolist()).numpy()
             sampled = c.origin == Origin.SAMPLED
@@ -168,14 +163,12 @@ def test_on_the_local_engine(make_engine, qwen3, words, schedule):
             assert a.token_ids[:n].tolist() == b.token_ids[:n].tolist()
 
 
-# ---- settings and figures
+# ---- settings and metrics
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"markers": []}, "early_exit.markers: .* names no marker"),
-        ({"markers": ["Wait", "  "]}, "early_exit.markers: .*cannot encode '  '; it has no text"),
         ({"markers": ["Hmm"]}, "early_exit.markers: the tokenizer cannot encode 'Hmm': it becomes"),
         ({"inducer": "Wait what"}, "early_exit.inducer: the tokenizer cannot encode 'Wait what'"),
         ({"think_end": ""}, "early_exit.think_end: the tokenizer cannot encode ''"),
@@ -206,30 +199,29 @@ def test_longest_sequence_covers_every_request(byte_vocabulary):
     assert groups.longest_sequence(whole_settings(enabled=False)) == 2048 + 60
 
 
-def completion(reason: str, length: int, score: float = 0.0, probes: tuple = (), discarded: int = 0) -> Completion:
+def scored(reason: str, length: int, score: float = 0.0, probes: tuple = (), discarded: int = 0) -> ScoredCompletion:
     zeros = np.zeros(length)
-    return Completion(
-        "p", 0, zeros.astype(np.int32), zeros.astype(np.uint8), zeros.astype(np.float32), "stop", [Span(1, 0, length)],
-        reason, list(probes), discarded, score=score,
+    completion = Completion(
+        "p", 0, zeros.astype(np.int32), zeros.astype(np.uint8), zeros.astype(np.float32), "stop", (Span(1, 0, length),),
+        reason, probes, discarded,
     )  # fmt: skip
+    return ScoredCompletion(completion, "right" if score >= 1 else "wrong", score, True, steps=1, reward=score)
 
 
-def test_figures():
+def test_metrics():
     """By hand: two groups; only the first has natural completions to compare its early ones with."""
     probes = (Probe(3, (1, 2), 0.55, False), Probe(9, (1, 2, 3), 0.97, True))
     groups = [
-        Group(
-            PROMPT, [completion("confident", 10, 1.0, probes, 4), completion("plain", 30), completion("think_end", 40)]
-        ),
-        Group(PROMPT, [completion("confident", 10, 0.0, probes[1:]), completion("budget", 60)]),
+        ScoredGroup(PROMPT, [scored("confident", 10, 1.0, probes, 4), scored("plain", 30), scored("think_end", 40)]),
+        ScoredGroup(PROMPT, [scored("confident", 10, 0.0, probes[1:]), scored("budget", 60)]),
     ]
-    figures = metrics.summarise(groups)
-    assert figures["early_exit_fraction"] == 0.4
-    assert figures["exits/confident"] == 2 and figures["exits/budget"] == 1 and figures["exits/aborted"] == 0
-    assert figures["probe_tokens"] == 8 and figures["discarded_tokens"] == 4 and figures["tokens_saved"] == 25
-    assert figures["probes_per_completion"] == 0.6 and figures["exits_right"] == 0.5
-    assert figures["probe_confidence/0.9"] == 2 and figures["probe_confidence/0.5"] == 1
+    found = metrics.summarise(groups)
+    assert found["early_exit_fraction"] == 0.4
+    assert found["exits/confident"] == 2 and found["exits/budget"] == 1 and found["exits/aborted"] == 0
+    assert found["probe_tokens"] == 8 and found["discarded_tokens"] == 4 and found["tokens_saved"] == 25
+    assert found["probes_per_completion"] == 0.6 and found["exits_right"] == 0.5
+    assert found["probe_confidence/0.9"] == 2 and found["probe_confidence/0.5"] == 1
     # one probe of .55 in a right completion; two of .97, one of them right
-    assert figures["probe_calibration_error"] == pytest.approx((0.45 + 2 * 0.47) / 3)
+    assert found["probe_calibration_error"] == pytest.approx((0.45 + 2 * 0.47) / 3)
     nothing = metrics.summarise([])
-    assert nothing.keys() == figures.keys() and not any(nothing.values())
+    assert nothing.keys() == found.keys() and not any(nothing.values())

@@ -101,7 +101,7 @@ def test_averaging(byte_vocabulary, averaging, mean):
     [
         ({"probe_tokens": 20}, 3, 0.5),  # .5 twice is less than .95 nineteen times: .377
         ({"probe_tokens": 14}, 2, 0.5),  # .5 is less than .95 thirteen times: .513
-        ({"probe_tokens": 14, "refuse_early": False}, 4, 0.5),
+        ({"probe_tokens": 14, "reject_early": False}, 4, 0.5),
         ({"probe_tokens": 14, "averaging": "arithmetic"}, 4, 0.5),
     ],
 )
@@ -284,7 +284,7 @@ def test_any_run_is_token_exact(byte_vocabulary, schedule, salt, budget, marker_
             assert rest.startswith(dropped) and rest[len(dropped) :].lstrip().startswith(b"Wait")
     assert len(made.probes) <= changes["max_probes"]
     assert sum(p.accepted for p in made.probes) == (made.exit_reason == ExitReason.CONFIDENT)
-    whole, _ = run(byte_vocabulary, policy, budget=budget, **changes, refuse_early=False)
+    whole, _ = run(byte_vocabulary, policy, budget=budget, **changes, reject_early=False)
     assert whole.token_ids.tolist() == made.token_ids.tolist() and whole.exit_reason == made.exit_reason
     for refused, full in zip(made.probes, whole.probes, strict=True):
         assert (refused.position, refused.accepted) == (full.position, full.accepted)

@@ -46,9 +46,9 @@ def test_a_checksum_is_of_the_bytes_in_order():
     assert checksum(other) != checksum(tensor)
 
 
-async def sync(engine, version, tensors, canary, bound, dtype=None) -> float:
+async def sync(engine, version, tensors, canary, bound) -> float:
     """As the run does after every step."""
-    await send(engine, version, tensors, dtype)
+    await send(engine, version, tensors)
     return await check(engine, version, canary, bound)
 
 
@@ -76,12 +76,13 @@ def test_sync_moves_the_weights(make_engine, qwen3):
         qwen3.load_state_dict(kept)
 
 
-def test_the_learners_precision_may_differ(make_engine, qwen3):
-    """float32 weights cast on the way to a bfloat16 engine: checksums agree, the canary within the coarser bound."""
+def test_weights_must_have_the_engines_precision(make_engine, qwen3):
+    """bfloat16 weights sync with a bfloat16 engine, within the coarser bound of the canary. float32 weights do not."""
 
     async def run():
         engine = await make_engine(dtype=torch.bfloat16)
-        await sync(engine, 1, qwen3.state_dict().items(), canary(qwen3), bound=0.5, dtype=torch.bfloat16)
+        rounded = [(name, tensor.bfloat16()) for name, tensor in qwen3.state_dict().items()]
+        await sync(engine, 1, rounded, canary(qwen3), bound=0.5)
         with pytest.raises(RunError, match="is not at the engine as it was sent"):
             await sync(engine, 1, qwen3.state_dict().items(), canary(qwen3), bound=0.5)
 
