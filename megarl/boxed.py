@@ -1,16 +1,16 @@
-r"""`\boxed{…}`, the form in which problems and responses give their final answer. Light: grader workers import it."""
+r"""Finds `\boxed{…}`, which marks the final answer of problems and responses. Grader workers import only this file."""
 
 from __future__ import annotations
 
 import re
 
-# A box opens, a character that is no brace (\{, \}, \\), or a brace; "\\boxed" with its backslash doubled counts too.
+# The start of a box, an escaped character (\{, \}, \\), or a brace. "\\boxed", with a doubled backslash, counts too.
 _TOKEN = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*\{)|\\[{}]|\\\\(?!boxed|fbox)|(?P<open>\{)|(?P<close>\})")
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The content of the last `\boxed{…}` (or `\fbox{…}`) whose braces balance; None when there is none. One pass."""
-    opened: list[int | None] = []  # for each open brace, where the box's content starts, or None for a bare brace
+    r"""The content of the last `\boxed{…}` or `\fbox{…}` whose braces balance. None if there is none. One pass."""
+    opened: list[int | None] = []  # for each open brace: where its box's content starts, or None if it is no box
     last: tuple[int, int] | None = None
     for token in _TOKEN.finditer(text):
         if token["box"]:
@@ -25,5 +25,5 @@ def last_boxed(text: str) -> str | None:
 
 
 def answer_part(response: str) -> str:
-    """What follows the last `</think>`; the whole response when it never closes a thought."""
+    """The text after the last `</think>`, or the whole response if there is none."""
     return response.rpartition("</think>")[2]

@@ -1,1 +1,1 @@
-"""`megarl doctor`: what would stop a run on this machine, found before it starts."""
+"""`megarl doctor`: finds what would stop a run on this machine, before it starts."""

@@ -1,4 +1,4 @@
-"""The command: every check, a line each; exit code 1 when one failed."""
+"""The command: one line per check, and exit code 1 if one failed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STYLES = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
 def examine(settings: Settings | None, gpus: int | None) -> Iterator[Finding]:
-    """All findings of this node; without settings, those that need none. Under srun, the nodes also meet."""
+    """All findings of this node. Without settings, only those that need none. Under srun, the nodes also connect."""
     env = os.environ
     tasks = int(env.get("SLURM_STEP_NUM_TASKS", "1"))
     yield from software.versions()
@@ -38,7 +38,7 @@ def examine(settings: Settings | None, gpus: int | None) -> Iterator[Finding]:
 
 
 def doctor(settings: Settings | None, gpus: int | None, file: Path | None) -> None:
-    """Print what was found and write it to `file`; raises RunError naming every failure."""
+    """Print the findings and write them to `file`. Raises RunError naming every failure."""
     host = socket.gethostname()
     findings = list(examine(settings, gpus))
     table = Table(title=host, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))

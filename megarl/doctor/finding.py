@@ -1,4 +1,4 @@
-"""What a check found."""
+"""The result of a check."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Status = Literal["ok", "warn", "fail"]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line: `fail` stops a run, `warn` slows it or may stop it later. `hint`: what to do about it."""
+    """`fail` stops a run; `warn` slows it, or may stop it later. `hint`: what to do about it."""
 
     check: str
     status: Status

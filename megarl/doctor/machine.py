@@ -1,4 +1,4 @@
-"""This node's devices, limits, disk and network cards."""
+"""Checks this node's devices, limits, disk and network cards."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import torch
 
 from megarl.config import Settings
 from megarl.doctor.finding import Finding, fail, ok, warn
+from megarl.models import hub
 from megarl.models.config_json import read_shape
-from megarl.planner.job import sizes
 
 GIB = 2**30
-BUSY = 2.0  # GiB of a device in use before the run, above which somebody else is there
+BUSY = 2.0  # GiB in use on a device before the run, above which another process uses it
 PROBE = 32 << 20  # bytes written to measure the disk
 SLOW_DISK = 100.0  # MB/s
 SKEW = 2.0  # seconds between this clock and the file system's
@@ -27,10 +27,10 @@ BYTES_PER_PARAMETER = 14  # of a checkpoint: bf16 weights, fp32 master copy and 
 
 
 def devices(expected: int | None) -> Iterator[Finding]:
-    """`expected`: devices that this node must have; None: whatever there is."""
+    """`expected`: devices that this node must have. None: any number."""
     if expected and not torch.cuda.is_available():
         hint = "nvidia-smi; a driver older than torch's CUDA, or a container started without --nv"
-        yield fail("devices", f"{expected} CUDA devices are wanted, none is seen", hint)
+        yield fail("devices", f"{expected} CUDA devices are expected, none is visible", hint)
         return
     if not torch.cuda.is_available():
         yield ok("devices", f"no CUDA device; {os.cpu_count()} CPU cores, the learner runs on them")
@@ -45,19 +45,19 @@ def devices(expected: int | None) -> Iterator[Finding]:
     for i in range(count):
         free, total = torch.cuda.mem_get_info(i)
         if (total - free) / GIB > BUSY:
-            text = f"device {i}: {(total - free) / GIB:.1f} of {total / GIB:.0f} GiB are in use"
-            yield warn("device memory", text, "another process runs there: nvidia-smi")
+            text = f"device {i}: {(total - free) / GIB:.1f} of {total / GIB:.0f} GiB in use"
+            yield warn("device memory", text, "another process uses it: nvidia-smi")
 
 
 def limits() -> Iterator[Finding]:
-    """Open files, locked memory for InfiniBand, shared memory for NCCL and graders."""
+    """Open files, locked memory (for InfiniBand), shared memory (for NCCL and graders)."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if files < 4096:
         yield warn("open files", f"at most {files}", "ulimit -n 65536, or LimitNOFILE of slurmd")
     else:
         yield ok("open files", f"at most {files}")
     locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-    if _cards() and locked != resource.RLIM_INFINITY:
+    if ports() and locked != resource.RLIM_INFINITY:
         yield warn("locked memory", f"at most {locked >> 20} MiB", "InfiniBand needs LimitMEMLOCK=infinity of slurmd")
     shared = shutil.disk_usage("/dev/shm").free / GIB if Path("/dev/shm").is_dir() else 0.0
     if shared < 0.5:
@@ -67,15 +67,15 @@ def limits() -> Iterator[Finding]:
 
 
 def fabric(nodes: int) -> Iterator[Finding]:
-    """InfiniBand or RoCE cards and whether their ports are up."""
-    cards = _cards()
-    down = [f"{port.parent.parent.name}:{port.name}" for port in cards if "ACTIVE" not in (port / "state").read_text()]
-    if down and len(down) < len(cards):
+    """InfiniBand or RoCE cards, and whether their ports are up."""
+    found = ports()
+    down = [f"{port.parent.parent.name}:{port.name}" for port in found if "ACTIVE" not in (port / "state").read_text()]
+    if down and len(down) < len(found):
         yield warn("fabric", f"ports down: {', '.join(down)}", "NCCL_IB_HCA names the cards to use; ibstat")
     elif down:
         yield fail("fabric", f"every InfiniBand port is down: {', '.join(down)}", "ibstat; NCCL_IB_DISABLE=1 for TCP")
-    elif cards:
-        yield ok("fabric", f"{len(cards)} InfiniBand or RoCE ports up")
+    elif found:
+        yield ok("fabric", f"{len(found)} InfiniBand or RoCE ports up")
     elif nodes > 1 and torch.cuda.is_available():
         hint = "expected on Ethernet; else the container lacks /dev/infiniband"
         yield warn("fabric", "no InfiniBand card: NCCL goes over TCP", hint)
@@ -84,7 +84,7 @@ def fabric(nodes: int) -> Iterator[Finding]:
 
 
 def disk(settings: Settings) -> Iterator[Finding]:
-    """The run directory: writable, large and fast enough; and its clock, which is the file server's."""
+    """Whether the run directory is writable, large and fast enough, and agrees with this node's clock."""
     run = settings.run
     probe = run / f".doctor-{socket.gethostname()}-{os.getpid()}"
     try:
@@ -103,8 +103,8 @@ def disk(settings: Settings) -> Iterator[Finding]:
             probe.unlink(missing_ok=True)
     free = shutil.disk_usage(run).free
     try:
-        parameters = sizes(read_shape(settings.model.path)).parameters()
-    except Exception as e:  # a model that cannot be read is the trainer's to refuse
+        parameters = read_shape(hub.model(settings.model.path, weights=False)).parameters()
+    except Exception as e:  # any unreadable model
         yield fail("model", f"{settings.model.path}: {' '.join(str(e).split())}", "set model.path")
         return
     needed = (settings.checkpoint.keep + 1) * parameters * BYTES_PER_PARAMETER
@@ -124,5 +124,6 @@ def disk(settings: Settings) -> Iterator[Finding]:
         yield ok("file clock", "agrees with the file system's")
 
 
-def _cards() -> list[Path]:
+def ports() -> list[Path]:
+    """Of the InfiniBand and RoCE cards."""
     return sorted(Path("/sys/class/infiniband").glob("*/ports/*"))

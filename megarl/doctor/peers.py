@@ -1,7 +1,7 @@
-"""The job's nodes, as they see each other: ports, reachability, clocks, one file system. One task of `doctor` a node.
+"""Checks that the job's nodes reach each other, agree on the time, and share a file system. One task per node.
 
-Task 0 listens at the rendezvous' address and answers each peer's message with its own time. A peer reads its clock's
-offset from the fastest of a few round trips. Nothing of torch is used: this is what must work before torch can.
+Task 0 listens at the rendezvous address and answers each peer with its own time. A peer computes its clock's offset
+from the fastest of a few round trips. Torch is not used: all this must work before torch can.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from pathlib import Path
 
 from megarl.doctor.finding import Finding, fail, ok, warn
 
-DEADLINE = 60.0  # seconds for every node to call
+TIMEOUT = 60.0  # seconds for every node to call
 TRIPS = 5
 SKEW = 1.0  # seconds between two nodes' clocks
 
 
-def meet(rank: int, size: int, address: str, port: int, run: Path, deadline: float = DEADLINE) -> Iterator[Finding]:
-    """Check this node against the first one (rank 0), or, on that one, that all have called."""
+def meet(rank: int, size: int, address: str, port: int, run: Path, timeout: float = TIMEOUT) -> Iterator[Finding]:
+    """On rank 0: check that every node calls. Elsewhere: check this node against rank 0."""
     if rank == 0:
-        yield from _host(size, port, run, deadline)
+        yield from _host(size, port, run, timeout)
     else:
-        yield from _call(address, port, run, deadline)
+        yield from _call(address, port, run, timeout)
 
 
-def _host(size: int, port: int, run: Path, deadline: float) -> Iterator[Finding]:
+def _host(size: int, port: int, run: Path, timeout: float) -> Iterator[Finding]:
     token = run / f".doctor-{os.urandom(8).hex()}"
-    limit = time.monotonic() + deadline
+    limit = time.monotonic() + timeout
     called: set[str] = set()
     try:
         listener = socket.create_server(("", port))
@@ -48,7 +48,7 @@ def _host(size: int, port: int, run: Path, deadline: float) -> Iterator[Finding]
                 except TimeoutError:
                     missing = f"{size - 1 - len(called)} of {size - 1} nodes did not call port {port}"
                     heard = f" (heard from {', '.join(sorted(called))})" if called else ""
-                    yield fail("peers", f"{missing} within {deadline:g} s{heard}", "a firewall? FABRIC=interface")
+                    yield fail("peers", f"{missing} within {timeout:g} s{heard}", "a firewall? FABRIC=interface")
                     return
                 with peer, peer.makefile("rw") as lines:
                     peer.settimeout(max(0.01, limit - time.monotonic()))
@@ -60,14 +60,14 @@ def _host(size: int, port: int, run: Path, deadline: float) -> Iterator[Finding]
         token.unlink(missing_ok=True)
 
 
-def _call(address: str, port: int, run: Path, deadline: float) -> Iterator[Finding]:
-    limit = time.monotonic() + deadline
+def _call(address: str, port: int, run: Path, timeout: float) -> Iterator[Finding]:
+    limit = time.monotonic() + timeout
     trips: list[tuple[float, float]] = []  # (round trip, offset)
     answer: dict[str, str] = {}
     while True:
         try:
             with socket.create_connection((address, port), 5.0) as peer, peer.makefile("rw") as lines:
-                peer.settimeout(deadline)
+                peer.settimeout(timeout)
                 for _ in range(TRIPS):
                     sent = time.time()
                     print(json.dumps({"host": socket.gethostname()}), file=lines, flush=True)
@@ -80,7 +80,7 @@ def _call(address: str, port: int, run: Path, deadline: float) -> Iterator[Findi
             if time.monotonic() > limit:
                 yield fail("peers", f"{address}:{port} cannot be reached: {e}", "a firewall? FABRIC=interface")
                 return
-            time.sleep(0.2)  # its doctor may not have started yet
+            time.sleep(0.2)  # rank 0 may not have started yet
     trip, offset = min(trips)
     yield ok("peers", f"{address}:{port} reached in {1e3 * trip:.1f} ms")
     if abs(offset) > SKEW:

@@ -1,4 +1,4 @@
-"""Versions of what the learner stands on, and the engines' own environments."""
+"""Checks the versions of the learner's packages, and the engines' environments."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from collections.abc import Iterator
 
 from megarl.config import Settings
 from megarl.doctor.finding import Finding, fail, ok, warn
+from megarl.run.provenance import installed
 from megarl.runtime import device
 
-ENGINE_DEADLINE = 30.0  # seconds for an engine's interpreter to name its version
+ENGINE_TIMEOUT = 30.0  # seconds for an engine's interpreter to name its version
 ENGINES_DIR = ".engines"
 
 
 def versions() -> Iterator[Finding]:
-    """Installed versions against the ones that megarl declares, and Transformer Engine's trap on CPUs."""
+    """Installed versions against those that megarl declares, and Transformer Engine on a CPU."""
     yield ok("python", platform.python_version())
     for name, wanted in _declared().items():
-        found = version(name)
+        found = installed(name)
         if found is None:
             yield fail(name, "not installed", f"pip install '{name}{wanted}'")
         elif wanted.startswith("==") and found.partition("+")[0] != wanted[2:]:
             yield warn(name, f"{found}, made for {wanted}", f"pip install '{name}{wanted}'")
         else:
             yield ok(name, found)
-    engine = version("transformer-engine")
+    engine = installed("transformer-engine")
     if device.on_cuda() and engine is None:
         yield warn("transformer-engine", "not installed: no FP8, slower layers", "pip install -e '.[gpu]'")
     elif not device.on_cuda() and engine is not None:
@@ -37,7 +38,7 @@ def versions() -> Iterator[Finding]:
 
 
 def engines(settings: Settings) -> Iterator[Finding]:
-    """The interpreter that `megarl serve` or the trainer starts servers with."""
+    """The interpreter that runs the engine's servers."""
     rollout = settings.rollout
     if rollout.engine == "local":
         yield ok("engine", "local: inside the learner's ranks" if rollout.embedded else "local: megarl serves it")
@@ -49,7 +50,7 @@ def engines(settings: Settings) -> Iterator[Finding]:
         f"print(next((f'{{n}} {{m.version(n)}}' for n in {names} if any(m.distributions(name=n))), ''))"
     )
     try:
-        done = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=ENGINE_DEADLINE, check=True)
+        done = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=ENGINE_TIMEOUT, check=True)
     except (OSError, subprocess.SubprocessError) as e:
         yield fail("engine", f"{python} does not run: {e}", "make engines, or set rollout.servers.python")
         return
@@ -60,16 +61,8 @@ def engines(settings: Settings) -> Iterator[Finding]:
         yield fail("engine", f"{python} has no {rollout.engine}", f"install {rollout.engine} there, or `make engines`")
 
 
-def version(name: str) -> str | None:
-    """Of an installed package."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _declared() -> dict[str, str]:
-    """megarl's own requirements that decide whether it runs: name → version specifier."""
+    """The requirements of megarl that are most often wrong: name → version specifier."""
     found = {}
     for line in importlib.metadata.requires("megarl") or []:
         requirement, _, marker = line.partition(";")

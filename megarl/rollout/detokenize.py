@@ -1,4 +1,4 @@
-"""What each token id adds to the text, as bytes: exact where a character is cut in half between two tokens."""
+"""The bytes that each token id adds to the text: exact also when two tokens share a character."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 
 class Vocabulary:
-    """A tokenizer seen from the token ids: their bytes, the text of a sequence, the ids of a text."""
+    """A tokenizer for token ids: their bytes, the text of a sequence, the ids of a text."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, end_ids: Iterable[int] = ()) -> None:
         """`end_ids` are further end-of-text tokens (a chat model's generation_config.json may name several)."""
@@ -22,21 +22,21 @@ class Vocabulary:
 
     @cached_property
     def pieces(self) -> list[bytes]:
-        """The bytes that each id adds inside a text; joined over a sequence they are its text in UTF-8 (tokenizers
-        that put blanks between words add one at the very start, which decoding leaves out)."""
+        """The bytes that each id adds inside a text. Joined over a sequence they are its text in UTF-8 (tokenizers
+        that put blanks between words add one at the start, which decoding drops)."""
         return _pieces(self.tokenizer)
 
     def bytes_of(self, token_ids: Iterable[int]) -> bytes:
-        """The bytes of a sequence; ids beyond the tokenizer (padding of the model's vocabulary) have none."""
+        """The bytes of a sequence. Ids beyond the tokenizer (padding of the model's vocabulary) have none."""
         known = len(self.pieces)
         return b"".join(self.pieces[i] for i in token_ids if i < known)
 
     def text(self, token_ids: Sequence[int]) -> str:
-        """The whole text, special tokens included; a character cut in half is shown as U+FFFD."""
+        """The whole text with special tokens. A character that is cut in half is U+FFFD."""
         return _decode(self.tokenizer, token_ids)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text` inside a sequence: nothing is added at its ends."""
+        """The ids of `text` inside a sequence: without special tokens at its ends."""
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
 
@@ -48,7 +48,7 @@ def _pieces(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
     if "ByteLevel" in kinds:
         plain = {i: bytes(_BYTE_OF[c] for c in name) for i, name in names.items() if i not in added}
         return [added.get(i) or plain.get(i, b"") for i in range(size)]
-    # Any other tokenizer: what an id adds to the text after a token that stands for itself.
+    # Any other tokenizer: the text that an id adds behind an ordinary token.
     anchor = next(i for i in sorted(names) if i not in added and _decode(tokenizer, [i]).strip().isalnum())
     before = _decode(tokenizer, [anchor])
     texts = [_decode(tokenizer, [anchor, i]) for i in range(size)]
@@ -65,7 +65,7 @@ def _decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str
 
 
 def _decoder_kinds(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """The `type`s of the fast tokenizer's decoder and of its parts; empty for a slow tokenizer."""
+    """The types of a fast tokenizer's decoder and its parts; empty for a slow tokenizer."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     decoder = json.loads(backend.to_str())["decoder"] if backend else None
     return {part["type"] for part in (decoder or {}).get("decoders", [decoder] if decoder else [])}

@@ -1,4 +1,4 @@
-"""The Engine contract: token ids in, token ids out. Adding an engine is one file that satisfies `Engine`."""
+"""The Engine contract: token ids in, token ids out. A new engine is one file that satisfies `Engine`."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from megarl.types import Finish, Span
 class Sampling(NamedTuple):
     """How to sample one generation.
 
-    The last `offset` of the given tokens are the response so far (a probe's question included). The token at response
-    position `offset + i` is drawn from the random stream of `(seed, offset + i)`: continuing a completion with the same
-    seed and a larger offset draws what an uninterrupted generation would have drawn. A stop may begin in the response
-    so far, but is reported only when a new token completes it.
+    The last `offset` of the given tokens are the response so far, with a probe's question. The token at response
+    position `offset + i` is drawn from the random stream of `(seed, offset + i)`. So a continuation with the same seed
+    and a larger offset draws what an uninterrupted generation would have drawn. A stop may begin in the response so
+    far, but only a new token completes it.
     """
 
     max_tokens: int
@@ -30,26 +30,26 @@ class Sampling(NamedTuple):
     offset: int = 0
     stop_token_ids: tuple[int, ...] = ()
     stop_sequences: tuple[tuple[int, ...], ...] = ()
-    stop_words: tuple[str, ...] = ()  # stand-alone words of the response: no ASCII letter directly before or after
-    stop_texts: tuple[str, ...] = ()  # strings anywhere in the response, inside words too
-    scratch: bool = False  # the result will not be continued (a probe): an engine need not keep its cache
-    # End, with finish "abort", once `hopeless`. An engine that learns log-probs only when it is done may do so late.
-    least_logprob: float | None = None
-    experts: bool = False  # report the experts that every token passed through
+    stop_words: tuple[str, ...] = ()  # stand-alone: no ASCII letter directly before or after
+    stop_texts: tuple[str, ...] = ()  # anywhere in the response, also inside words
+    scratch: bool = False  # not continued (a probe): an engine need not keep its cache
+    # Stop with finish "abort" once the tokens `cannot_pass`. Engines that get log-probs at the end may do so late.
+    min_logprob: float | None = None
+    experts: bool = False  # report the experts that each token passed through
 
 
 @dataclass(slots=True)
 class Generation:
-    """What one `generate` call made.
+    """The result of one `generate` call.
 
-    `token_ids` hold every sampled token, matched stops included: nothing is trimmed. After a stop word they end with
-    the token that confirmed that the word stands alone (the one holding the character after it). `stop_start` is the
-    index of the token in which a matched word, text or sequence begins; it is negative, counted back from the first
-    sampled token, when it begins in the response given. A token that completes several stops reports the first of:
-    token id, token sequence, text or word (the one that begins first).
-    `logprobs[i]` is log p(token_ids[i]) at `temperature` (at 1 where it is 0), before top-p and top-k.
-    `experts`, if asked for, int16 [tokens, layers, top_k], are those that each token of the whole sequence passed
-    through, from its first on; the newest was not an input yet.
+    `token_ids` are all sampled tokens, with the matched stop. After a stop word they end with the token that contains
+    the next character, which confirmed that the word stands alone. `stop_start` is the index of the token in which a
+    matched word, text or sequence begins. It is negative, counted back from the first sampled token, if that lies in
+    the response so far. A token that completes several stops reports the first of: token id, token sequence, text or
+    word (the one that begins first).
+    `logprobs[i]` is log p(token_ids[i]) at `temperature` (at 1 if it is 0), before top-p and top-k.
+    `experts`, if requested, int16 [tokens, layers, top_k], are those that each token of the whole sequence passed
+    through. The newest token is missing: it was not an input yet.
     """
 
     token_ids: list[int]
@@ -61,14 +61,14 @@ class Generation:
     experts: np.ndarray | None = None
 
 
-def hopeless(logprobs: Sequence[float], sampling: Sampling) -> bool:
-    """Whether the log-probs of the tokens sampled after the first sum to less than `least_logprob`."""
-    return sampling.least_logprob is not None and math.fsum(logprobs[1:]) < sampling.least_logprob
+def cannot_pass(logprobs: Sequence[float], sampling: Sampling) -> bool:
+    """Whether the log-probs of the sampled tokens, without the first, sum to less than `min_logprob`."""
+    return sampling.min_logprob is not None and math.fsum(logprobs[1:]) < sampling.min_logprob
 
 
 def lineage(request_id: str) -> str:
-    """The completion that a request belongs to: what precedes the last "|" of its id. All requests of one completion
-    share a prefix, so a pool sends them to the engine that holds it."""
+    """The completion that a request belongs to: its id up to the last "|". All requests of one completion share a
+    prefix, so a pool sends them to the engine that has it in its cache."""
     return request_id.rpartition("|")[0] or request_id
 
 
@@ -77,28 +77,22 @@ class Engine(Protocol):
 
     async def generate(self, token_ids: Sequence[int], sampling: Sampling, request_id: str) -> Generation:
         """Continue `token_ids`. An aborted request returns what it has, with finish "abort"."""
-        ...
 
     async def score(self, token_ids: Sequence[int]) -> list[float]:
-        """Log-probs at temperature 1 of token_ids[1:], each given what precedes it (the canary of weight sync)."""
-        ...
+        """Log-probs at temperature 1 of token_ids[1:], each given the tokens before it (the canary of weight sync)."""
 
     async def abort(self, request_id: str) -> None:
-        """End the request early; unknown or finished ids are ignored."""
-        ...
+        """End the request early. Unknown and finished ids are ignored."""
 
     async def update_weights(self, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> Mapping[str, int]:
-        """Replace the weights by Hugging Face-named tensors; tokens sampled later carry `version`.
+        """Replace the weights by tensors with Hugging Face's names. Tokens sampled later carry `version`.
 
-        Returns the checksums (`weight_sync.checksum`) of the tensors that the engine now holds, by name; of those it
-        can read back. Raises RunError naming missing, unknown or mis-shaped tensors.
+        Returns the checksums (`weights.verify.checksum`) of the engine's tensors, by name, for those that it can read
+        back. RunError names a missing, unknown or mis-shaped tensor.
         """
-        ...
 
     async def health(self) -> None:
-        """Return when the engine can serve; raise RunError naming the engine and the cause otherwise."""
-        ...
+        """Return if the engine can serve, else raise RunError with the engine and the cause."""
 
     async def close(self) -> None:
-        """Free the engine; end the server if megarl started it."""
-        ...
+        """Free the engine. End the server if megarl started it."""

@@ -1,7 +1,7 @@
 """Where a generation stops: token ids, token sequences, stand-alone words and texts, found token by token.
 
-Matching is on bytes, so that a character cut in half between tokens, or a word that straddles them, is seen as in the
-text. ASCII letters never occur inside a multi-byte UTF-8 character: the stand-alone rule needs no decoding.
+Matching works on bytes: tokens may cut a character or a word in two. ASCII letters never occur inside a multi-byte
+UTF-8 character, so the stand-alone rule needs no decoding.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _LETTERS = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """A stop: what matched, and the index of the token in which it begins."""
+    """A stop that was found, and the index of the token in which it begins."""
 
     what: int | tuple[int, ...] | str
     start: int
@@ -28,8 +28,8 @@ class Match:
 class Stops:
     """The stops of one kind of request.
 
-    Call `check` for every token with `touches[token]`, and for the token after a check that left a word pending; other
-    tokens cannot complete a stop. That spares the decoding loop all work per token and row.
+    Call `check` for every token with `stop_candidates[token]`, and for the one after a check that left a word pending.
+    Other tokens cannot complete a stop, so the decoding loop has no work per token and row.
     """
 
     def __init__(self, sampling: Sampling, vocabulary: Vocabulary, vocabulary_size: int) -> None:
@@ -40,15 +40,15 @@ class Stops:
         texts = {text.encode(): text for text in sampling.stop_texts}
         self._strings = [(b, s, True) for b, s in words.items()] + [(b, s, False) for b, s in texts.items()]
         self._reach = max((len(b) for b, _, _ in self._strings), default=0) + 1
-        self.touches = np.zeros(vocabulary_size, dtype=bool)  # ids that may complete a stop
-        self.touches[list(self._ids)] = True
-        self.touches[[sequence[-1] for sequence in self._sequences]] = True
+        self.stop_candidates = np.zeros(vocabulary_size, dtype=bool)  # by id: whether it may complete a stop
+        self.stop_candidates[list(self._ids)] = True
+        self.stop_candidates[[sequence[-1] for sequence in self._sequences]] = True
         if self._strings:
             whole = [b for b, _, _ in self._strings]
             tails = tuple({b[-k:] for b in whole for k in range(1, len(b))})
             for i, piece in enumerate(vocabulary.pieces[:vocabulary_size]):
                 if piece.startswith(tails) or any(b in piece for b in whole):
-                    self.touches[i] = True
+                    self.stop_candidates[i] = True
 
     @staticmethod
     def key(sampling: Sampling) -> tuple:
@@ -56,7 +56,7 @@ class Stops:
         return (sampling.stop_token_ids, sampling.stop_sequences, sampling.stop_words, sampling.stop_texts)
 
     def check(self, tokens: Sequence[int] | np.ndarray, first: int, end: int) -> tuple[Match | None, bool]:
-        """The stop that the newest token, `tokens[end - 1]`, completes; and whether a word awaits the next character.
+        """The stop that the newest token, `tokens[end - 1]`, completes, and whether a word awaits the next character.
 
         `tokens[first:end]` is the response so far.
         """
@@ -80,8 +80,8 @@ class Stops:
         )
 
     def _tail(self, tokens: Sequence[int] | np.ndarray, first: int, end: int) -> tuple[bytes, list[tuple[int, int]]]:
-        """The last bytes of the response, enough to find a stop in; and, from the last token to the first of them,
-        (bytes from the token's beginning to the end of the text, index of the token)."""
+        """The last bytes of the response, enough to find a stop, and their tokens from the last to the first: (bytes
+        from the token's beginning to the end of the text, index of the token)."""
         at = end - 1
         tail = self._vocabulary.bytes_of(tokens[at:end])
         needed = len(tail) + self._reach

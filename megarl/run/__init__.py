@@ -1,1 +1,1 @@
-"""A run on disk: its directory, lock, atomic checkpoints, timeline, provenance, and trackers elsewhere."""
+"""A run on disk: its directory, lock, checkpoints, timeline and provenance; and trackers, which copy its metrics."""

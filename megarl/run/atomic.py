@@ -1,4 +1,4 @@
-"""Checkpoint folders that are whole or absent: written under another name, checksummed, made visible by one rename."""
+"""Checkpoint folders that are complete or absent: written under another name, checksummed, then renamed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,12 +21,12 @@ def folder_of(checkpoints: Path, step: int) -> Path:
 
 
 def partial_of(checkpoints: Path, step: int) -> Path:
-    """Where the checkpoint of `step` is written before it is committed."""
+    """Where the checkpoint of `step` is written before its commit."""
     return checkpoints / f".step_{step:06d}.partial"
 
 
 def prepare(checkpoints: Path, step: int) -> Path:
-    """An empty partial folder for `step`; what an interrupted save left there is removed."""
+    """Make an empty partial folder for `step`. Removes what an interrupted save left there."""
     partial = partial_of(checkpoints, step)
     shutil.rmtree(partial, ignore_errors=True)
     with clear_errors(checkpoints):
@@ -35,7 +35,7 @@ def prepare(checkpoints: Path, step: int) -> Path:
 
 
 def commit(checkpoints: Path, step: int, keep: int) -> Path:
-    """Checksum the partial folder, flush it, rename it into place, and delete all but the newest `keep`."""
+    """Checksum the partial folder, flush it, rename it, and delete all but the newest `keep` checkpoints."""
     partial, final = partial_of(checkpoints, step), folder_of(checkpoints, step)
     with clear_errors(checkpoints):
         sums = {str(file.relative_to(partial)): _checksum(file) for file in sorted(_files(partial))}
@@ -53,19 +53,19 @@ def commit(checkpoints: Path, step: int, keep: int) -> Path:
 
 
 def discard(checkpoints: Path, step: int) -> None:
-    """Remove what a failed save of `step` left."""
+    """Remove the partial folder of a failed save of `step`."""
     shutil.rmtree(partial_of(checkpoints, step), ignore_errors=True)
 
 
 def steps(checkpoints: Path) -> list[int]:
-    """Steps of the committed checkpoints, oldest first."""
+    """The steps of the committed checkpoints, oldest first."""
     return sorted(int(f.name.removeprefix("step_")) for f in checkpoints.glob("step_*") if f.is_dir())
 
 
-def newest_good(checkpoints: Path, warn) -> int | None:
-    """The newest step whose files match their checksums; each damaged one is reported through `warn(message)`.
+def newest_good(checkpoints: Path, warn: Callable[[str], None]) -> int | None:
+    """The newest step whose files match their checksums. Calls `warn(message)` for each newer, damaged one.
 
-    None when there is no checkpoint at all; UserError when there are some and none is whole.
+    Returns None if there is no checkpoint. Raises UserError if there are some, but all are damaged.
     """
     found = steps(checkpoints)
     for step in reversed(found):
@@ -79,7 +79,7 @@ def newest_good(checkpoints: Path, warn) -> int | None:
 
 
 def verify(folder: Path) -> str | None:
-    """What is wrong with a committed folder, or None."""
+    """What is wrong with a committed folder; None if nothing is."""
     try:
         expected = json.loads((folder / MANIFEST).read_text())["sha256"]
     except (OSError, ValueError, KeyError):
@@ -98,7 +98,7 @@ def verify(folder: Path) -> str | None:
 
 @contextmanager
 def clear_errors(place: Path) -> Iterator[None]:
-    """Turn a full or read-only disk into a one-line RunError."""
+    """Turn the error of a full or read-only disk into a one-line RunError."""
     try:
         yield
     except OSError as e:
@@ -122,3 +122,11 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file whole or not at all; its folder is made if absent."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(text)
+    partial.replace(file)

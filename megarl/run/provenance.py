@@ -1,4 +1,4 @@
-"""What a run ran on and with: versions, machine. Written once into the run directory; holds no secrets."""
+"""The versions and the machine that a run used. Written once into the run directory, without secrets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import torch
 
-FILE = "environment.json"
+FILE = "provenance.json"
 PACKAGES = (
     "megarl", "torch", "megatron-core", "transformer-engine", "transformers", "tokenizers", "numpy", "sglang", "vllm",
 )  # fmt: skip
@@ -22,7 +22,7 @@ VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID", "SLURM_J
 
 
 def describe(ranks: int) -> dict[str, Any]:
-    """Flat, for a table. Of the process environment only the `VARIABLES` are read."""
+    """One flat mapping, for a table. Of the environment variables it has only `VARIABLES`."""
     found: dict[str, Any] = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
@@ -35,7 +35,7 @@ def describe(ranks: int) -> dict[str, Any]:
     }
     if torch.cuda.is_available():
         found["gpu"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    found |= {package: number for package in PACKAGES if (number := _version(package))}
+    found |= {package: number for package in PACKAGES if (number := installed(package))}
     return found | {name: os.environ[name] for name in VARIABLES if name in os.environ}
 
 
@@ -44,12 +44,13 @@ def write(folder: Path, ranks: int) -> None:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """What `write` wrote; empty for a run that has none."""
+    """What `write` wrote. Empty for a run without the file."""
     file = folder / FILE
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
-def _version(package: str) -> str | None:
+def installed(package: str) -> str | None:
+    """The version of an installed package, or None."""
     try:
         return version(package)
     except PackageNotFoundError:

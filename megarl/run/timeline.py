@@ -1,6 +1,6 @@
-"""When each rank was in which phase: RUN/phases/rank_00000.jsonl, one line at the begin and one at the end of each.
+"""When each rank was in which phase: RUN/phases/rank_00000.jsonl has one line for each begin and each end.
 
-A run that was killed leaves a begin without its end, which tells where it was. A resumed run appends.
+A killed run leaves a begin without an end, which shows where it was. A resumed run appends.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ FOLDER = "phases"
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Seconds since the epoch; `end` is None for a phase that never ended."""
+    """One phase of one rank, in seconds since the epoch. `end` is None for a phase that never ended."""
 
     rank: int
     phase: str
@@ -30,7 +30,7 @@ class Span:
 
 
 class PhaseLog:
-    """Writes one rank's phases; opened at the first. The wall clock is looked at once: no later jump of it shows."""
+    """Writes one rank's phases. Reads the wall clock only once, so a later jump of the clock has no effect."""
 
     def __init__(self, run: Path, rank: int) -> None:
         self._epoch = time.time() - time.monotonic()
@@ -51,19 +51,16 @@ class PhaseLog:
 
     def _write(self, kind: str, phase: str, step: int) -> None:
         with clear_errors(self._path):
-            self._append(kind, phase, step)
-
-    def _append(self, kind: str, phase: str, step: int) -> None:
-        if self._file is None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("a+", buffering=1)
-            if self._file.tell() and not self._path.read_bytes().endswith(b"\n"):
-                self._file.write("\n")  # what a crash cut off stays a line of its own
-        self._file.write(json.dumps([kind, phase, step, round(self._epoch + time.monotonic(), 6)]) + "\n")
+            if self._file is None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self._path.open("a+", buffering=1)
+                if self._file.tell() and not self._path.read_bytes().endswith(b"\n"):
+                    self._file.write("\n")  # ends a line that a crash cut off
+            self._file.write(json.dumps([kind, phase, step, round(self._epoch + time.monotonic(), 6)]) + "\n")
 
 
 def read_phases(run: Path) -> list[Span]:
-    """Every rank's spans, in the order in which they began; [] for a run that logged none."""
+    """Every rank's spans, in the order of their begin. Empty for a run that logged none."""
     spans: list[Span] = []
     for file in sorted((run / FOLDER).glob("rank_*.jsonl")):
         rank = int(file.stem.removeprefix("rank_"))

@@ -1,7 +1,7 @@
-"""Figures to Weights & Biases and MLflow, beside metrics.jsonl and TensorBoard. Called by run/directory.py.
+"""Logs metrics to Weights & Biases and MLflow, in addition to metrics.jsonl and TensorBoard.
 
-Where they go is each service's own business: WANDB_PROJECT, WANDB_MODE, MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME, ….
-A service that fails later on is told of once and left alone; training goes on.
+The services' own variables say where: WANDB_PROJECT, WANDB_MODE, MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME, ….
+If a tracker fails mid-run, megarl warns once and stops using it.
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 from megarl.config import Settings
 from megarl.errors import UserError
 
 PROJECT = "megarl"
-IDS = "trackers.json"  # in the run directory: the services' names of this run, which a resumed one goes on with
+IDS = "trackers.json"  # in the run directory: the services' ids of this run, which a resumed run continues
 
 
 class Tracker(Protocol):
@@ -26,13 +25,13 @@ class Tracker(Protocol):
 
     id: str
 
-    def log(self, step: int, figures: dict[str, float]) -> None: ...
+    def log(self, step: int, metrics: dict[str, float]) -> None: ...
 
     def close(self) -> None: ...
 
 
 class Wandb:
-    """A run of Weights & Biases. It takes no step twice: those done again after a crash are shown as they were."""
+    """A run of Weights & Biases. A step repeated after a crash keeps its first values there."""
 
     def __init__(self, settings: Settings, id: str | None) -> None:
         import wandb
@@ -43,15 +42,15 @@ class Wandb:
                                config=config)  # fmt: skip
         self.id = self._run.id
 
-    def log(self, step: int, figures: dict[str, float]) -> None:
-        self._run.log(figures, step=step)
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self._run.log(metrics, step=step)
 
     def close(self) -> None:
         self._run.finish()
 
 
 class Mlflow:
-    """A run of MLflow; figures are sent in the background, a step at a time. A step done again has two values."""
+    """A run of MLflow. Sends one step at a time, in the background. A repeated step has two values there."""
 
     def __init__(self, settings: Settings, id: str | None) -> None:
         import mlflow
@@ -64,9 +63,9 @@ class Mlflow:
         if id is None:
             mlflow.log_params(_flat(settings.model_dump(mode="json")))
 
-    def log(self, step: int, figures: dict[str, float]) -> None:
+    def log(self, step: int, metrics: dict[str, float]) -> None:
         self._wait()
-        self._sending = self._mlflow.log_metrics(figures, step=step, synchronous=False)
+        self._sending = self._mlflow.log_metrics(metrics, step=step, synchronous=False)
 
     def close(self) -> None:
         self._wait()
@@ -74,7 +73,7 @@ class Mlflow:
         self._mlflow.end_run()
 
     def _wait(self) -> None:
-        """For the step before: MLflow's threads lose figures of two sent at once, and tell of failures only here."""
+        """For the step before: MLflow loses metrics of two steps sent at once, and reports failures only here."""
         if self._sending is not None:
             self._sending.wait()
 
@@ -83,7 +82,7 @@ KINDS: dict[str, Callable[[Settings, str | None], Tracker]] = {"wandb": Wandb, "
 
 
 def check(names: Sequence[str]) -> None:
-    """Refuse services whose library is missing; raises UserError."""
+    """Raises UserError if the library of a service is missing."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"trackers: {name} is not installed; pip install '{PROJECT}[{name}]'")
@@ -93,7 +92,7 @@ class Trackers:
     """All the services of a run, or none."""
 
     def __init__(self, settings: Settings, resume: bool) -> None:
-        """Raises UserError when a service refuses (no login, no such server)."""
+        """Raises UserError if a service refuses (no login, no such server)."""
         check(settings.trackers)
         file = settings.run / IDS
         ids = json.loads(file.read_text()) if resume and file.is_file() else {}
@@ -104,10 +103,12 @@ class Trackers:
             except Exception as e:
                 raise UserError(f"trackers: {name}: {' '.join(str(e).split())}") from None
         if self._open:
-            _write(file, ids | {name: tracker.id for name, tracker in self._open.items()})
+            partial = file.with_suffix(".partial")
+            partial.write_text(json.dumps(ids | {name: tracker.id for name, tracker in self._open.items()}))
+            partial.replace(file)
 
-    def log(self, step: int, figures: dict[str, float]) -> None:
-        self._each(lambda tracker: tracker.log(step, figures))
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self._each(lambda tracker: tracker.log(step, metrics))
 
     def close(self) -> None:
         self._each(lambda tracker: tracker.close())
@@ -119,17 +120,11 @@ class Trackers:
                 act(tracker)
             except Exception as e:
                 del self._open[name]
-                print(f"trackers: {name} FAILED and gets no more figures: {' '.join(str(e).split())}", file=sys.stderr)
-
-
-def _write(file: Path, ids: dict[str, str]) -> None:
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(ids))
-    partial.replace(file)
+                print(f"trackers: {name} failed and is no longer used: {' '.join(str(e).split())}", file=sys.stderr)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings as they are written in an override: dotted."""
+    """Nested settings as dotted names, as in an override."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}

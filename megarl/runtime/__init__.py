@@ -1,1 +1,1 @@
-"""Processes on a machine: ranks, watchdog, interrupts, one event loop, the choice of CPU or CUDA."""
+"""The processes of a run: ranks, the watchdog, interrupts, an event loop, and the choice of CPU or CUDA."""

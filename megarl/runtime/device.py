@@ -22,19 +22,19 @@ def transformer_engine() -> bool:
 
 
 def backend() -> str:
-    """Of the model's collectives."""
+    """The backend of the model's collectives."""
     return "nccl" if on_cuda() else "gloo"
 
 
 def peak_memory() -> int:
-    """The most bytes that this rank has held so far: of device memory, or of the process on a CPU."""
+    """This rank's largest use of memory so far, in bytes: of the device, or of the process on a CPU."""
     if on_cuda():
         return torch.cuda.max_memory_allocated()
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts KiB
 
 
 def claim(local_rank: int, local_world_size: int) -> torch.device:
-    """This rank's device. On the CPU, the machine's cores are shared out among its ranks."""
+    """Select and return this rank's device. On a CPU, the ranks of a machine divide its cores among them."""
     if on_cuda():
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)

@@ -1,4 +1,4 @@
-"""An event loop in a thread of its own: engines are looked after, and rollouts go on, while this rank trains."""
+"""An event loop in a thread: it serves the engines and continues rollouts while this rank trains."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import torch
 
 T = TypeVar("T")
 
-END_DEADLINE = 10.0  # seconds for what still runs to be cancelled
+EXIT_TIMEOUT = 10.0  # seconds for running work to be cancelled
 
 
 class EventLoop:
-    """`with EventLoop(device) as loop:`; leaving cancels what still runs. Call from one thread, not from its own."""
+    """`with EventLoop(device) as loop:`. Leaving cancels running work. Call from one thread, not from the loop's."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -30,11 +30,11 @@ class EventLoop:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of `work`; an interruption of the wait cancels it."""
+        """Run `work` and return its result. An exception during the wait, such as Ctrl-C, cancels it."""
         return self.wait(self.begin(work))
 
     def wait(self, begun: Future[T]) -> T:
-        """The result of what was begun; an interruption of the wait cancels it."""
+        """The result of work that `begin` started. An exception during the wait cancels it."""
         try:
             return begun.result()
         except BaseException:
@@ -49,15 +49,15 @@ class EventLoop:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with suppress(TimeoutError):
-            self.begin(_cancel_others()).result(END_DEADLINE)
+            self.begin(_cancel_others()).result(EXIT_TIMEOUT)
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(END_DEADLINE)
+        self._thread.join(EXIT_TIMEOUT)
         if not self._thread.is_alive():
             self._loop.close()
 
     def _serve(self) -> None:
         if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)  # every thread has a current device of its own
+            torch.cuda.set_device(self._device)  # each thread has its own current device
         asyncio.set_event_loop(self._loop)
         self._loop.run_forever()
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM ask the run to save and leave after the step in hand; a second one ends it at once."""
+"""Ctrl-C and SIGTERM: the run saves and leaves after the current step. A second one ends it at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interrupt:
-    """`with Interrupt() as interrupt:` … `interrupt.asked` tells whether to stop."""
+    """`with Interrupt() as interrupt:`. Then `interrupt.asked` is whether the run should stop."""
 
     def __init__(self) -> None:
         self.asked = False

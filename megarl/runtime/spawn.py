@@ -1,4 +1,4 @@
-"""Ranks on this machine: start them, wait for them, end them all when one fails. Nothing is left behind."""
+"""Ranks on this machine: starts them, waits for them, and ends all when one fails."""
 
 from __future__ import annotations
 
@@ -24,21 +24,17 @@ import torch
 from megarl.errors import DeadlineExceeded, RanksLost, RunError, UserError
 from megarl.runtime import device, watchdog
 
-GRACE = 5.0  # seconds between the request to end and SIGKILL
-PRELOAD = ["megarl.learner.learner"]  # imported once; CPU ranks are forked from a clean process that has it
+GRACE = 5.0  # seconds between SIGTERM and SIGKILL
+PRELOAD = ["megarl.learner.learner"]  # imported once, in the clean process from which CPU ranks are forked
 
 
-class RankFailed(RunError):
-    """A rank raised or died; its traceback, if there is one, is a note on the exception."""
-
-
-def spawn(target: Callable[..., Any], nproc: int, args: Sequence[Any] = (), deadline: float | None = None) -> list[Any]:
-    """Run `target(*args)` in `nproc` new processes with torchrun's environment; what each returned, by rank.
+def spawn(target: Callable[..., Any], nproc: int, args: Sequence[Any] = (), timeout: float | None = None) -> list[Any]:
+    """Run `target(*args)` in `nproc` new processes with torchrun's variables. Returns the results, by rank.
 
     `target`, `args` and the results must be picklable, and the caller's entry point needs a `__main__` guard.
-    The first failure ends the other ranks and is raised here: UserError as it is, anything else as RunError.
-    Ctrl-C is passed on to the ranks once, so that they can save and leave; a second one ends them.
-    Raises DeadlineExceeded after `deadline` seconds. The ranks die with this process, however it ends.
+    The first failure ends the other ranks and is raised here: UserError unchanged, anything else as RunError.
+    The first Ctrl-C is passed on to the ranks, so that they can save and leave. A second one ends them.
+    Raises DeadlineExceeded after `timeout` seconds. The ranks die with this process, however it ends.
     """
     store, port = _store()
     context: SpawnContext | ForkServerContext
@@ -51,12 +47,12 @@ def spawn(target: Callable[..., Any], nproc: int, args: Sequence[Any] = (), dead
     try:
         for rank in range(nproc):
             ours, theirs = context.Pipe(duplex=False)
-            environment = {**os.environ, **_environment(rank, nproc, port)}  # the fork server's own may be older
+            environment = {**os.environ, **_environment(rank, nproc, port)}  # the fork server's may be outdated
             process = context.Process(target=_run, args=(theirs, environment, target, tuple(args)), name=f"rank {rank}")
             process.start()
             theirs.close()
             ranks.append((process, ours))
-        results = _collect(ranks, deadline)
+        results = _collect(ranks, timeout)
         for process, _ in ranks:
             process.join(GRACE)
         return results
@@ -68,7 +64,7 @@ def spawn(target: Callable[..., Any], nproc: int, args: Sequence[Any] = (), dead
 
 
 def _store() -> tuple[torch.distributed.TCPStore, int]:
-    """The rendezvous store and its port, on a free port of the loopback interface that nobody else can take."""
+    """The rendezvous store and its port: a loopback port that we bind first, so that nobody else can take it."""
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     store = torch.distributed.TCPStore(
@@ -78,7 +74,7 @@ def _store() -> tuple[torch.distributed.TCPStore, int]:
 
 
 def _environment(rank: int, nproc: int, port: int) -> dict[str, str]:
-    """As torchrun sets it."""
+    """The variables that torchrun sets."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -92,9 +88,9 @@ def _environment(rank: int, nproc: int, port: int) -> dict[str, str]:
 
 
 def _run(pipe: Connection, environment: dict[str, str], target: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    """A rank's process."""
-    _die_with_starter(pipe)
-    os.setpgid(0, 0)  # the terminal's Ctrl-C reaches the parent only, which passes it on
+    """The main function of a rank's process."""
+    _die_with_parent(pipe)
+    os.setpgid(0, 0)  # a terminal's Ctrl-C then reaches only the parent, which passes it on
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(environment)
@@ -110,7 +106,7 @@ def _run(pipe: Connection, environment: dict[str, str], target: Callable[..., An
     except BaseException as e:
         traceback.print_exc()
         message = ("raised", ("".join(traceback.format_exception_only(e)).strip(), traceback.format_exc()))
-    _send(pipe, message)  # before the connections to the other ranks close, so that the cause comes first
+    _send(pipe, message)  # before the connections to other ranks close, so that the parent hears the cause first
     sys.stdout.flush()
     sys.stderr.flush()
     if torch.distributed.is_initialized() and message[0] == "done":
@@ -119,29 +115,30 @@ def _run(pipe: Connection, environment: dict[str, str], target: Callable[..., An
 
 
 def _send(pipe: Connection, message: tuple[str, Any]) -> None:
-    """Plain pickle copies tensors, where multiprocessing's would pass handles that die with this process."""
+    """Uses plain pickle, which copies tensors. multiprocessing's would pass handles that die with this process."""
     with contextlib.suppress(BrokenPipeError):
         pipe.send_bytes(pickle.dumps(message))
 
 
-def _die_with_starter(pipe: Connection) -> None:
-    """Kill this process when the reading end of `pipe` closes, as it does however the starter ends.
+def _die_with_parent(pipe: Connection) -> None:
+    """Kill this process when the reading end of `pipe` closes, that is when the process that called `spawn` ends.
 
-    The kernel's signal at a parent's death would not do: the parent is the fork server, which outlives the starter.
+    The kernel's signal on a parent's death does not help: our parent is the fork server, which outlives the caller.
     """
     poll = select.poll()
-    poll.register(pipe.fileno(), 0)  # 0: only errors are reported
+    poll.register(pipe.fileno(), 0)  # 0: report only errors
 
     def watch() -> None:
         poll.poll()
         os.kill(os.getpid(), signal.SIGKILL)
 
-    threading.Thread(target=watch, name="starter", daemon=True).start()
+    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
-def _collect(ranks: list[tuple[Any, Connection]], deadline: float | None) -> list[Any]:
+def _collect(ranks: list[tuple[Any, Connection]], timeout: float | None) -> list[Any]:
+    """The results by rank. Raises the first failure, or DeadlineExceeded."""
     results: dict[int, Any] = {}
-    until = None if deadline is None else time.monotonic() + deadline
+    until = None if timeout is None else time.monotonic() + timeout
     interrupts = 0
     interrupted = False
     consequence: RanksLost | None = None
@@ -162,12 +159,12 @@ def _collect(ranks: list[tuple[Any, Connection]], deadline: float | None) -> lis
             if consequence:
                 raise consequence
             missing = ", ".join(str(rank) for rank in waiting.values())
-            assert deadline is not None  # without one, and with no rank lost, `wait` returns with a message only
-            raise DeadlineExceeded(f"rank {missing} of {len(ranks)} to finish", deadline)
+            assert timeout is not None  # without one, and with no rank lost, `wait` returns only with a message
+            raise DeadlineExceeded(f"rank {missing} of {len(ranks)} to finish", timeout)
         for rank in [rank for pipe, rank in waiting.items() if pipe in ready]:
             try:
                 kind, value = _receive(rank, *ranks[rank])
-            except RanksLost as e:  # the rank that was lost says more, if it is one of ours
+            except RanksLost as e:  # the lost rank may be ours, and then its message names the cause
                 kind, value = "lost", None
                 consequence = consequence or e
                 until = min(until or math.inf, time.monotonic() + GRACE)
@@ -182,25 +179,23 @@ def _collect(ranks: list[tuple[Any, Connection]], deadline: float | None) -> lis
 
 
 def _receive(rank: int, process: Any, pipe: Connection) -> tuple[str, Any]:
-    """The message of a rank that finished; raises if it failed."""
+    """The message of a rank that finished. Raises if it failed; the exception has the rank's traceback as a note."""
     try:
         kind, value = pickle.loads(pipe.recv_bytes())
     except EOFError:
         process.join(GRACE)
         code = process.exitcode
         how = f"was ended by {signal.Signals(-code).name}" if code and code < 0 else f"left with exit code {code}"
-        raise RankFailed(f"rank {rank} {how}") from None
+        raise RunError(f"rank {rank} {how}") from None
     if kind == "user":
         raise UserError(value)
-    if kind == "run":
-        raise RunError(f"rank {rank}: {value}")
-    if kind == "lost":
-        raise RanksLost(f"rank {rank}: {value}")
+    if kind in ("run", "lost"):
+        raise (RunError if kind == "run" else RanksLost)(f"rank {rank}: {value}")
     if kind == "verdict":
         raise RunError(value)
     if kind == "raised":
         line, trace = value
-        error = RankFailed(f"rank {rank} failed: {line}")
+        error = RunError(f"rank {rank} failed: {line}")
         error.add_note(trace)
         raise error
     return kind, value

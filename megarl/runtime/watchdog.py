@@ -1,11 +1,11 @@
-"""Every wait has a name and a deadline, every rank a pulse: what outlives either ends the job and says so.
+"""Ends the job, and says why, when a named wait exceeds its timeout or a rank stops sending its pulse.
 
-Each rank writes its pulse (a counter, and what it is doing) into the rendezvous store every few seconds. Rank 0 looks
-at all of them, the others at rank 0's and at the *verdict*: the message of the first rank that gave up. Ages are taken
-from the looker's own monotonic clock, so neither clock skew nor a clock jump matters. A thread of its own does the
-looking, and needs no store: it also notices when the store itself, and so the node that holds it, is gone.
+Each rank writes its pulse (a counter, and what it is doing) into the rendezvous store every few seconds. Rank 0 reads
+all pulses. The others read rank 0's pulse and the *verdict*: the message of the first rank that gave up. Each rank
+measures ages with its own monotonic clock, so neither clock skew nor a clock jump matters. A second thread checks the
+ages without the store, so it also notices when the store, and with it rank 0's node, is gone.
 
-On expiry every rank that is alive appends the stacks of its threads to `logs/stacks_rank_<r>.txt` of the run directory.
+Before the job ends, every live rank appends the stacks of its threads to `logs/stacks_rank_<r>.txt` of the run.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from typing import Any, Protocol
 from megarl.errors import DeadlineExceeded, RanksLost
 
 PERIOD = 5.0  # seconds between pulses, at most
-LINGER = 2.0  # periods that a rank which gives up stays, so that the others hear its verdict and write their stacks
-MARGIN = 1.1  # of a wait's deadline: what waits (gloo, HTTP) has that deadline too, and speaks first if it can
+LINGER = 2.0  # periods that a rank stays after its verdict, so that the others read it and write their stacks
+MARGIN = 1.1  # of a wait's timeout: what waits (gloo, HTTP) has the same timeout, and should report first
 TIMED_OUT = ("timed out", "timeout")  # in gloo's and NCCL's errors, in lower case
 LEFT = ("connection closed", "connection reset", "broken pipe", "connection refused", "socket closed")
 
@@ -44,63 +44,63 @@ def print_message(message: str) -> None:
 
 
 announce: Callable[[str], None] = print_message
-"""Told why this process ends, just before it ends by its watchdog; whoever started it may set another one."""
+"""Called with the reason just before the watchdog ends this process. Whoever started the process may replace it."""
 
 
 class Watchdog:
-    """One rank's: `with Watchdog(…)` on every rank, after all of them have joined.
+    """`with Watchdog(…)` on every rank, after all have joined the process group.
 
-    `deadline`: seconds without a pulse after which a rank counts as stopped. `store` None: there are no other ranks.
-    `folder` takes the stacks; `join` is called once all pulses have begun (a barrier).
+    `timeout`: seconds without a pulse after which a rank counts as stopped. `store` None: there are no other ranks.
+    `folder`: where the stacks are written. `join`: a barrier, called after this rank's first pulse.
     """
 
     def __init__(
-        self, rank: int, world_size: int, store: Any, deadline: float, folder: Path, join: Callable[[], None]
+        self, rank: int, world_size: int, store: Any, timeout: float, folder: Path, join: Callable[[], None]
     ) -> None:
-        self.rank, self.world_size, self.deadline, self.folder = rank, world_size, deadline, folder
-        self._store: Store | None = store
+        self.rank, self.world_size, self.timeout, self.folder = rank, world_size, timeout, folder
+        self.store: Store | None = store
         self._join = join
-        self._period = min(PERIOD, deadline / 5)
+        self._period = min(PERIOD, timeout / 5)
         self._doing = "starting"
         self._waits: list[tuple[str, float, float]] = []  # (what, seconds, until), of all threads
-        self._seen: dict[int, tuple[bytes, float]] = {}  # rank → its last pulse, and when it was new to us
-        self._contact = time.monotonic()  # the store's last answer
+        self._seen: dict[int, tuple[bytes, float]] = {}  # rank → its last pulse, and when we first saw it
+        self._contact = time.monotonic()  # when the store last answered
         self._verdict = ""
         self._stop = threading.Event()
-        self._news = threading.Event()  # another pulse is due at once
+        self._news = threading.Event()  # send the next pulse at once
         self._threads = [threading.Thread(target=self._look, name="watchdog", daemon=True)]
         if store is not None:
             self._threads.append(threading.Thread(target=self._beat, name="pulse", daemon=True))
 
     @contextmanager
     def doing(self, what: str, seconds: float) -> Iterator[None]:
-        """What this rank is at, "train of step 3", for the others' messages. Collectives in it have `seconds` each."""
+        """Name what this rank does, "train of step 3", in the others' messages. Each collective has `seconds`."""
         before, self._doing = self._doing, what
         self._news.set()
         with self._named(f"a collective of {what}", seconds):
             yield
-        self._doing = before  # kept on failure: that is what the others should hear
+        self._doing = before  # not on failure: the others should read where it failed
 
     @contextmanager
     def collective(self, name: str, seconds: float) -> Iterator[None]:
-        """One exchange of all ranks within the time; torch's own timeout is as long."""
+        """A collective of all ranks, which may take `seconds`. torch's own timeout is the same."""
         name = f"{name}, {self._doing}"
         with self.waiting(f"the other ranks in {name}", seconds), self._named(name, seconds):
             yield
 
     @contextmanager
     def waiting(self, what: str, seconds: float) -> Iterator[None]:
-        """End the job when the body takes longer than `seconds` (and a margin), naming `what`."""
+        """End the job, naming `what`, if the body takes longer than `seconds` and a margin."""
         wait = what, seconds, time.monotonic() + seconds * MARGIN
         self._waits.append(wait)
         try:
             yield
         finally:
-            self._waits.remove(wait)  # not the last one, if threads wait
+            self._waits.remove(wait)  # maybe not the last one: other threads wait too
 
     @contextmanager
     def _named(self, what: str, seconds: float) -> Iterator[None]:
-        """DeadlineExceeded for torch's error about a collective that took too long, RanksLost for one that broke."""
+        """Turn torch's error for a timed-out collective into DeadlineExceeded, and for a broken one into RanksLost."""
         try:
             yield
         except RuntimeError as e:
@@ -113,10 +113,10 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         global _current
-        if self._store is not None:
-            self._store.set(_pulse_key(self.rank), self._pulse(0))
+        if self.store is not None:
+            self.store.set(pulse_key(self.rank), self._pulse(0))
             if self.rank == 0:
-                self._store.set("verdict", "")
+                self.store.set("verdict", "")
         self._join()
         for thread in self._threads:
             thread.start()
@@ -126,33 +126,33 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """A deadline that ran out in the body is written down and told to the other ranks; it learns where they are."""
+        """After a DeadlineExceeded: add what the other ranks were doing, write the stacks, and post the verdict."""
         global _current
         _current = None
         if isinstance(error, DeadlineExceeded) and not self._verdict:
             error.args = (f"{error}{self._others()}",)
             self._dump(str(error))
             self._tell(f"rank {self.rank}: {error}")
-            self._stop.wait(LINGER * self._period if self._store is not None else 0)
+            self._stop.wait(LINGER * self._period if self.store is not None else 0)
         self._stop.set()
         self._news.set()
 
     # ---- the thread that talks to the store ----------------------------------------------------------------------
 
     def _beat(self) -> None:
-        assert self._store is not None
+        assert self.store is not None
         watched = range(1, self.world_size) if self.rank == 0 else [0]
-        keys = ["verdict", *map(_pulse_key, watched)]
+        keys = ["verdict", *map(pulse_key, watched)]
         count, looked = 0, 0.0
         while not self._stop.is_set():
             self._news.wait(self._period)
             self._news.clear()
             count += 1
-            with suppress(Exception):  # the store is gone, which `_look` notices by the age of `_contact`
-                self._store.set(_pulse_key(self.rank), self._pulse(count))
+            with suppress(Exception):  # the store is gone: `_look` notices the age of `_contact`
+                self.store.set(pulse_key(self.rank), self._pulse(count))
                 if time.monotonic() - looked < self._period:
                     continue
-                verdict, *pulses = self._store.multi_get(keys)
+                verdict, *pulses = self.store.multi_get(keys)
                 self._contact = looked = time.monotonic()
                 self._verdict = self._verdict or verdict.decode()
                 for rank, pulse in zip(watched, pulses, strict=True):
@@ -165,13 +165,13 @@ class Watchdog:
         before = time.monotonic()
         while not self._stop.wait(self._period / 2):
             now = time.monotonic()
-            if now - before > self.deadline / 2:  # we were stopped ourselves, maybe all of us: nobody is late yet
+            if now - before > self.timeout / 2:  # this process itself was stopped: its ages mean nothing
                 self._contact = now
                 self._seen = {rank: (pulse, now) for rank, (pulse, _) in list(self._seen.items())}
             before = now
             if self._verdict:
                 self._end(self._verdict)
-            if self._store is not None:
+            if self.store is not None:
                 self._check_pulses(now)
             for what, seconds, until in list(self._waits):
                 if now > until:
@@ -179,46 +179,46 @@ class Watchdog:
 
     def _check_pulses(self, now: float) -> None:
         silent = now - self._contact
-        if silent > self.deadline:
+        if silent > self.timeout:
             self._give_up(
                 f"rank 0, or the rendezvous store beside it, has shown rank {self.rank} no sign of life for "
-                f"{silent:.0f} s (heartbeat_timeout: {self.deadline:g}): it is stopped, or its node is gone; rank "
+                f"{silent:.0f} s (heartbeat_timeout: {self.timeout:g}): it is stopped, or its node is gone; rank "
                 f"{self.rank} was at {self._doing}"
             )
-        # By the store's last answer, so that a slow store or a busy machine makes nobody late.
+        # Ages at the store's last answer: a slow store or a busy machine makes no rank late.
         ages = [(rank, pulse, self._contact - seen) for rank, (pulse, seen) in list(self._seen.items())]
-        late = [each for each in ages if each[2] > self.deadline]
+        late = [each for each in ages if each[2] > self.timeout]
         if late:
             rank, pulse, age = late[0]
             more = f" (and {len(late) - 1} more ranks)" if len(late) > 1 else ""
             self._give_up(
-                f"rank {rank}{more} has shown no sign of life for {age:.0f} s (heartbeat_timeout: {self.deadline:g}): "
+                f"rank {rank}{more} has shown no sign of life for {age:.0f} s (heartbeat_timeout: {self.timeout:g}): "
                 f"it is stopped, or its node is gone; it was last at {_doing(pulse)}"
             )
 
     def _give_up(self, message: str) -> None:
-        """End the job for `message`, unless another rank was first."""
+        """End the job with `message`, or with the verdict of a rank that was first."""
         self._tell(message)
         self._end(self._verdict or message)
 
     def _end(self, verdict: str) -> None:
         self._dump(verdict)
-        time.sleep(LINGER * self._period if self._store is not None else 0)  # the others hear it and write stacks
+        time.sleep(LINGER * self._period if self.store is not None else 0)  # the others read it and write their stacks
         announce(verdict)
         os._exit(1)
 
     def _tell(self, verdict: str) -> None:
-        """Post the verdict; the first one stands."""
-        if self._store is not None:
-            standing = _bounded(lambda store: store.compare_set("verdict", "", verdict), self._store)
+        """Post the verdict, unless there is one."""
+        if self.store is not None:
+            standing = _within(lambda store: store.compare_set("verdict", "", verdict), self.store)
             self._verdict = standing.decode() if standing else verdict
 
     def _others(self) -> str:
-        """What the ranks that are elsewhere were last at."""
-        if self._store is None:
+        """What the ranks that do something else were last doing."""
+        if self.store is None:
             return ""
-        keys = [_pulse_key(rank) for rank in range(self.world_size)]
-        pulses = _bounded(lambda store: store.multi_get(keys), self._store) or []
+        keys = [pulse_key(rank) for rank in range(self.world_size)]
+        pulses = _within(lambda store: store.multi_get(keys), self.store) or []
         elsewhere = [
             (rank, _doing(p)) for rank, p in enumerate(pulses) if rank != self.rank and _doing(p) != self._doing
         ]
@@ -226,7 +226,7 @@ class Watchdog:
         return named + (f"; {len(elsewhere) - 4} more were elsewhere" if len(elsewhere) > 4 else "")
 
     def _dump(self, cause: str) -> None:
-        with suppress(OSError):  # a full disk must not keep the job from ending
+        with suppress(OSError):  # a full disk must not prevent the end
             self.folder.mkdir(parents=True, exist_ok=True)
             with (self.folder / f"stacks_rank_{self.rank}.txt").open("a") as file:
                 file.write(f"{cause}\nrank {self.rank} is at {self._doing}; the stacks of its threads:\n")
@@ -242,22 +242,22 @@ _current: Watchdog | None = None
 
 
 def waiting(what: str, seconds: float) -> AbstractContextManager[None]:
-    """As `Watchdog.waiting` of this process's watchdog; without one, the body alone."""
+    """`Watchdog.waiting` of this process's watchdog. Without one, only runs the body."""
     return _current.waiting(what, seconds) if _current else nullcontext()
 
 
 def doing(what: str, seconds: float) -> AbstractContextManager[None]:
-    """As `Watchdog.doing` of this process's watchdog; without one, the body alone."""
+    """`Watchdog.doing` of this process's watchdog. Without one, only runs the body."""
     return _current.doing(what, seconds) if _current else nullcontext()
 
 
 def collective(name: str, seconds: float) -> AbstractContextManager[None]:
-    """As `Watchdog.collective` of this process's watchdog; without one, the body alone."""
+    """`Watchdog.collective` of this process's watchdog. Without one, only runs the body."""
     return _current.collective(name, seconds) if _current else nullcontext()
 
 
-def _bounded(work: Callable[[Store], Any], store: Store, seconds: float = 2.0) -> Any:
-    """The result of `work(store)`, or None when the store does not answer in time."""
+def _within(work: Callable[[Store], Any], store: Store, seconds: float = 2.0) -> Any:
+    """The result of `work(store)`, or None if the store does not answer in time."""
     results: list[Any] = []
 
     def attempt() -> None:
@@ -270,7 +270,8 @@ def _bounded(work: Callable[[Store], Any], store: Store, seconds: float = 2.0) -
     return results[0] if results else None
 
 
-def _pulse_key(rank: int) -> str:
+def pulse_key(rank: int) -> str:
+    """Where the store has a rank's pulse."""
     return f"pulse/{rank}"
 
 

@@ -1,1 +1,1 @@
-"""What a person sees of a run in a terminal: live lines, progress, tail, trace, summary, tables."""
+"""What a run shows in a terminal: live view, progress, tail, trace, summary, tables."""

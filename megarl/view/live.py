@@ -1,6 +1,6 @@
-"""The lines that a person watches: where a run is, how long it takes, its figures, where its seconds go.
+"""The live view of a run: its step, its time left, its metrics, and the share of each phase.
 
-One view for two watchers: the run itself (progress.py) and `megarl tail`, which sees it from outside.
+Used by the run itself (progress.py) and by `megarl tail`, which watches from outside.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ _SHOWN = (  # (metric, label, format)
 )
 
 
-def figures(metrics: dict[str, Any]) -> str:
-    """The figures of a step that are worth a line, in one."""
+def headline(metrics: dict[str, Any]) -> str:
+    """The most telling metrics of a step, as one line."""
     return " ".join(f"{label} {form.format(metrics[key])}" for key, label, form in _SHOWN if key in metrics)
 
 
 def line(step: int, total: int, metrics: dict[str, Any]) -> str:
-    """A step as one plain line."""
+    """A step as one line of plain text."""
     phases = " ".join(f"{p} {metrics[f'seconds_{p}']:.1f}s" for p in PHASES if metrics.get(f"seconds_{p}"))
-    return f"step {step}/{total}  {figures(metrics)}{'  | ' if phases else ''}{phases}"
+    return f"step {step}/{total}  {headline(metrics)}{'  | ' if phases else ''}{phases}"
 
 
 class LiveView:
-    """A rich renderable; `step` and `phase` tell it what happened."""
+    """A rich renderable. Call `step` and `phase` to update it."""
 
     def __init__(self, total: int, hint: str = "") -> None:
         self.total, self.hint = total, hint
@@ -64,7 +64,7 @@ class LiveView:
 
     @property
     def seconds_left(self) -> float | None:
-        """From the median of the last steps, which one slow step does not move; None before the first."""
+        """Estimated from the median of the last ten steps. None before the first."""
         return median(self._seconds) * (self.total - self.done) if self._seconds else None
 
     def __rich__(self) -> Group:
@@ -78,7 +78,7 @@ class LiveView:
             Text(self.current, style="italic dim"),
         )
         rows: list[RenderableType] = [head]
-        if shown := figures(self.metrics):
+        if shown := headline(self.metrics):
             rows.append(Text(shown))
         if bar := phase_bar(self.metrics):
             rows.append(bar)
@@ -88,7 +88,7 @@ class LiveView:
 
 
 def phase_bar(metrics: dict[str, Any], width: int = 40) -> Text | None:
-    """The shares of a step's seconds, as a bar with a legend; None without timings."""
+    """The share of each phase in a step's time, as a bar with a legend. None without timings."""
     seconds = {p: metrics.get(f"seconds_{p}") or 0.0 for p in PHASES}
     seconds["other"] = max(0.0, (metrics.get("seconds_total") or 0.0) - sum(seconds.values()))
     whole = sum(seconds.values())
@@ -104,5 +104,6 @@ def phase_bar(metrics: dict[str, Any], width: int = 40) -> Text | None:
 
 
 def clock(seconds: float) -> str:
+    """As H:MM:SS or M:SS."""
     hours, rest = divmod(round(seconds), 3600)
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"

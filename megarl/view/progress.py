@@ -1,4 +1,4 @@
-"""What a person sees of a running job: a live view on a terminal, one plain line a step elsewhere."""
+"""The progress of a running job: a live view in a terminal, one plain line per step elsewhere."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megarl.view.live import PHASES, LiveView, line
 
 
 class RunProgress:
-    """Progress of one run; silent on every rank but the controller."""
+    """The progress of one run. `quiet` on every rank but the controller."""
 
     def __init__(self, total: int, done: int = 0, quiet: bool = False) -> None:
         self.quiet, self.total = quiet, total
@@ -38,7 +38,7 @@ class RunProgress:
             self.console.print(line(step, self.total, metrics), soft_wrap=True)
 
     def say(self, message: str) -> None:
-        """A line of its own, above the view."""
+        """Print a line above the live view."""
         if not self.quiet:
             self.console.print(message, soft_wrap=True)
 
@@ -48,34 +48,29 @@ class RunProgress:
 
 
 class Stopwatch:
-    """Seconds spent in each named phase since the last `lap`; every phase is told to the rank's phase log and watchdog.
+    """Measures the seconds in each phase since the last `lap`, and reports phases to the phase log and the watchdog."""
 
-    A collective in a phase has `deadline` seconds.
-    """
-
-    def __init__(self, progress: RunProgress, log: PhaseLog, deadline: float) -> None:
-        self._progress, self._log, self._deadline = progress, log, deadline
+    def __init__(self, progress: RunProgress, log: PhaseLog, timeout: float) -> None:
+        """`timeout`: seconds for each collective of a phase."""
+        self._progress, self._log, self._timeout = progress, log, timeout
         self._spent: dict[str, float] = {}
         self._began = time.perf_counter()
-        self.step = 0
-        """The step that the phases belong to."""
+        self.step = 0  # of the phases
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         self._progress.phase(phase)
         began = time.perf_counter()
-        with self._log.span(phase, self.step), doing(f"{phase} of step {self.step}", self._deadline):
+        with self._log.span(phase, self.step), doing(f"{phase} of step {self.step}", self._timeout):
             try:
                 yield
             finally:
                 self._spent[phase] = self._spent.get(phase, 0.0) + time.perf_counter() - began
 
     def lap(self) -> dict[str, float]:
-        """`seconds_<phase>` of every phase and `seconds_total`; starts anew."""
+        """`seconds_<phase>` of every phase, and `seconds_total`. Resets them."""
         now = time.perf_counter()
-        seconds = {f"seconds_{phase}": self._spent.get(phase, 0.0) for phase in PHASES} | {
-            f"seconds_{phase}": spent for phase, spent in self._spent.items()
-        }
+        seconds = {f"seconds_{phase}": self._spent.get(phase, 0.0) for phase in (*PHASES, *self._spent)}
         seconds["seconds_total"] = now - self._began
         self._spent, self._began = {}, now
         return seconds

@@ -1,4 +1,4 @@
-"""What a run achieved, for the person who waited for it: held-out figures before and after, and where to look next."""
+"""The table at the end of a run: held-out results before and after, and where to look next."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from megarl.run.directory import read_metrics
 
 
 def summary(folder: Path) -> Group:
-    """The table of a finished run; without two evaluations in its metrics, only where to look next."""
+    """The table of a finished run. With fewer than two evaluations, only where to look next."""
     lines = read_metrics(folder)
     evaluations = [line for line in lines if "eval/accuracy" in line]
     newest = max(line["step"] for line in lines) if lines else 0
     pointers = Text.assemble(
         "where to look next\n",
         *_pointer("the run on one page", folder / "report.html"),
-        *_pointer("every figure of every step", folder / "metrics.jsonl"),
+        *_pointer("every metric of every step", folder / "metrics.jsonl"),
         *_pointer("what the model wrote, and why it was rewarded", folder / "rollouts" / f"step_{newest:06d}.jsonl"),
         *_pointer("curves", f"tensorboard --logdir {folder / 'tensorboard'}"),
     )
     if len(evaluations) < 2:
         return Group(pointers)
     table = _table(evaluations[0], evaluations[-1])
-    for label, share in _spared([line for line in lines if "early_exit_fraction" in line]).items():
-        table.add_row(label, "", f"{100 * share:.0f} %", "")
+    for label, share in _savings([line for line in lines if "early_exit_fraction" in line]).items():
+        table.add_row(label, "", f"{100 * share:.0f}%", "")
     return Group(table, Text(), pointers)
 
 
-def _spared(steps: list[dict[str, Any]]) -> dict[str, float]:
-    """What Step-GRPO and DPPO left out of the run, as shares of all completions; nothing of what was off."""
+def _savings(steps: list[dict[str, Any]]) -> dict[str, float]:
+    """What Step-GRPO and DPPO saved, as shares of all completions. Nothing for what was off."""
     made = sum(value for line in steps for key, value in line.items() if key.startswith("verdict_"))
     if not made:
         return {}
@@ -55,13 +55,13 @@ def _table(before: dict[str, Any], after: dict[str, Any]) -> Table:
     table.add_row("accuracy", _share(low, count), _share(high, count), f"{100 * (high - low):+.1f} points")
     for key, label in (("response_tokens", "response tokens, mean"), ("steps_per_response", "reasoning steps, mean")):
         old, new = before[f"eval/{key}"], after[f"eval/{key}"]
-        table.add_row(label, f"{old:.1f}", f"{new:.1f}", f"{100 * (new / old - 1):+.0f} %" if old else "")
+        table.add_row(label, f"{old:.1f}", f"{new:.1f}", f"{100 * (new / old - 1):+.0f}%" if old else "")
     return table
 
 
 def _share(accuracy: float, count: int) -> str:
     """With its standard error."""
-    return f"{100 * accuracy:.1f} % ± {100 * math.sqrt(accuracy * (1 - accuracy) / count):.1f}"
+    return f"{100 * accuracy:.1f}% ± {100 * math.sqrt(accuracy * (1 - accuracy) / count):.1f}"
 
 
 def _pointer(what: str, where: object) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Tables in a terminal: settings that were derived, and rows of figures."""
+"""Tables in a terminal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rich.table import Table
 
 
 def show(values: dict[str, Any]) -> None:
-    """Print names and values on standard error, one a line."""
+    """Print names and values to standard error, one per line."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for key, value in values.items():
         table.add_row(f"[bold]{key}", str(value))
@@ -17,7 +17,7 @@ def show(values: dict[str, Any]) -> None:
 
 
 def show_rows(title: str, rows: list[dict[str, Any]]) -> None:
-    """Print rows as a table, one column a key; in full where it goes to a file or a pipe."""
+    """Print rows as a table, one column per key. Never cut in a file or a pipe."""
     table = Table(title=title)
     columns = list(dict.fromkeys(key for row in rows for key in row))
     for column in columns:
@@ -31,5 +31,5 @@ def show_rows(title: str, rows: list[dict[str, Any]]) -> None:
 
 
 def cell(value: Any) -> str:
-    """A value as tables print it."""
+    """A value as text: floats with four digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""`megarl tail RUN`: watch a run from outside, on this machine or on a shared disk; it reads files and nothing else."""
+"""`megarl tail RUN`: watches a run from outside, by reading its files on this machine or a shared disk."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from megarl.errors import DeadlineExceeded
 from megarl.run.timeline import read_phases
 from megarl.view.live import LiveView, line
 
-POLL = 0.5  # seconds between looks
+POLL = 0.5  # seconds between reads
 KEYS = "r: last rollouts   q: leave"
 
 
 class Follower:
-    """Reads metrics.jsonl as it grows; a line that is still being written waits."""
+    """Reads metrics.jsonl as it grows, without a line that is still being written."""
 
     def __init__(self, run: Path) -> None:
         self.run, self._at, self._inode = run, 0, 0
 
     def new(self) -> list[dict[str, Any]]:
-        """The steps since the last call; all of them again once a resumed run has rewritten the file."""
+        """The steps since the last call. All steps if a resumed run has rewritten the file."""
         file = self.run / "metrics.jsonl"
         with suppress(FileNotFoundError), file.open("rb") as stream:
             status = file.stat()
@@ -45,16 +45,17 @@ class Follower:
         return []
 
     def total(self) -> int:
-        """Steps that the run was asked for; 0 while nothing says so."""
+        """The run's setting `steps`. 0 before the run has written its settings."""
         with suppress(FileNotFoundError):
             return int((yaml.safe_load((self.run / "config.yaml").read_text()) or {}).get("steps", 0))
         return 0
 
 
 def tail(run: Path, rollouts: int, once: bool, start_timeout: float = 600.0) -> None:
-    """Follow until the last step. `rollouts`: so many responses of each step (or of the newest, when asked for).
+    """Follow a run until its last step.
 
-    `once` shows what there is and returns. Raises DeadlineExceeded when the run has not begun after `start_timeout`.
+    `rollouts`: how many responses to show of each step, or of the newest step when a key asks for them. `once`: show
+    what there is and return. Raises DeadlineExceeded if the run has not begun after `start_timeout` seconds.
     """
     console, follower = Console(highlight=False), Follower(run)
     until = time.monotonic() + (0 if once else start_timeout)
@@ -97,7 +98,7 @@ def _live(console: Console, follower: Follower, total: int, rollouts: int) -> No
 
 
 def newest(run: Path, count: int, step: int | None = None) -> Group:
-    """The first `count` responses of a step's rollouts (default: the newest step), with what became of them."""
+    """The first `count` responses of a step (default: the newest), each with its verdict and reward."""
     files = sorted((run / "rollouts").glob("step_*.jsonl" if step is None else f"step_{step:06d}.jsonl"))
     if not files:
         return Group()
@@ -110,18 +111,18 @@ def newest(run: Path, count: int, step: int | None = None) -> Group:
             blocks.append(
                 Text(f"── {head}  {record['exit_reason']}, {len(record['response_ids'])} tokens", style=style)
             )
-            blocks.append(Text(_harmless(record["prompt"]) + " ", style="dim") + Text(_harmless(record["response"])))
+            blocks.append(Text(_printable(record["prompt"]) + " ", style="dim") + Text(_printable(record["response"])))
     return Group(*blocks, Text())
 
 
-def _harmless(text: str) -> str:
-    """Without control characters: a response must not steer the terminal."""
+def _printable(text: str) -> str:
+    """Replaces control characters: a response must not control the terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text.strip())
 
 
 @contextmanager
 def _single_keys() -> Iterator[None]:
-    """Keys come at once and are not echoed; the terminal is put back as it was."""
+    """In the body, keys arrive at once and are not echoed. Restores the terminal afterwards."""
     import termios
     import tty
 
@@ -134,6 +135,6 @@ def _single_keys() -> Iterator[None]:
 
 
 def _key(seconds: float) -> str:
-    """The key pressed within so many seconds, or ""."""
+    """The key pressed within `seconds`, or ""."""
     ready, _, _ = select.select([sys.stdin], [], [], seconds)
     return sys.stdin.read(1) if ready else ""

@@ -14,10 +14,10 @@ COUNTERS = ("reward", "response_tokens", "tokens_generated")
 
 
 def write(run: Path, out: Path | None = None) -> Path:
-    """Write trace.json; default: into the run directory. Raises UserError for a run without phases."""
+    """Write the trace to `out`, by default RUN/trace.json. Raises UserError for a run without phases."""
     spans = read_phases(run)
     if not spans:
-        raise UserError(f"run: {run} holds no phases to trace (phases/rank_*.jsonl)")
+        raise UserError(f"run: {run} has no phases to trace (phases/rank_*.jsonl)")
     out = out or run / "trace.json"
     partial = out.with_name(out.name + ".partial")
     partial.write_text(json.dumps({"traceEvents": events(spans, read_metrics(run)), "displayTimeUnit": "ms"}))
@@ -26,7 +26,7 @@ def write(run: Path, out: Path | None = None) -> Path:
 
 
 def events(spans: list[Span], metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A process a rank, a slice a phase, and the controller's figures as counters at the end of their step."""
+    """One process per rank, one slice per phase, and metrics as counters at the end of their step."""
     start = spans[0].begin
     found: list[dict[str, Any]] = [
         {"name": "process_name", "ph": "M", "pid": rank, "args": {"name": f"rank {rank}"}}

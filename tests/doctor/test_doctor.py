@@ -88,7 +88,7 @@ def test_engines_of_their_own_are_looked_at(tmp_path: Path) -> None:
 
 
 def test_wrong_versions_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(software, "version", {"torch": "2.9.0", "transformer-engine": "2.9"}.get)
+    monkeypatch.setattr(software, "installed", {"torch": "2.9.0", "transformer-engine": "2.9"}.get)
     monkeypatch.setattr(software.device, "on_cuda", lambda: False)
     found = {f.check: f for f in software.versions()}
     assert (found["torch"].status, found["megatron-core"].status) == ("warn", "fail")
@@ -101,7 +101,7 @@ def test_infiniband_ports_that_are_down(tmp_path: Path, monkeypatch: pytest.Monk
     for card, state in (("mlx5_0", "4: ACTIVE"), ("mlx5_1", "1: DOWN")):
         (tmp_path / card / "ports" / "1").mkdir(parents=True)
         (tmp_path / card / "ports" / "1" / "state").write_text(state)
-    monkeypatch.setattr(machine, "_cards", lambda: sorted(tmp_path.glob("*/ports/*")))
+    monkeypatch.setattr(machine, "ports", lambda: sorted(tmp_path.glob("*/ports/*")))
     found = of(machine.fabric(2), "fabric")
     assert (found.status, "mlx5_1" in found.text, "mlx5_0" in found.text) == ("warn", True, False)
     (tmp_path / "mlx5_0" / "ports" / "1" / "state").write_text("1: DOWN")
@@ -116,9 +116,9 @@ def meet(run: Path, other: Path, size: int = 2, callers: int = 1, skew: float = 
 
     def node(rank: int) -> None:
         place = run if rank == 0 else other
-        found[rank] = list(peers.meet(rank, size, "127.0.0.1", port, place, deadline=5.0))
+        found[rank] = list(peers.meet(rank, size, "127.0.0.1", port, place, timeout=5.0))
 
-    threads = [threading.Thread(target=node, args=(rank,)) for rank in range(1 + callers)]
+    threads = [threading.Thread(target=node, args=(rank,), name=f"node {rank}") for rank in range(1 + callers)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -155,10 +155,9 @@ def test_a_clock_that_is_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     real = peers.time.time
 
     def moved() -> float:
-        return real() + (120.0 if threading.current_thread().name == "caller" else 0.0)
+        return real() + (120.0 if threading.current_thread().name == "node 1" else 0.0)
 
     monkeypatch.setattr(peers.time, "time", moved)
-    monkeypatch.setattr(peers, "_call", _renamed(peers._call))
     _, caller = meet(tmp_path, tmp_path)
     found = of(caller, "clock")
     assert found.status == "warn"
@@ -167,13 +166,5 @@ def test_a_clock_that_is_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_port_in_use(tmp_path: Path) -> None:
     with socket.create_server(("", 0)) as taken:
-        found = list(peers.meet(0, 2, "127.0.0.1", taken.getsockname()[1], tmp_path, deadline=1.0))
+        found = list(peers.meet(0, 2, "127.0.0.1", taken.getsockname()[1], tmp_path, timeout=1.0))
     assert of(found, "ports").status == "fail"
-
-
-def _renamed(call):
-    def wrapper(*arguments):
-        threading.current_thread().name = "caller"
-        return call(*arguments)
-
-    return wrapper

@@ -59,7 +59,7 @@ def test_vllm_is_asked_until_it_has_dropped_them(monkeypatch: pytest.MonkeyPatch
     """It answers 200 with `success: false` while a request that was cut still holds blocks."""
     refused, done = web.json_response({"success": False}), web.json_response({"success": True})
     assert len(load(VLLMEngine, [refused, refused, done], "/reset_prefix_cache")) == 3
-    monkeypatch.setattr(vllm, "CONTROL_DEADLINE", 0.3)
+    monkeypatch.setattr(vllm, "CONTROL_TIMEOUT", 0.3)
     with pytest.raises(DeadlineExceeded, match="drop cached prefixes"):
         load(VLLMEngine, [refused], "/reset_prefix_cache")
 

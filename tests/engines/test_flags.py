@@ -15,6 +15,8 @@ from megarl.rollout.servers import factory, flags
 from megarl.rollout.servers.process import Server
 from tests.support.real_servers import Policy, settings
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = """
 import argparse, os, subprocess, sys
 print("a line that is no answer")
@@ -46,13 +48,13 @@ def left(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
     return running
 
 
-def toy(tmp_path: Path, *words: str, code: str = PROGRAM, deadline: float = 60.0) -> str | None:
+def toy(tmp_path: Path, *words: str, code: str = PROGRAM, timeout: float = 60.0) -> str | None:
     """What the toy engine's parser says of `words`; asserts that the program did not go on."""
     (tmp_path / "toy.py").write_text(code)
     started = tmp_path / "started"
     line = [sys.executable, str(tmp_path / "toy.py"), *words]
     try:
-        return flags.refusal("toy", line, {"STARTED": str(started)}, deadline)
+        return flags.refusal("toy", line, {"STARTED": str(started)}, timeout)
     finally:
         assert not started.exists()
 
@@ -64,7 +66,7 @@ def toy(tmp_path: Path, *words: str, code: str = PROGRAM, deadline: float = 60.0
         (["--tp-sze", "4"], "unrecognized arguments: --tp-sze (did you mean '--tp-size'?)"),
         (["--tp-size", "four"], "argument --tp-size: invalid int value: 'four'"),
         (["--tp-size", "4", "5"], "unrecognized arguments: 5"),
-        (["--help"], "one of them, such as --help, has the server print something and end"),
+        (["--help"], "one of them, such as --help, makes the server print something and exit"),
     ],
 )
 def test_the_programs_own_parser_decides_and_nothing_is_left(
@@ -86,7 +88,7 @@ def test_a_program_that_ends_before_or_never_reads_its_flags(tmp_path: Path, lef
     with pytest.raises(RunError, match="ended before it read its flags: ModuleNotFoundError: .*'no_such_engine'"):
         toy(tmp_path, code="import no_such_engine")
     with pytest.raises(DeadlineExceeded, match="after 0.5 s waiting for toy to read its flags"):
-        toy(tmp_path, code="import time; time.sleep(600)", deadline=0.5)
+        toy(tmp_path, code="import time; time.sleep(600)", timeout=0.5)
     assert left() == []
 
 
@@ -127,8 +129,9 @@ def test_a_server_that_refuses_its_flags_is_quoted_without_the_list_of_them(tmp_
     code = f"import argparse\nparser = argparse.ArgumentParser(prog='toy serve')\n{many}parser.parse_args()"
     server = Server("toy", lambda port: [sys.executable, "-c", code, "--tp-sze"], log=tmp_path / "toy.log")
     server.start()
-    server._process.wait(60)  # type: ignore[union-attr]
-    server.end()
+    assert server.reaper is not None
+    server.reaper.wait(60)
+    server.stop()
     assert server.last_words() == "toy serve: error: unrecognized arguments: --tp-sze"
 
 

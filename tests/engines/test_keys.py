@@ -15,8 +15,8 @@ from megarl.rollout.in_engine.megarl_guard import Guard
 from megarl.rollout.in_engine.megarl_sglang import hide_in_logs
 from megarl.rollout.servers import factory
 from megarl.rollout.servers.http import Endpoint
-from tests.support.key_checks import check_the_key
 from tests.support.real_servers import Policy, settings
+from tests.support.server_processes import check_the_key
 from tests.support.tiny_policy import make_model
 
 
@@ -29,11 +29,11 @@ def policy(tmp_path: Path) -> Policy:
 def test_the_key_is_in_the_environment_alone(engine: str, policy: Policy, api_key: str, tmp_path: Path) -> None:
     """And a server without one does not take the key that happens to be in the trainer's environment."""
     server = factory.server(settings(policy, tmp_path / "run", engine), 0, engine)
-    assert api_key in server._environment.values()
-    assert not any(api_key in part for part in server._command(1))
+    assert api_key in server.environment.values()
+    assert not any(api_key in part for part in server.command(1))
     keyless = factory.server(settings(policy, tmp_path / "run", engine, api_key_env=None), 0, engine)
-    assert {name: value for name, value in keyless._environment.items() if "KEY" in name} == {
-        name: "" for name, value in server._environment.items() if value == api_key
+    assert {name: value for name, value in keyless.environment.items() if "KEY" in name} == {
+        name: "" for name, value in server.environment.items() if value == api_key
     }
 
 
@@ -52,11 +52,11 @@ def test_the_embedded_engines_server_keeps_its_key(policy: Policy, api_key: str,
         server.start()
         endpoint = Endpoint(server.address, api_key=api_key)
         try:
-            await server.wait_until(lambda: endpoint.get("/v1/models", deadline=5, purpose="health"), 120)
+            await server.wait_until(lambda: endpoint.get("/v1/models", timeout=5, purpose="health"), 120)
             await check_the_key(server, api_key, "/generate", "/score", "/load", "/abort", "/no-such-path")
         finally:
             await endpoint.close()
-            await server.stop()
+            await asyncio.to_thread(server.stop)
 
     asyncio.run(main())
 

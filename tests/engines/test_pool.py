@@ -15,9 +15,9 @@ from megarl.rollout.engine import Sampling
 from megarl.rollout.servers import pool as pool_module
 from megarl.rollout.servers.http import Refused
 from megarl.rollout.servers.pool import Pool, group_of
-from megarl.rollout.servers.remote import Outcome, RemoteEngine
+from megarl.rollout.servers.remote import RemoteEngine
 from megarl.rollout.servers.sglang import SGLangEngine
-from megarl.rollout.weights.transport import Checks
+from megarl.rollout.weights.transport import Outcome
 from tests.support.fake_sglang import FakeSGLang
 from tests.support.tiny_policy import make_tokenizer
 
@@ -62,9 +62,14 @@ class Labels:
 
 
 def with_pool(
-    n: int, body: Callable[[Pool, list[FakeSGLang], Labels], Awaitable[None]], *, resends: bool = True, **settings
+    n: int,
+    body: Callable[[Pool, list[FakeSGLang], Labels], Awaitable[None]],
+    *,
+    resends: bool = True,
+    tied: bool = False,
+    **settings,
 ) -> None:
-    """Run `body` with a pool over `n` servers, all right to begin with."""
+    """Run `body` with a pool over `n` servers, which all answer correctly at first."""
 
     async def main() -> None:
         servers = Servers(**{"attempt_timeout": 20.0, "request_timeout": 30.0, "start_timeout": 20.0, **settings})
@@ -76,7 +81,7 @@ def with_pool(
             SGLangEngine(f"e{i}", fake.address, VOCABULARY, servers, vocab_size=len(TOKENIZER))
             for i, fake in enumerate(fakes)
         ]
-        pool = Pool(engines, labels, servers)
+        pool = Pool(engines, labels, servers, tied=tied)
         await pool.start()
         try:
             await body(pool, fakes, labels)
@@ -149,7 +154,7 @@ def test_one_bad_engine_costs_no_result(mode: str) -> None:
         await pool.update_weights(1, [])
         fakes[0].mode = mode
         assert await ask(pool, *(f"g{i}/0|0" for i in range(20))) == [ANSWER] * 20
-        assert pool.redone > 0
+        assert pool.retries > 0
         fakes[0].mode = "right"
         await until(lambda: len(pool.engines) == 2)
         assert fakes[0].version == "1" and labels.served.count("e0") == 2
@@ -184,7 +189,7 @@ def test_an_engine_without_the_weights_waits_for_the_next_update() -> None:
         await ask(pool, *(f"g{i}/0|0" for i in range(8)))
         await fakes[0].come_back()
         before = fakes[0].calls["generate"]
-        await until(lambda: pool._members[0].state == "stale")
+        await until(lambda: pool.members[0].state == "stale")
         await ask(pool, *(f"h{i}/0|0" for i in range(8)))
         assert fakes[0].calls["generate"] == before
         await pool.update_weights(2, [])
@@ -193,16 +198,16 @@ def test_an_engine_without_the_weights_waits_for_the_next_update() -> None:
     with_pool(2, body, resends=False)
 
 
-def test_running_servers_hear_from_us_in_every_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that waits for weights, as one that was given up: who hears nothing ends (`megarl serve --idle-timeout`)."""
-    monkeypatch.setattr(pool_module, "LOOK", 0.01)
+def test_running_servers_are_polled_in_every_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those without weights and those given up: a server that nobody contacts ends (`megarl serve`)."""
+    monkeypatch.setattr(pool_module, "HEALTH_PERIOD", 0.01)
 
     async def body(pool: Pool, fakes: list[FakeSGLang], labels: Labels) -> None:
         for state in ("stale", "lost"):
-            pool._members[0].state = state
+            pool.members[0].state = state
             heard = fakes[0].calls["models"]
             await until(lambda heard=heard: fakes[0].calls["models"] > heard + 1)
-            assert pool._members[0].state == state
+            assert pool.members[0].state == state
 
     with_pool(2, body)
 
@@ -248,7 +253,7 @@ def test_a_slow_engine_gets_less_and_nothing_is_lost() -> None:
         await until(lambda: fakes[1].calls["generate"] >= 36)
         assert not task.done() and fakes[0].calls["generate"] <= 4
         fakes[0].go.set()
-        assert await task == [ANSWER] * 40 and pool.redone == 0
+        assert await task == [ANSWER] * 40 and pool.retries == 0
 
     with_pool(2, body, concurrency=4)
 
@@ -295,13 +300,12 @@ def test_engines_that_disagree_about_the_same_tokens_are_an_error() -> None:
 
 def test_a_wrong_tied_embedding_is_named() -> None:
     async def body(pool: Pool, fakes: list[FakeSGLang], labels: Labels) -> None:
-        pool._checks = Checks(tied=True)
         table = torch.arange(8.0).view(4, 2)
         await pool.update_weights(1, [("model.embed_tokens.weight", table), ("lm_head.weight", table.clone())])
         with pytest.raises(RunError, match="lm_head.weight differs from model.embed_tokens.weight"):
             await pool.update_weights(2, [("model.embed_tokens.weight", table), ("lm_head.weight", table + 1)])
 
-    with_pool(1, body)
+    with_pool(1, body, tied=True)
 
 
 def test_a_tensor_that_the_learner_leaves_out_is_named() -> None:

@@ -20,17 +20,16 @@ from megarl.rollout.detokenize import Vocabulary
 from megarl.rollout.engine import Generation, Sampling
 from megarl.rollout.in_engine.megarl_sglang import HIDDEN
 from megarl.rollout.servers.pool import Pool
-from megarl.rollout.servers.remote import Transport
 from megarl.rollout.stops import Stops
-from megarl.rollout.weights import shared_memory as transport_tensor
-from megarl.rollout.weights import verify
-from megarl.rollout.weights.broadcast import DistributedTransport
+from megarl.rollout.weights import shared_memory, verify
+from megarl.rollout.weights.broadcast import BroadcastTransport
 from megarl.rollout.weights.disk import DiskTransport
-from megarl.rollout.weights.shared_memory import TensorTransport
+from megarl.rollout.weights.shared_memory import SharedMemoryTransport
+from megarl.rollout.weights.transport import Transport
 from megarl.rollout.weights.verify import Canary
 from megarl.types import Span
-from tests.support.key_checks import GUARDED, check_the_key
 from tests.support.real_servers import BF16, CANARY, TOKENIZER, Live, Policy
+from tests.support.server_processes import GUARDED, check_the_key
 from tests.support.tiny_policy import make_model, reference_logprobs
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(1500)]
@@ -129,8 +128,8 @@ def transports(pool: Pool, policy: Policy, tmp_path: Path) -> Iterator[tuple[str
     """Every way for weights that this kind of server takes; small buckets, so that there are several."""
     yield "disk", DiskTransport(tmp_path / "weights", policy.folder, torch.bfloat16, bucket=1 << 17)
     if pool.engines[0].kind == "sglang":
-        yield "tensor", TensorTransport(torch.bfloat16, bucket=1 << 17)
-        yield "distributed", DistributedTransport(torch.bfloat16, bucket=1 << 17)
+        yield "tensor", SharedMemoryTransport(torch.bfloat16, bucket=1 << 17)
+        yield "distributed", BroadcastTransport(torch.bfloat16, bucket=1 << 17)
 
 
 def test_weights_arrive_by_every_way_while_a_request_runs(
@@ -173,7 +172,7 @@ def test_weights_arrive_by_every_way_while_a_request_runs(
         return True
 
     for _, transport in transports(pool, policy, tmp_path):
-        monkeypatch.setattr(pool, "_transport", transport)
+        monkeypatch.setattr(pool, "transport", transport)
         for source in (updated, policy):
             assert any(live.runner.run(update(source)) for _ in range(ATTEMPTS))
         live.runner.run(transport.close())
@@ -210,7 +209,7 @@ def test_a_sabotaged_sync_stops_and_names_the_tensor(
     pool, run = live.pool, live.runner.run
     engine, updated = pool.engines[0], next_policy(policy, tmp_path, seed=2)
     tensors, says = updated.tensors(), VICTIM
-    load, share = engine.load_folder, transport_tensor.share
+    load, share = engine.load_folder, shared_memory.share
 
     async def load_sabotaged(version: int, folder: Path) -> None:
         if sabotage == "stale":
@@ -219,7 +218,7 @@ def test_a_sabotaged_sync_stops_and_names_the_tensor(
         sabotaged_disk(folder, sabotage)
         await load(version, folder)
 
-    def share_sabotaged(bucket: list) -> transport_tensor.Shared:
+    def share_sabotaged(bucket: list) -> tuple[torch.Tensor, str]:
         kept = [(name, tensor) for name, tensor in bucket if name != VICTIM or sabotage == "corrupted"]
         return share([(name, -tensor if name == VICTIM else tensor) for name, tensor in kept])
 
@@ -234,15 +233,15 @@ def test_a_sabotaged_sync_stops_and_names_the_tensor(
     for way, transport in transports(pool, policy, tmp_path):
         if way == "distributed" or (way == "tensor" and sabotage == "stale"):
             continue
-        monkeypatch.setattr(pool, "_transport", transport)
+        monkeypatch.setattr(pool, "transport", transport)
         run(sync(pool, version, policy.tensors(), policy.canary()))
         if sabotage in ("corrupted", "lost", "stale"):
             monkeypatch.setattr(engine, "load_folder", load_sabotaged)
-            monkeypatch.setattr(transport_tensor, "share", share_sabotaged)
+            monkeypatch.setattr(shared_memory, "share", share_sabotaged)
         with pytest.raises(RunError, match=says):
             run(sync(pool, version + 1, tensors, updated.canary()))
         monkeypatch.setattr(engine, "load_folder", load)
-        monkeypatch.setattr(transport_tensor, "share", share)
+        monkeypatch.setattr(shared_memory, "share", share)
         run(sync(pool, version + 2, policy.tensors(), policy.canary()))
         run(transport.close())
         version += 3

@@ -145,19 +145,19 @@ def test_a_request_is_carried_over_a_weight_update_and_each_span_has_its_version
         sampling = Sampling(max_tokens=len(text), stop_words=("Wait",))
         first = len(TOKENIZER.encode("noWait "))
 
-        original = engine._segment
+        original = engine.segment
 
         async def segment(*arguments):  # the server turns slow after its first pause
             result = await original(*arguments)
             fake.mode = "slow"
             return result
 
-        engine._segment = segment  # type: ignore[method-assign]
+        engine.segment = segment  # type: ignore[method-assign]
         task = asyncio.ensure_future(engine.generate(prompt, sampling, "a"))
         while fake.calls["generate"] < 2:
             await asyncio.sleep(0)
-        async with engine.quiet():
-            assert not engine._segments
+        async with engine.pause():
+            assert not engine.in_flight
             fake.mode, engine.version, fake.version = "right", 2, "2"
         fake.go.set()
         generation = await task
@@ -172,17 +172,17 @@ def test_requests_may_end_while_they_are_cut_short() -> None:
 
     async def body(fake: FakeSGLang, engine: SGLangEngine, prompt: list[int]) -> None:
         task = await begun(fake, engine, prompt)
-        original = engine._abort_all
+        original = engine.abort_all
 
         async def abort_all() -> None:
             await original()
             fake.go.set()
-            while engine._segments:
+            while engine.in_flight:
                 await asyncio.sleep(0)
 
-        engine._abort_all = abort_all  # type: ignore[method-assign]
-        async with engine.quiet():
-            assert not engine._segments
+        engine.abort_all = abort_all  # type: ignore[method-assign]
+        async with engine.pause():
+            assert not engine.in_flight
         assert said(await task) == "hello"
 
     with_fake("hello", body)

@@ -21,7 +21,7 @@ from megarl.run.directory import read_metrics
 from megarl.runtime.spawn import spawn
 from megarl.train import train
 from tests.support import pages  # noqa: E402
-from tests.support.key_checks import GUARDED, check_the_key
+from tests.support.server_processes import GUARDED, check_the_key
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(1800)]
 
@@ -50,7 +50,7 @@ def line(engine: str, key: str, log: Path) -> Server:
     python = pages.ROOT / ".engines" / engine / "bin" / "python"
     parts = {"sglang": sglang, "vllm": vllm}[engine]
     sides = {"dtype": "bfloat16", "weights": "pretrained", "flags": ()}
-    gpu, cpu = (list(parts.command(python, MODEL, cuda=cuda, **sides)(0)) for cuda in (True, False))
+    gpu, cpu = (parts.command(0, python=python, model=MODEL, cuda=cuda, **sides) for cuda in (True, False))
     added = cpu[len(os.path.commonprefix([gpu, cpu])) : cpu.index("--port")]
     ours, theirs = (parts.environment(cuda=cuda, api_key=None) for cuda in (False, True))
     environment = {name: value for name, value in ours.items() if name not in theirs} | given
@@ -78,12 +78,12 @@ def test_the_documented_server_is_trained_on(
         server.start()
         endpoint = Endpoint(server.address, api_key=api_key)
         try:
-            await server.wait_until(lambda: endpoint.get("/v1/models", deadline=15, purpose="health"), 600)
+            await server.wait_until(lambda: endpoint.get("/v1/models", timeout=15, purpose="health"), 600)
             await check_the_key(server, api_key, *GUARDED[engine])
             await asyncio.to_thread(spawn, train, 1, (settings(),), DEADLINE)
         finally:
             await endpoint.close()
-            await server.stop()
+            await asyncio.to_thread(server.stop)
 
     def settings() -> config.Settings:
         asked = [word.replace("sglang", engine) for word in wanted if "addresses" not in word]

@@ -23,6 +23,7 @@ from megarl.run.directory import read_metrics
 from megarl.runtime.spawn import spawn
 from megarl.train import train
 from tests.support.real_servers import BF16, KEY_VARIABLE
+from tests.support.server_processes import pid_of
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(1800)]
 
@@ -131,14 +132,14 @@ def train_while_servers_die(wanted: config.Settings) -> dict[str, Any]:
     way = "load_serialized" if kind.kind == "sglang" else "load_folder"
     first, second = f"{kind.kind}-0", f"{kind.kind}-1"
     pools, killed, segments, after = [], [], [0], []
-    build, collect, segment, load = factory.build, Collector.collect, kind._segment, getattr(kind, way)
+    build, collect, segment, load = factory.build, Collector.collect, kind.segment, getattr(kind, way)
 
     def remember(*arguments: Any) -> Any:
         pools.append(build(*arguments))
         return pools[-1]
 
     def kill(engine: RemoteEngine) -> None:
-        os.kill(engine.server.pid, signal.SIGKILL)
+        os.kill(pid_of(engine.server), signal.SIGKILL)
         killed.append(engine.name)
 
     async def counted(self: RemoteEngine, server_id: str, *arguments: Any) -> Any:
@@ -154,10 +155,10 @@ def train_while_servers_die(wanted: config.Settings) -> dict[str, Any]:
         await load(self, *arguments)
 
     def members() -> list[tuple[str, str, int | None]]:
-        return [(member.engine.name, member.state, member.engine.version) for member in pools[0]._members]
+        return [(member.engine.name, member.state, member.engine.version) for member in pools[0].members]
 
     async def recovered() -> None:
-        pending = [member.recovery for member in pools[0]._members if member.recovery]
+        pending = [member.recovery for member in pools[0].members if member.recovery]
         await asyncio.wait_for(asyncio.gather(*pending), wanted.rollout.servers.start_timeout + 60)
 
     def collect_and_wait(self: Collector, *arguments: Any) -> Any:
@@ -166,10 +167,10 @@ def train_while_servers_die(wanted: config.Settings) -> dict[str, Any]:
         after.append(members())
         return collected
 
-    factory.build, kind._segment, Collector.collect = remember, counted, collect_and_wait
+    factory.build, kind.segment, Collector.collect = remember, counted, collect_and_wait
     setattr(kind, way, cut)
     train(wanted)
-    return {"killed": killed, "redone": pools[0].redone, "after": after, "engines": members()}
+    return {"killed": killed, "retries": pools[0].retries, "after": after, "engines": members()}
 
 
 @pytest.mark.parametrize("engine", ["sglang", "vllm"])
@@ -187,7 +188,7 @@ def test_killed_servers_cost_no_completion(engine: str, tmp_path: Path) -> None:
     )
     (report,) = spawn(train_while_servers_die, 1, (wanted,), DEADLINE)
     first, second = f"{engine}-0", f"{engine}-1"
-    assert report["killed"] == [first, second] and report["redone"] > 0
+    assert report["killed"] == [first, second] and report["retries"] > 0
     assert report["engines"] == [(first, "up", 4), (second, "up", 4)]
     back = ("stale", None) if engine == "sglang" else ("up", 1)
     assert report["after"][1] == [(first, *back), (second, "up", 1)]  # the rollout of step 2 is over

@@ -25,7 +25,7 @@ from megarl.runtime import watchdog
 from megarl.runtime.spawn import spawn
 from megarl.view.progress import RunProgress
 
-pytestmark = pytest.mark.parallel
+pytestmark = [pytest.mark.parallel, pytest.mark.slow]
 
 BOUND = 200.0  # seconds within which a failed job must have ended, on a busy machine
 LONG, SHORT = 10_000.0, 3.0
@@ -40,7 +40,7 @@ def job(logs: Path, collective: float, heartbeat: float, place: str, hang: Any, 
     with world.watchdog(heartbeat, logs) as dog, watchdog.doing(f"{place} of step 3", collective):
         if world.rank == hanging_rank:
             with watchdog.doing("save of step 3", collective):
-                while b"save" not in dog._store.get(f"pulse/{world.rank}"):
+                while b"save" not in dog.store.get(watchdog.pulse_key(world.rank)):
                     pass
                 hang()
         elif place == "barrier":
@@ -95,12 +95,14 @@ def test_a_killed_rank_is_named_not_the_one_that_missed_it(tmp_path: Path) -> No
 
 def save_on_a_dead_disk(run: Path) -> None:
     """A disk that takes every byte and never says that it has them."""
+    from megarl.learner import checkpoint
     from megarl.learner.parallel import start
 
     settings = config.parse({"run": run, "model": {"path": "m"}, "data": {"train": ["t"]}})
     world = replace(start(config.Parallel(), config.Precision(dtype="fp32"), 0, LONG), deadline_s=SHORT)
-    part: Any = SimpleNamespace(save=lambda folder: None, saving=lambda folder, aside: lambda: None)
-    atomic._flush = lambda path: sleep_for_ever()
+    checkpoint.saving = lambda learner, folder, aside: lambda: None
+    part: Any = SimpleNamespace(save=lambda folder: None)
+    os.fsync = lambda file: sleep_for_ever()
     with world.watchdog(LONG, run / "logs"):
         Checkpoints(settings, world, part, part, RunProgress(1, quiet=True)).save(7)
 

@@ -12,7 +12,7 @@ import pytest
 from megarl import config
 from megarl.errors import UserError
 from megarl.run.directory import RunDirectory, read_metrics, read_rollouts
-from megarl.types import Completion, Group, Probe, Prompt, Span
+from megarl.types import Completion, Probe, Prompt, ScoredCompletion, ScoredGroup, Span
 
 
 def settings(folder: Path) -> config.Settings:
@@ -65,23 +65,29 @@ def test_rollouts_come_back_bit_by_bit(tmp_path: Path) -> None:
     completions = [
         Completion(
             "uid", i, generator.integers(0, 9, 50).astype(np.int32), (np.arange(50) == 7).astype(np.uint8), logprobs,
-            "stop", [Span(3, 0, 50)], probes=[Probe(5, (1,), 0.25, True)], reward=generator.random(),
-            advantage=generator.random(), weight=1 / 3,
+            "stop", (Span(3, 0, 50),), probes=(Probe(5, (1,), 0.25, True),), text=f"text {i}",
         )
         for i in range(2)
     ]  # fmt: skip
+    scored = [
+        ScoredCompletion(c, "right", 1.0, True, 3 + c.index, generator.random(), generator.random(), weight=1 / 3)
+        for c in completions
+    ]
     run = RunDirectory(tmp_path, settings(tmp_path), None)
-    run.rollouts(1, [Group(prompt, completions, keep=1 / 3)])
+    run.rollouts(1, [ScoredGroup(prompt, scored, keep=1 / 3)])
     run.close()
     (group,) = read_rollouts(tmp_path, 1)
     assert (group.prompt, group.keep) == (prompt, 1 / 3)
-    for ours, theirs in zip(group.completions, completions, strict=True):
-        for name in Completion.__dataclass_fields__:
-            if name == "discarded_tokens":
-                continue
-            np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name), name)
-            assert type(getattr(ours, name)) is type(getattr(theirs, name))
-        assert ours.logprobs.dtype == np.float32
+    for ours, theirs in zip(group.completions, scored, strict=True):
+        assert math.isnan(ours.score)  # it is not recorded
+        for kind, one, other in (
+            (ScoredCompletion, ours, theirs),
+            (Completion, ours.completion, theirs.completion),
+        ):
+            for name in kind.__dataclass_fields__.keys() - {"completion", "score", "discarded_tokens"}:
+                np.testing.assert_array_equal(getattr(one, name), getattr(other, name), name)
+                assert type(getattr(one, name)) is type(getattr(other, name))
+        assert ours.completion.logprobs.dtype == np.float32
 
 
 def test_metrics_reach_tensorboard(tmp_path: Path) -> None:
@@ -97,10 +103,11 @@ def test_tensorboard_has_the_settings_and_a_group_of_each_step_as_text(tmp_path:
     """Verbatim: a response's Markdown is not rendered."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    group = Group(Prompt("uid", (1,), "what?", "2", "file:1"), [])
+    group = ScoredGroup(Prompt("uid", (1,), "what?", "2", "file:1"), [])
     for i, text in enumerate(("# one", "two\nlines")):
         made = (np.zeros(3, np.int32), np.zeros(3, np.uint8), np.zeros(3, np.float32), "stop")
-        group.completions.append(Completion("uid", i, *made, text=text, verdict="wrong", reward=0.25))
+        completion = Completion("uid", i, *made, text=text)
+        group.completions.append(ScoredCompletion(completion, "wrong", 0.0, False, steps=1, reward=0.25))
     run = RunDirectory(tmp_path, settings(tmp_path), None)
     run.rollouts(7, [group, group])
     run.close()

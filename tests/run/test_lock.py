@@ -20,7 +20,7 @@ from megarl.run.lock import FILE, only_job
 HOLD = """
 import sys
 from pathlib import Path
-from megarl.runlock import only_job
+from megarl.run.lock import only_job
 with only_job(Path(sys.argv[1]), print):
     print("held", flush=True)
     sys.stdin.read()
@@ -62,14 +62,14 @@ def test_a_lock_of_another_machine_is_waited_for(tmp_path: Path, holder: subproc
     """
     (tmp_path / FILE).write_text(json.dumps({"host": "lost-node", "pid": 17}))
     said: list[str] = []
-    with pytest.raises(UserError, match="process 17 on lost-node"), only_job(tmp_path, said.append, patience=0.3):
+    with pytest.raises(UserError, match="process 17 on lost-node"), only_job(tmp_path, said.append, remote_timeout=0.3):
         pass
     assert len(said) == 1 and "waiting" in said[0]
 
     def let_go(message: str) -> None:
         holder.kill()
 
-    with only_job(tmp_path, let_go, patience=60):
+    with only_job(tmp_path, let_go, remote_timeout=60):
         pass
 
 

@@ -1,4 +1,4 @@
-"""Figures that go to W&B and MLflow besides. The stand-ins prove what is called; the libraries themselves are used too,
+"""Metrics that also go to W&B and MLflow. The stand-ins prove what is called; the libraries themselves are used too,
 W&B offline, MLflow with a folder. Not proven: anything of their servers."""
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class StandIn:
         self._offer(monkeypatch, "wandb", init=self._init)
         self._offer(monkeypatch, "mlflow", set_experiment=lambda name: None, log_params=lambda flat: None,
                     start_run=lambda run_id, run_name: SimpleNamespace(info=self._info(run_id)),
-                    log_metrics=lambda figures, step, synchronous: self._send(figures, step),
+                    log_metrics=lambda metrics, step, synchronous: self._send(metrics, step),
                     flush_async_logging=lambda: None, end_run=self._end)  # fmt: skip
 
     def _offer(self, monkeypatch: pytest.MonkeyPatch, name: str, **functions: Any) -> None:
@@ -59,23 +59,23 @@ class StandIn:
     def _info(self, id: str | None) -> Any:
         return SimpleNamespace(run_id=self._begin(id))
 
-    def _log(self, figures: dict[str, float], step: int) -> None:
+    def _log(self, metrics: dict[str, float], step: int) -> None:
         if self.broken:
             raise OSError("no such server")
-        self.logged.append((step, figures))
+        self.logged.append((step, metrics))
 
-    def _send(self, figures: dict[str, float], step: int) -> Any:
-        return SimpleNamespace(wait=lambda: self._log(figures, step))
+    def _send(self, metrics: dict[str, float], step: int) -> Any:
+        return SimpleNamespace(wait=lambda: self._log(metrics, step))
 
     def _end(self) -> None:
         self.ended += 1
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
-def test_a_service_gets_every_finite_figure_and_goes_on_where_it_was(
+def test_a_service_gets_every_finite_metric_and_goes_on_where_it_was(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The figures are those of metrics.jsonl under TensorBoard's tags; a resumed run is the same run there."""
+    """The metrics are those of metrics.jsonl under TensorBoard's tags; a resumed run is the same run there."""
     service = StandIn(monkeypatch)
     write(settings(tmp_path, name), range(1, 3), None)
     write(settings(tmp_path, name), range(3, 4), 2)
@@ -92,7 +92,7 @@ def test_a_service_that_fails_is_told_of_once_and_stops_nothing(
     service.broken = True
     write(settings(tmp_path, name), range(1, 4), None)
     assert len(read_metrics(tmp_path)) == 3
-    assert capsys.readouterr().err.count(f"{name} FAILED and gets no more figures: no such server") == 1
+    assert capsys.readouterr().err.count(f"{name} failed and is no longer used: no such server") == 1
 
 
 def test_a_service_that_is_not_installed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,9 +102,12 @@ def test_a_service_that_is_not_installed_is_refused(tmp_path: Path, monkeypatch:
 
 
 def test_wandb_itself_writes_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
     monkeypatch.setenv("WANDB_MODE", "offline")
     write(settings(tmp_path, "wandb"), range(1, 3), None)
     write(settings(tmp_path, "wandb"), range(3, 4), 2)
+    wandb.teardown()  # ends the process that writes the files
     id = json.loads((tmp_path / trackers.IDS).read_text())["wandb"]
     [one, two] = list((tmp_path / "wandb").glob(f"offline-run-*-{id}*/*.wandb"))  # "-1" for the second of one second
     assert all(b"eval/accuracy" in file.read_bytes() for file in (one, two))

@@ -38,20 +38,20 @@ def test_first_and_last_evaluation_are_compared(tmp_path: Path) -> None:
     )
     text = render(tmp_path)
     assert "before (step 0)" in text and "after (step 3)" in text
-    assert "50.0 % ± 2.5" in text and "80.0 % ± 2.0" in text and "+30.0 points" in text
-    assert "120.0" in text and "90.0" in text and "-25 %" in text
+    assert "50.0% ± 2.5" in text and "80.0% ± 2.0" in text and "+30.0 points" in text
+    assert "120.0" in text and "90.0" in text and "-25%" in text
     assert "400 held-out responses" in text
     assert str(tmp_path / "rollouts" / "step_000003.jsonl") in text.replace("\n", "")
 
 
-def test_what_was_spared_is_told_as_shares_of_all_completions(tmp_path: Path) -> None:
-    """And not at all where it was off."""
+def test_savings_are_shares_of_all_completions(tmp_path: Path) -> None:
+    """What was off is not shown."""
     step = {"early_exit_fraction": 0.25, "completions_dropped": 3, "verdict_right": 5, "verdict_wrong": 3}
     lines = [{"step": 0, **evaluation(0.5, 9)}, {"step": 1, **step}, {"step": 2, **step, "completions_dropped": 1}]
     write(tmp_path, *lines, {"step": 3, **step, "completions_dropped": 2, **evaluation(0.5, 9)})
     rows = [line.split() for line in render(tmp_path).splitlines()]
-    assert any(row[1:5] == ["rollouts", "that", "ended", "early"] and "25" in row for row in rows)
-    assert any(row[1:4] == ["completions", "not", "trained"] and "25" in row for row in rows)
+    assert any(row[1:5] == ["rollouts", "that", "ended", "early"] and "25%" in row for row in rows)
+    assert any(row[1:4] == ["completions", "not", "trained"] and "25%" in row for row in rows)
     write(tmp_path, lines[0], {"step": 1, **step, "early_exit_fraction": 0.0, **evaluation(0.5, 9)})
     assert "ended early" not in render(tmp_path)
 

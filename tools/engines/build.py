@@ -1,8 +1,8 @@
-"""Build the rollout engines' own environments: `python tools/engines/build.py sglang vllm`.
+"""Builds the rollout engines' environments: `python tools/engines/build.py sglang vllm`.
 
-Each engine gets a virtual environment at `.engines/<engine>` (its pins differ from the trainer's). A stamp of the pins
-makes a second run free; a changed pin rebuilds. With `--device cuda` the released packages are installed as upstream
-means them; the CPU environments are what the tests run on.
+Each engine gets a virtual environment at `.engines/<engine>`, because its pins differ from the trainer's. A stamp of
+the pins makes a second run free, and a changed pin rebuilds. `--device cuda` installs the released packages unchanged.
+The tests use the CPU environments.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import sysconfig
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-STUBS = {"sglang": HERE / "sglang_cpu"}  # packages put beside the installed ones on a CPU
+STUBS = {"sglang": HERE / "sglang_cpu"}  # packages added on a CPU
 RELEASES = {"sglang": "sglang==0.5.23", "vllm": "vllm==0.32.0"}  # what `--device cuda` installs
-PROBES = {"sglang": "import sglang.srt.server_args", "vllm": "import vllm"}  # proves that the environment loads
+IMPORTS = {"sglang": "import sglang.srt.server_args", "vllm": "import vllm"}  # shows that the environment works
 
 
 def stamp(engine: str, device: str) -> str:
-    """A digest of everything that the environment is made from."""
+    """A digest of everything that determines the environment."""
     digest = hashlib.sha256(f"{sys.version_info[:2]} {device}".encode())
     if device == "cuda":
         digest.update(RELEASES[engine].encode())
@@ -35,7 +35,7 @@ def stamp(engine: str, device: str) -> str:
 
 
 def build(engine: str, device: str, folder: Path) -> None:
-    """Build one environment unless its stamp says that it is already what the pins ask for."""
+    """Build one environment, unless its stamp shows that it matches the pins."""
     target, wanted = folder / engine, stamp(engine, device)
     mark = target / "megarl-pins"
     if mark.is_file() and mark.read_text() == wanted:
@@ -51,13 +51,10 @@ def build(engine: str, device: str, folder: Path) -> None:
     else:
         subprocess.run([*pip, "--no-deps", "-r", HERE / f"{engine}.txt"], check=True)
         if engine in STUBS:
-            shutil.copytree(STUBS[engine], _site_packages(target), dirs_exist_ok=True)
-    subprocess.run([python, "-c", PROBES[engine]], check=True, stdout=subprocess.DEVNULL)
+            site_packages = sysconfig.get_path("purelib", vars={"base": str(target)})
+            shutil.copytree(STUBS[engine], site_packages, dirs_exist_ok=True)
+    subprocess.run([python, "-c", IMPORTS[engine]], check=True, stdout=subprocess.DEVNULL)
     mark.write_text(wanted)
-
-
-def _site_packages(target: Path) -> Path:
-    return Path(sysconfig.get_path("purelib", vars={"base": str(target)}))
 
 
 def main() -> int:
@@ -68,7 +65,7 @@ def main() -> int:
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     with open(options.folder / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two builds at once would tear each other's folders down
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two builds at once would delete each other's folders
         for engine in options.engines:
             try:
                 build(engine, options.device, options.folder.resolve())

@@ -1,1 +1,1 @@
-"""What runs inside an engine's process, in the engine's environment: imports nothing of megarl."""
+"""Code that runs in an engine's process and environment. Imports nothing from megarl."""

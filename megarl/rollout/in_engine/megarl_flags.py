@@ -1,10 +1,10 @@
-"""Has a server's own parser read its command line, and starts nothing.
+"""Runs a server's program only until its own parser has read the command line.
 
     python megarl_flags.py SCRIPT …     or     python megarl_flags.py -m MODULE …
 
-The program runs up to the moment when an argparse parser has read its command line. Standard output is then one line of
-JSON, `{}` or `{"refused": MESSAGE, "options": [every flag that the parser knows]}`, and empty when the program ended
-before; all that the program prints goes to standard error.
+Ends as soon as an argparse parser has read the command line. Standard output is then one line of JSON, `{}` or
+`{"refused": MESSAGE, "options": [every flag that the parser knows]}`. It is empty if the program ended before that.
+Everything that the program prints goes to standard error.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any, NoReturn
 
 
 def stop_after_parsing(answer: int) -> None:
-    """From now on the first command line that is parsed ends this process, with JSON written to the file descriptor."""
+    """The first command line to be parsed will end this process, and write JSON to the file descriptor `answer`."""
     parse = argparse.ArgumentParser.parse_args
 
     def end(found: dict[str, Any]) -> NoReturn:
         with os.fdopen(answer, "w") as file:
             file.write(json.dumps(found))
-        os._exit(0)  # no handler of the program's may go on
+        os._exit(0)  # the program's own exit handlers must not run
 
     def parse_args(self: argparse.ArgumentParser, *arguments: Any, **named: Any) -> NoReturn:
         read = vars(parse(self, *arguments, **named))
@@ -38,7 +38,7 @@ def stop_after_parsing(answer: int) -> None:
         end({"refused": message, "options": sorted(self._option_string_actions)})
 
     def leave(self: argparse.ArgumentParser, *_: Any) -> NoReturn:
-        self.error("one of them, such as --help, has the server print something and end")
+        self.error("one of them, such as --help, makes the server print something and exit")
 
     argparse.ArgumentParser.parse_args = parse_args  # type: ignore[method-assign]
     argparse.ArgumentParser.error = error  # type: ignore[method-assign]

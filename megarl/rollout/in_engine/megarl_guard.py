@@ -1,7 +1,7 @@
-"""Puts every path of a vLLM server behind its API key: `--middleware megarl_guard.Guard`.
+"""Requires the API key on every path of a vLLM server: `--middleware megarl_guard.Guard`.
 
-vLLM's own key guards what generates (/v1, /inference …) but not what controls: with VLLM_SERVER_DEV_MODE, whoever
-reaches the port may load weights or call any method of the workers (/collective_rpc).
+vLLM itself requires the key for generation (/v1, /inference …), but not for control. With VLLM_SERVER_DEV_MODE, anyone
+who reaches the port could load weights or call any method of the workers (/collective_rpc).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 Scope = MutableMapping[str, Any]
 Application = Callable[[Scope, Callable[[], Awaitable[Any]], Callable[[Any], Awaitable[None]]], Awaitable[None]]
 
-KEY_VARIABLE = "VLLM_API_KEY"  # vLLM's own; empty or absent: no key, and all is open
-OPEN = "/health"  # says nothing beyond that the server lives
+KEY_VARIABLE = "VLLM_API_KEY"  # vLLM's own variable; empty or absent: no key is required
+OPEN = "/health"  # tells only that the server lives
 REFUSAL = json.dumps({"error": "wrong api key"}).encode()
 
 

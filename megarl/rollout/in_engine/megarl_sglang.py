@@ -1,8 +1,8 @@
-"""Starts an SGLang server whose API key stands neither on a command line nor in its log.
+"""Starts an SGLang server whose API key is neither on a command line nor in its log.
 
     MEGARL_ENGINE_KEY=… python megarl_sglang.py --model-path …      otherwise as `python -m sglang.launch_server`
 
-SGLang itself takes a key as a flag only, which every user of the machine could read, and logs all its settings.
+SGLang takes a key only as a flag, which every user of the machine could read, and logs all its settings.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-KEY_VARIABLE = "MEGARL_ENGINE_KEY"  # empty or absent: no key
+KEY_VARIABLE = "MEGARL_ENGINE_KEY"  # empty or absent: no key is required
 EXPERTS_FLAG = "--enable-return-routed-experts"
 HIDDEN = "***"
 
 
 def hide_in_logs(secret: str) -> None:
-    """From now on, no log record of this process shows `secret`; SGLang's other processes log no settings."""
+    """Mask `secret` in every log record of this process. SGLang's other processes log no settings."""
     make = logging.getLogRecordFactory()
 
     def hidden(*arguments: Any, **named: Any) -> logging.LogRecord:
         record = make(*arguments, **named)
         try:
             text = record.getMessage()
-        except Exception:  # arguments that do not fit: logging tells when it writes the record, and shows them
+        except Exception:  # wrong arguments: logging reports them, and prints them, when it writes the record
             text = f"{record.msg} {record.args}"
         if secret in text:
             record.msg, record.args = text.replace(secret, HIDDEN), None
@@ -37,7 +37,7 @@ def hide_in_logs(secret: str) -> None:
 
 
 def add_to_arguments(key: str) -> None:
-    """SGLang reads `--api-key` beside its command line's flags, which stay as they are."""
+    """Have SGLang parse `--api-key` after its flags. The command line does not change."""
     from sglang.srt import server_args
 
     prepare = server_args.prepare_server_args
@@ -48,8 +48,8 @@ def add_to_arguments(key: str) -> None:
     server_args.prepare_server_args = prepare_with_key
 
 
-def hold_experts_in_plain_memory() -> None:
-    """SGLang keeps the experts that it reports in host memory registered with CUDA, even where there is none."""
+def keep_experts_in_plain_memory() -> None:
+    """SGLang keeps the experts that it reports in memory registered with CUDA, even on a machine without CUDA."""
     import torch
     from sglang.srt.mem_cache.pool_host import common
 
@@ -69,4 +69,4 @@ def main() -> None:
 if __name__ == "__main__":  # SGLang's other processes import this file too, by another name
     main()
 elif __name__ == "__mp_main__" and EXPERTS_FLAG in sys.argv and "cpu" in sys.argv:
-    hold_experts_in_plain_memory()
+    keep_experts_in_plain_memory()

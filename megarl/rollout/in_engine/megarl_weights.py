@@ -1,6 +1,6 @@
-"""Loads weights inside a vLLM worker and tells what was read: `--worker-extension-cls megarl_weights.WeightReader`.
+"""Loads weights inside a vLLM worker and reports what it read: `--worker-extension-cls megarl_weights.WeightReader`.
 
-Needs torch and safetensors only. The trainer computes the same checksums from here.
+Needs only torch and safetensors. The trainer uses the same `checksum`.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-_CHUNK = 1 << 20  # elements a checksum looks at together
+_CHUNK = 1 << 20  # elements that a checksum processes together
 
 
 @torch.no_grad()
 def checksum(tensor: torch.Tensor) -> int:
-    """64 bits of a tensor's bytes in row-major order: differs when a value changes or two values change places.
+    """A 64-bit checksum of a tensor's bytes in row-major order. It changes when a value changes or two are exchanged.
 
-    Computed on the tensor's own device, so engines and learners need not move weights to compare them.
+    Computed on the tensor's own device, so nobody needs to move weights to compare them.
     """
     values = tensor.detach().contiguous().flatten().view(torch.uint8)
     if len(values) % 4 == 0:
@@ -29,8 +29,8 @@ def checksum(tensor: torch.Tensor) -> int:
     for start in range(0, len(values), _CHUNK):
         chunk = values[start : start + _CHUNK].to(torch.int64)
         places = torch.arange(start, start + len(chunk), device=values.device)
-        # Odd multipliers that depend on the place, and not linearly: else an exchange of two values whose differing
-        # parts cancel (bytes +1 and -1, say) would not show. Arithmetic is modulo 2^64.
+        # Odd multipliers that depend on the position, but not linearly. Else exchanging two values whose differences
+        # cancel (bytes +1 and -1, say) would not change the sum. Arithmetic is modulo 2^64.
         mixed = places * 0x5851F42D4C957F2D + 0x14057B7EF767814F
         mixed = (mixed ^ (mixed >> 29)) * 0x3F58476D1CE4E5B9
         total += ((chunk + 1) * ((mixed ^ (mixed >> 32)) | 1)).sum()
@@ -38,13 +38,13 @@ def checksum(tensor: torch.Tensor) -> int:
 
 
 class WeightReader:
-    """Mixed into vLLM's worker class; its methods are called by `/collective_rpc`."""
+    """A mixin of vLLM's worker class. `/collective_rpc` calls its methods."""
 
     def megarl_load(self, folder: str) -> dict[str, str]:
-        """Reload the weights from `folder`; the checksums, in hexadecimal, of the tensors read, by name.
+        """Reload the weights from `folder`. Returns the checksums of the tensors read, in hexadecimal, by name.
 
-        vLLM's own `reload_weights` on a path takes what it finds: a missing or damaged tensor goes unnoticed. And it
-        leaves out a layer whose weight is another's: on a CPU, a tied output layer goes on with its old packed copy.
+        Given a path, vLLM's `reload_weights` does not notice a missing or damaged tensor. It also skips a layer whose
+        weight belongs to another: on a CPU, a tied output layer would keep its old packed copy.
         """
         read: dict[str, str] = {}
 

@@ -1,1 +1,1 @@
-"""Engines behind HTTP, SGLang, vLLM and our own: their processes, their dialects, many as one pool."""
+"""Engines behind HTTP (SGLang, vLLM, our own): their processes, their protocols, and one pool of all of them."""

@@ -1,39 +1,40 @@
-"""The engines that the settings ask for: servers started here, or running ones, behind one pool."""
+"""Builds the pool of engines that the settings ask for, of servers that megarl starts or that already run."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from megarl.config import Rollout, Servers, Settings
 from megarl.errors import UserError
+from megarl.models.config_json import read_shape
 from megarl.rollout import groups
 from megarl.rollout.detokenize import Vocabulary
 from megarl.rollout.in_engine import megarl_sglang
 from megarl.rollout.servers import local, sglang, vllm
 from megarl.rollout.servers.pool import Pool
 from megarl.rollout.servers.process import Command, Server
-from megarl.rollout.servers.remote import RemoteEngine, Transport
-from megarl.rollout.weights.broadcast import DistributedTransport
+from megarl.rollout.servers.remote import RemoteEngine
+from megarl.rollout.weights.broadcast import BroadcastTransport
 from megarl.rollout.weights.disk import DiskTransport
-from megarl.rollout.weights.shared_memory import TensorTransport
+from megarl.rollout.weights.shared_memory import SharedMemoryTransport
+from megarl.rollout.weights.transport import Transport
 
-ENGINES: dict[str, tuple[type[RemoteEngine], Callable[..., Any], Callable[..., dict[str, str]]]] = {
+ENGINES: dict[str, tuple[type[RemoteEngine], Callable[..., list[str]], Callable[..., dict[str, str]]]] = {
     "sglang": (sglang.SGLangEngine, sglang.command, sglang.environment),
     "vllm": (vllm.VLLMEngine, vllm.command, vllm.environment),
-    "local": (local.ServedEngine, local.command, local.environment),
+    "local": (local.LocalServerEngine, local.command, local.environment),
 }
 
 
 def check(rollout: Rollout) -> None:
-    """Refuse what an engine cannot do; raises UserError. Before anything is started."""
+    """Refuse, before anything is started, what the engine cannot do. Raises UserError."""
     servers = rollout.servers
     if rollout.engine != "sglang" and servers.weight_transport not in ("auto", "disk"):
         raise UserError(
@@ -62,14 +63,14 @@ def check(rollout: Rollout) -> None:
 
 
 def check_flags(flags: Sequence[str]) -> None:
-    """Refuse flags that may not stand on a command line, or would not be read from it; raises UserError."""
+    """Refuse flags that expose the key, and flags joined with their value. Raises UserError."""
     if any(flag.partition("=")[0] == "--api-key" for flag in flags):
         raise UserError(
             "rollout.servers.flags: '--api-key': every user of the machine may read a command line; "
-            "name the variable that holds the key in rollout.servers.api_key_env"
+            "name the variable that has the key in rollout.servers.api_key_env"
         )
     for flag in flags:
-        if together := re.match(r"(-[\w.-]+)\s+(.*)", flag):  # vLLM would start without it
+        if together := re.match(r"(-[\w.-]+)\s+(.*)", flag):  # vLLM would start and ignore it
             name, value = together.groups()
             raise UserError(
                 f"rollout.servers.flags: '{flag}': a flag and its value are two texts: [{name}, \"{value}\"]"
@@ -77,13 +78,13 @@ def check_flags(flags: Sequence[str]) -> None:
 
 
 def build(settings: Settings, vocabulary: Vocabulary) -> Pool:
-    """The pool that `settings.rollout` asks for; nothing is started. Call its `start`, then use it as an `Engine`."""
+    """The pool for `settings.rollout`. Starts nothing: call its `start`, then use it as an `Engine`."""
     rollout, servers, model = settings.rollout, settings.rollout.servers, settings.model
     check(rollout)
-    config = json.loads((model.path / "config.json").read_text())
+    shape = read_shape(model.path)
     transport = choose_transport(rollout, model.path, dtype_of(settings), settings.run / "weights")
     kind, *_ = ENGINES[rollout.engine]
-    routed = (config["num_hidden_layers"], config["num_experts_per_tok"]) if "num_experts_per_tok" in config else None
+    routed = (shape.layers, shape.moe.top_k) if shape.moe else None
     places: Sequence[str | Server] = servers.addresses or [
         server(settings, i, f"{rollout.engine}-{i}") for i in range(servers.count)
     ]
@@ -93,28 +94,28 @@ def build(settings: Settings, vocabulary: Vocabulary) -> Pool:
             place,
             vocabulary,
             servers,
-            vocab_size=int(config["vocab_size"]),
+            vocab_size=shape.vocab,
             routed=routed,
             transport=transport,
             api_key=api_key_of(servers),
         )
         for place in places
     ]
-    return Pool(engines, transport, servers, tied=bool(config.get("tie_word_embeddings")))
+    return Pool(engines, transport, servers, tied=shape.tied)
 
 
 def server(settings: Settings, index: int, name: str, port: int = 0) -> Server:
-    """The server `index` of `servers.count` on this host, not started: on a free loopback port, or on `port` of every
-    interface."""
+    """Server `index` of the `servers.count` on this host, not started. It listens on a free loopback port, or on `port`
+    of every interface."""
     rollout, servers = settings.rollout, settings.rollout.servers
     line = command_of(settings, ["--host", "0.0.0.0"] if port else [])
     log = settings.run / "logs" / f"{name}.log"
-    own = {**environment_of(rollout, api_key_of(servers)), **one_of(index, servers)}
-    return Server(name, line, log=log, environment=own, port=port)
+    variables = {**environment_of(rollout, api_key_of(servers)), **device_share(index, servers)}
+    return Server(name, line, log=log, environment=variables, port=port)
 
 
 def command_of(settings: Settings, more: Sequence[str] = ()) -> Command:
-    """A server's command line, given its port; `more` flags follow those of the settings."""
+    """A server's command line, given its port. The flags `more` follow those of the settings."""
     rollout, servers, model = settings.rollout, settings.rollout.servers, settings.model
     _, command, _ = ENGINES[rollout.engine]
     flags = [*servers.flags, *more]
@@ -122,9 +123,10 @@ def command_of(settings: Settings, more: Sequence[str] = ()) -> Command:
     if rollout.engine == "local":
         longest = groups.longest_sequence(settings)
         flags += ["--slots", str(rollout.local_max_sequences), "--max-length", str(longest)]
-    return command(
-        python_of(rollout),
-        model.path.resolve(),
+    return partial(
+        command,
+        python=python_of(rollout),
+        model=model.path.resolve(),
         dtype=str(dtype_of(settings)).removeprefix("torch."),
         cuda=on_cuda(servers),
         weights=model.weights,
@@ -133,14 +135,17 @@ def command_of(settings: Settings, more: Sequence[str] = ()) -> Command:
 
 
 def environment_of(rollout: Rollout, api_key: str | None) -> dict[str, str]:
-    """Variables that a server needs beside ours."""
+    """Variables that a server needs in addition to ours."""
     *_, environment = ENGINES[rollout.engine]
     return environment(cuda=on_cuda(rollout.servers), api_key=api_key)
 
 
 def choose_transport(rollout: Rollout, model: Path, dtype: torch.dtype, folder: Path) -> Transport:
-    """How weights travel: as `servers.weight_transport` says. `auto` takes shared memory for SGLang servers on this
-    host's CPU, a broadcast to other SGLang servers, and a folder for vLLM and the embedded engine's server."""
+    """The transport that `servers.weight_transport` names.
+
+    `auto`: shared memory for SGLang servers on this host's CPU, a broadcast for other SGLang servers, a folder for vLLM
+    and the embedded engine's server.
+    """
     servers, cuda = rollout.servers, on_cuda(rollout.servers)
     mode = servers.weight_transport
     if mode == "auto":
@@ -148,16 +153,15 @@ def choose_transport(rollout: Rollout, model: Path, dtype: torch.dtype, folder: 
     if mode == "disk":
         return DiskTransport(folder, model, dtype)
     if mode == "tensor":
-        return TensorTransport(dtype)
-    return DistributedTransport(
-        dtype, backend="nccl" if cuda else "gloo", address=os.environ.get("MASTER_ADDR", "127.0.0.1")
-    )
+        return SharedMemoryTransport(dtype)
+    address = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    return BroadcastTransport(dtype, backend="nccl" if cuda else "gloo", address=address)
 
 
 def python_of(rollout: Rollout) -> Path:
     """The interpreter that runs the servers."""
-    own = Path(sys.executable) if rollout.engine == "local" else Path(".engines") / rollout.engine / "bin" / "python"
-    return rollout.servers.python or own
+    default = Path(".engines") / rollout.engine / "bin" / "python"
+    return rollout.servers.python or (Path(sys.executable) if rollout.engine == "local" else default)
 
 
 def dtype_of(settings: Settings) -> torch.dtype:
@@ -173,8 +177,8 @@ def on_cuda(servers: Servers) -> bool:
     return servers.device == "cuda" or (servers.device == "auto" and torch.cuda.is_available())
 
 
-def one_of(index: int, servers: Servers) -> dict[str, str]:
-    """Keeps several servers of one host apart: on a CPU one thread each, on CUDA one share of the visible devices."""
+def device_share(index: int, servers: Servers) -> dict[str, str]:
+    """Variables that give server `index` its share of this host: one thread on a CPU, else some visible devices."""
     if not on_cuda(servers):
         return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -1,4 +1,4 @@
-"""The flags of servers that a run would start, read by the engine's own parser before anything is started."""
+"""Checks the flags of the servers that a run would start, with the engine's own parser, before anything is started."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from megarl.rollout.in_engine import megarl_flags
 from megarl.rollout.servers import factory, reaper
 from megarl.rollout.servers.process import free_port, inherited
 
-DEADLINE = 180.0  # seconds; an engine takes 5 to 15 to import what its parser needs
+TIMEOUT = 180.0  # seconds; an engine takes 5 to 15 to import what its parser needs
 
 
 def checked(settings: Settings) -> str:
-    """What became of `rollout.servers.flags`, in a few words. With `addresses` too, for `megarl serve` uses them then.
+    """Check `rollout.servers.flags` and describe the result in a few words.
 
-    Raises UserError for flags that the engine refuses, or when its interpreter cannot run it; DeadlineExceeded.
+    Also with `addresses`, because `megarl serve` uses the flags then. Raises UserError if the engine refuses a flag or
+    its interpreter cannot run it, and DeadlineExceeded.
     """
     rollout, servers = settings.rollout, settings.rollout.servers
     if not servers.flags:
@@ -44,31 +45,31 @@ def checked(settings: Settings) -> str:
     return f"{' '.join(servers.flags)}: read by {rollout.engine}'s own parser"
 
 
-def refusal(name: str, line: Sequence[str], environment: Mapping[str, str], deadline: float = DEADLINE) -> str | None:
-    """Why the parser of the server `name` refuses the command line `[interpreter, program, flags …]`, with the nearest
-    flag; None when it takes it.
+def refusal(name: str, line: Sequence[str], environment: Mapping[str, str], timeout: float = TIMEOUT) -> str | None:
+    """Why the server `name` refuses the command line `[interpreter, program, flags …]`, with the nearest flag. None if
+    it accepts the line.
 
-    Raises RunError with the program's last line when it ends before it reads flags, DeadlineExceeded after `deadline`
-    seconds. No process is left.
+    Raises RunError with the program's last line if it exits before it reads its flags, and DeadlineExceeded after
+    `timeout` seconds. Leaves no process behind.
     """
-    ours, held = os.pipe()
+    reader, writer = os.pipe()
     with (
-        os.fdopen(ours) as asked,
+        os.fdopen(reader) as stdin,
         subprocess.Popen(
             [sys.executable, reaper.__file__, line[0], megarl_flags.__file__, *line[1:]],
-            stdin=asked,
+            stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env={**inherited(), **environment},
         ) as process,
-        os.fdopen(held, "wb"),  # closed however we end: the keeper's signal
+        os.fdopen(writer, "wb"),  # closes when we leave, however that happens: the reaper then ends the program
     ):
         try:
-            answer, told = process.communicate(timeout=deadline)
+            answer, errors = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
-            raise DeadlineExceeded(f"{name} to read its flags", deadline) from None
+            raise DeadlineExceeded(f"{name} to read its flags", timeout) from None
     if not answer:
-        last = told.decode("utf-8", "replace").strip().rpartition("\n")[2].strip()
+        last = errors.decode("utf-8", "replace").strip().rpartition("\n")[2].strip()
         raise RunError(f"the server ended before it read its flags: {last or f'exit code {process.returncode}'}")
     found = json.loads(answer)
     if "refused" not in found:
@@ -78,7 +79,7 @@ def refusal(name: str, line: Sequence[str], environment: Mapping[str, str], dead
 
 
 def hint(message: str, options: Iterable[str]) -> str:
-    """The known flag nearest to the first that the message names, where one is near."""
+    """Suggests the known flag nearest to the first flag in the message, if one is near."""
     name = next((word.partition("=")[0] for word in message.split() if word.startswith("-")), "")
     bare = {option.strip("-"): option for option in options}
     close = get_close_matches(name.strip("-"), bare, n=1)

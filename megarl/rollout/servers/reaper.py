@@ -1,10 +1,10 @@
-"""Runs one command and ends it, with everything that it started, when the process that asked for it is gone.
+"""Runs a command and ends it, with every process of its group, when our parent exits.
 
-    python keeper.py COMMAND …        (standard library only; any interpreter)
+    python reaper.py COMMAND …        (standard library only; any interpreter)
 
-The asker holds the other end of standard input. Its end, for whatever reason, closes the pipe: the command's process
-group then gets SIGTERM, and SIGKILL after GRACE seconds. The exit code is the command's own. Signals that reach the
-keeper (Ctrl-C, or a scheduler's to the whole job) do nothing: ended by one, it would leave the command behind.
+The parent keeps our stdin open. When it exits, we terminate the command's process group: SIGTERM, then SIGKILL after
+GRACE seconds. The exit code is the command's. We ignore signals, such as Ctrl-C or a scheduler's signal to the whole
+job: if one ended us, the command would be left behind.
 """
 
 from __future__ import annotations
@@ -22,28 +22,24 @@ GRACE = 5.0
 
 def main(command: list[str]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, lambda *_: None)  # a handler, not SIG_IGN, which the command would inherit
+        signal.signal(number, lambda *_: None)  # a handler, because the command would inherit SIG_IGN
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
     exited = os.pidfd_open(child.pid)  # readable once the child has exited
     select.select([sys.stdin.fileno(), exited], [], [])
-    _signal(child.pid, signal.SIGTERM)  # also the child's leftovers when it exited by itself
+    _signal_group(child.pid, signal.SIGTERM)  # also if the child has exited: its group may still run
     with contextlib.suppress(subprocess.TimeoutExpired):
         child.wait(GRACE)
     limit = time.monotonic() + GRACE
-    while _alive(child.pid) and time.monotonic() < limit:
-        time.sleep(0.05)  # workers of the group finish after their parent; nothing tells when
-    _signal(child.pid, signal.SIGKILL)
+    while _signal_group(child.pid, 0) and time.monotonic() < limit:
+        time.sleep(0.05)  # nothing announces the end of the group's other processes
+    _signal_group(child.pid, signal.SIGKILL)
     return child.wait()
 
 
-def _signal(group: int, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, number)
-
-
-def _alive(group: int) -> bool:
+def _signal_group(group: int, number: int) -> bool:
+    """Whether the group has a process. Signal 0 only asks."""
     try:
-        os.killpg(group, 0)
+        os.killpg(group, number)
     except ProcessLookupError:
         return False
     return True

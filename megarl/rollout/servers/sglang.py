@@ -1,4 +1,4 @@
-"""SGLang servers: its native `/generate` protocol, and how megarl starts one."""
+"""SGLang servers: the native `/generate` protocol, and the command that starts one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import base64
 import hashlib
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -19,37 +19,37 @@ from megarl.errors import RunError
 from megarl.rollout.engine import Sampling
 from megarl.rollout.in_engine import megarl_sglang
 from megarl.rollout.servers.http import ServerError
-from megarl.rollout.servers.remote import CONTROL_DEADLINE, RemoteEngine, Segment, field_of
+from megarl.rollout.servers.remote import CONTROL_TIMEOUT, RemoteEngine, Segment, field_of
 
 REGEX_BYTES = 256  # the server's limit on a stop pattern
-FUSED = {  # the server's parameter → the tensors it is made of, one below the other
+FUSED = {  # the server's parameter → the tensors it concatenates
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
-IDLE_DEADLINE = 60.0  # seconds for the scheduler to let go of requests that it has answered
+IDLE_TIMEOUT = 60.0  # seconds for the scheduler to release requests that it has answered
 VOCABULARY_STEP = 64  # the server pads the vocabulary to a multiple of it
 
 
 class SGLangEngine(RemoteEngine):
     """An SGLang server.
 
-    Seeds: a server started with `--enable-deterministic-inference` draws the token at each position from (seed,
-    position), so a continuation with the same seed is exact. Its kernels for that are CUDA only; without the flag, and
-    so on every CPU, the server draws from its own generator and `Sampling.seed` has no effect.
-    Stops: stand-alone words travel as patterns that include the confirming character, so one request does.
+    Seeds: with `--enable-deterministic-inference` the server draws the token at each position from (seed, position).
+    A continuation with the same seed is then exact. Its kernels for that need CUDA. Without the flag, and so on every
+    CPU, the server uses its own generator and `Sampling.seed` has no effect.
+    Stops: a stand-alone word is sent as a pattern that includes the confirming character, so one request is enough.
     """
 
     kind = "sglang"
-    ranks = 1  # processes of the server that hold weights
-    _whole_cpu = False
+    ranks = 1  # processes of the server that have weights
+    _digests_known = False  # the server reports digests that `FusedDigests` can compute
 
     async def start(self) -> None:
         await super().start()
         info = await self.endpoint.get(
-            "/server_info", deadline=CONTROL_DEADLINE, purpose=f"{self.name} to describe itself"
+            "/server_info", timeout=CONTROL_TIMEOUT, purpose=f"{self.name} to describe itself"
         )
         self.ranks = int(info.get("tp_size", 1)) * int(info.get("pp_size", 1))
-        self._whole_cpu = info.get("device") == "cpu" and self.ranks == 1
+        self._digests_known = info.get("device") == "cpu" and self.ranks == 1
 
     async def score(self, token_ids: Sequence[int]) -> list[float]:
         self._check_tokens(token_ids)
@@ -62,10 +62,10 @@ class SGLangEngine(RemoteEngine):
                 "logprob_start_len": 0,
             },
             f"score {len(token_ids)} tokens",
-            CONTROL_DEADLINE,
+            CONTROL_TIMEOUT,
         )
         rows = field_of(answer, "meta_info", "input_token_logprobs")
-        # The server takes the last token of the vocabulary for a placeholder: it reports 0, with the right log-prob.
+        # The server reports 0 instead of the last token of the vocabulary, with the right log-prob.
         reported = [0 if token == self._vocab_size - 1 else token for token in token_ids]
         if [row[1] for row in rows] not in (list(token_ids), reported):
             raise ServerError(f"{self.name}: scored other tokens than those sent")
@@ -81,11 +81,11 @@ class SGLangEngine(RemoteEngine):
         self.version = version
 
     async def begin_update(self) -> None:
-        """Open the session that tensor and broadcast updates need; inside `quiet`."""
+        """Open the session that bucket updates need. Call while paused."""
         await self._control("/begin_weight_update", {}, "begin a weight update")
 
     async def load_serialized(self, serialized: str) -> None:
-        """Load one bucket of tensors that the server's process shares with ours; see transport.py."""
+        """Load one bucket of tensors from shared memory; see weights/shared_memory.py."""
         await self._control(
             "/update_weights_from_tensor",
             {"serialized_named_tensors": [serialized], "flush_cache": False},
@@ -93,7 +93,7 @@ class SGLangEngine(RemoteEngine):
         )
 
     async def join_group(self, group: str, address: str, port: int, rank: int, world_size: int, backend: str) -> None:
-        """Join a broadcast group; returns when every member has."""
+        """Join a broadcast group. Returns when every member has joined."""
         await self._control(
             "/init_weights_update_group",
             {
@@ -111,7 +111,7 @@ class SGLangEngine(RemoteEngine):
         await self._control("/destroy_weights_update_group", {"group_name": group}, "leave the weight broadcast")
 
     async def receive(self, group: str, named: Sequence[tuple[str, torch.Tensor]]) -> None:
-        """Receive one bucket of tensors broadcast beside this request."""
+        """Receive one bucket of tensors that rank 0 broadcasts during this request."""
         await self._control(
             "/update_weights_from_distributed",
             {
@@ -125,7 +125,7 @@ class SGLangEngine(RemoteEngine):
         )
 
     async def end_update(self, version: int) -> None:
-        """Close the session: the weights are whole, cached prefixes of the old ones are dropped."""
+        """Close the session: the weights are complete. Drops cached prefixes of the old ones."""
         await self._control("/end_weight_update", {}, "end a weight update")
         await self._control(
             "/update_weight_version",
@@ -136,24 +136,24 @@ class SGLangEngine(RemoteEngine):
         self.version = version
 
     async def _drop_prefixes(self) -> None:
-        """A request that was cut is answered a moment before the scheduler lets go of it; until then it drops none."""
-        await self._tell(f"/flush_cache?timeout={IDLE_DEADLINE:g}", None, "drop cached prefixes")
+        """Waits until idle: the scheduler answers an aborted request a moment before it releases its prefix."""
+        await self._tell(f"/flush_cache?timeout={IDLE_TIMEOUT:g}", None, "drop cached prefixes")
 
     async def abandon_update(self) -> None:
-        """Close a session whose tensors did not all come: the version stays the old one, and the next session opens."""
-        with suppress(RunError):  # a server that is gone has none
+        """Close an incomplete session, so that the next one can open. The version stays the old one."""
+        with suppress(RunError):  # the server may be gone
             await self._tell("/end_weight_update", {}, "give up a weight update")
 
     def digests(self) -> FusedDigests | None:
-        """On a CPU with whole parameters. CUDA servers hash by a kernel of their own; shards hash per rank: there the
-        canary decides alone."""
-        return FusedDigests() if self._whole_cpu else None
+        """Only for one rank on a CPU. CUDA servers hash with another algorithm, and several ranks hash their shards:
+        there only the canary checks."""
+        return FusedDigests() if self._digests_known else None
 
-    async def _held(self) -> Sequence[Mapping[str, Any]]:
-        answer = await self._post("/weights_checker", {"action": "checksum"}, "hash its weights", CONTROL_DEADLINE)
+    async def reported_digests(self) -> Sequence[Mapping[str, Any]]:
+        answer = await self._post("/weights_checker", {"action": "checksum"}, "hash its weights", CONTROL_TIMEOUT)
         return [field_of(field_of(answer, "ranks")[0], "checksums")]
 
-    async def _segment(self, server_id: str, token_ids: list[int], sampling: Sampling) -> Segment:
+    async def segment(self, server_id: str, token_ids: list[int], sampling: Sampling) -> Segment:
         parameters: dict[str, Any] = {
             "max_new_tokens": sampling.max_tokens,
             "temperature": sampling.temperature,
@@ -164,9 +164,9 @@ class SGLangEngine(RemoteEngine):
             "skip_special_tokens": False,
             "spaces_between_special_tokens": False,
         }
-        texts, ids = self._hints(sampling)
+        texts, ids = self._stop_hints(sampling)
         if ids:
-            # ignore_eos would switch these off with the model's own end; where that is no stop, the call resumes.
+            # ignore_eos would disable these too. Without it, the call resumes at an end of text that is no stop.
             parameters["stop_token_ids"] = ids
         else:
             parameters["ignore_eos"] = True
@@ -190,7 +190,7 @@ class SGLangEngine(RemoteEngine):
         return Segment(made, [float(row[0]) for row in rows], finish, experts)
 
     def _experts(self, encoded: str | None, tokens: int) -> np.ndarray:
-        """The server's int32 [tokens, layers, top_k] in base64, as int16."""
+        """Decode the server's base64 of int32 [tokens, layers, top_k] into int16."""
         if encoded is None or self._routed is None:
             raise ServerError(f"{self.name}: reports no experts; start the server with {megarl_sglang.EXPERTS_FLAG}")
         values = np.frombuffer(base64.b64decode(encoded), np.int32)
@@ -199,23 +199,23 @@ class SGLangEngine(RemoteEngine):
             raise ServerError(f"{self.name}: reports {len(values)} experts, not {math.prod(shape)} = {shape}")
         return values.reshape(shape).astype(np.int16)
 
-    async def _abort(self, server_id: str) -> None:
+    async def abort_segment(self, server_id: str) -> None:
         await self._tell("/abort_request", {"rid": server_id}, "abort a request")
 
-    async def _abort_all(self) -> None:
+    async def abort_all(self) -> None:
         await self._tell("/abort_request", {"abort_all": True}, "abort its requests")
 
     async def _control(self, path: str, payload: dict[str, Any], purpose: str) -> None:
-        """A control request; some answer 200 with `success: false`."""
-        answer = await self._post(path, payload, purpose, CONTROL_DEADLINE)
+        """A control request. Some report a failure as HTTP 200 with `success: false`."""
+        answer = await self._post(path, payload, purpose, CONTROL_TIMEOUT)
         if isinstance(answer, dict) and answer.get("success") is False:
             raise ServerError(f"{self.name}: cannot {purpose}: {answer.get('message')}")
 
 
 def command(
-    python: Path, model: Path, *, dtype: str, cuda: bool, weights: str, flags: Sequence[str]
-) -> Callable[[int], Sequence[str]]:
-    """The server's command line, given its port. `flags` come last and override."""
+    port: int, *, python: Path, model: Path, dtype: str, cuda: bool, weights: str, flags: Sequence[str]
+) -> list[str]:
+    """The server's command line. `flags` come last and override the others."""
     common = ["--model-path", model, "--host", "127.0.0.1", "--dtype", dtype, "--skip-server-warmup"]
     if weights == "random":
         common += ["--load-format", "dummy"]
@@ -226,27 +226,22 @@ def command(
         common += ["--grammar-backend", "none", "--disable-overlap-schedule", "--disable-cuda-graph"]
         common += ["--disable-custom-all-reduce", "--mem-fraction-static", "0.2"]
         common += ["--max-total-tokens", "65536", "--max-running-requests", "256"]
-        common += ["--sleep-on-idle"]  # an idle scheduler would keep a core busy, which the learner needs
-    arguments = [str(part) for part in common]
-
-    def build(port: int) -> list[str]:
-        return [str(python), megarl_sglang.__file__, *arguments, "--port", str(port), *flags]
-
-    return build
+        common += ["--sleep-on-idle"]  # an idle scheduler would keep busy a core that the learner needs
+    return [str(python), megarl_sglang.__file__, *map(str, common), "--port", str(port), *flags]
 
 
 def environment(*, cuda: bool, api_key: str | None) -> dict[str, str]:
-    """Variables that the server needs beside ours; the key is among them, since all may read a command line."""
+    """Variables that the server needs in addition to ours. The key is one: anyone may read a command line."""
     key = {megarl_sglang.KEY_VARIABLE: api_key or ""}
     return key if cuda else {**key, "SGLANG_USE_CPU_ENGINE": "1", "PYTHONWARNINGS": "ignore"}
 
 
 @cache
 def word_pattern(word: str) -> str:
-    """`word` and the character that ends it.
+    """A pattern for `word` and the character that ends it.
 
-    No look-around: the server sizes the text it searches at every token by the pattern's longest match, and takes
-    look-around for unbounded. What stands before the word is the client's to check.
+    No look-around: the server searches as much text as the pattern can match, and treats look-around as unbounded. The
+    client checks the character before the word.
     """
     pattern = re.escape(word) + "[^A-Za-z]"
     if len(pattern.encode()) > REGEX_BYTES:
@@ -255,14 +250,14 @@ def word_pattern(word: str) -> str:
 
 
 class FusedDigests:
-    """The digests that a CPU server reports for what it was sent: the first 8 bytes of a parameter's SHA-256.
+    """The digests that a CPU server reports of the sent tensors: the first 8 bytes of a parameter's SHA-256.
 
-    The server fuses tensors (`FUSED`) and pads the vocabulary with rows of zeros to a multiple of 64. Experts, which it
-    stacks, are left to the canary.
+    The server fuses tensors (`FUSED`) and pads the vocabulary with zeros to a multiple of 64. It stacks experts: only
+    the canary checks those.
     """
 
     def __init__(self) -> None:
-        self._sent: dict[str, tuple[list[str], set[str]]] = {}  # parameter → (its tensors, digests that are right)
+        self._sent: dict[str, tuple[list[str], set[str]]] = {}  # parameter → (its tensors, valid digests)
         self._parts: dict[str, dict[str, torch.Tensor]] = {}
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
@@ -279,15 +274,15 @@ class FusedDigests:
             self._sent[target] = (names, _digests(torch.cat([parts[module] for module in modules])))
             del self._parts[target]
 
-    def differing(self, held: Mapping[str, str]) -> list[str]:
-        """The tensors that the server does not hold as they were sent, or that were not sent at all."""
+    def differing(self, reported: Mapping[str, str]) -> list[str]:
+        """The tensors that the server does not have as they were sent, or that were not sent at all."""
         wrong = []
         for target, (names, digests) in self._sent.items():
-            if target not in held and target == "lm_head.weight":
+            if target not in reported and target == "lm_head.weight":
                 target = "model.embed_tokens.weight"  # tied: the server keeps one of the two
-            if held.get(target) not in digests:
+            if reported.get(target) not in digests:
                 wrong += names
-        for target in held:
+        for target in reported:
             if target not in self._sent and ".experts." not in target:
                 wrong += self._absent(target)
         return wrong
@@ -309,7 +304,7 @@ def _digests(tensor: torch.Tensor, *, vocabulary: bool = False) -> set[str]:
 
 
 def _fused(name: str) -> tuple[str, tuple[str, ...]]:
-    """The server's parameter that a tensor goes into, and the modules that make it up."""
+    """The server's parameter that a tensor is part of, and the modules that it fuses."""
     pieces = name.split(".")
     for fused, order in FUSED.items():
         if len(pieces) > 1 and pieces[-2] in order:

@@ -1,1 +1,1 @@
-"""Weights from the learner into engines: transports, checksums, the canary."""
+"""Weights from the learner into engines: the transports, and the checks that they arrived. Imports no engine."""

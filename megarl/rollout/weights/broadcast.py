@@ -1,4 +1,4 @@
-"""Weights by broadcast from rank 0 into SGLang servers, on any hosts: gloo between CPUs, NCCL between GPUs."""
+"""Weights by broadcast from rank 0 into SGLang servers on any hosts: gloo between CPUs, NCCL between GPUs."""
 
 from __future__ import annotations
 
@@ -12,53 +12,54 @@ import torch
 import torch.distributed as dist
 
 from megarl.errors import RunError
-from megarl.rollout.servers.process import free_port
-from megarl.rollout.servers.remote import CONTROL_DEADLINE, Named, Outcome, RemoteEngine
-from megarl.rollout.servers.sglang import SGLangEngine
-from megarl.rollout.weights.shared_memory import sglang_only
-from megarl.rollout.weights.transport import BUCKET, Changes, buckets, hush, observed
+from megarl.rollout.weights.transport import (
+    BUCKET,
+    BucketReceiver,
+    Changes,
+    Named,
+    Outcome,
+    Receiver,
+    buckets,
+    digested,
+    pause_all,
+)
+
+TIMEOUT = timedelta(seconds=120)  # of every operation of the group
 
 
-class DistributedTransport:
-    """A process group of rank 0 and every rank of every server; each bucket is broadcast from rank 0.
+class BroadcastTransport:
+    """Broadcasts each bucket from rank 0 to a process group of rank 0 and every rank of every server.
 
-    A member that dies breaks the group: the send ends with a RunError naming the cause, after `deadline` seconds at
-    most, and the next one forms a new group. An engine that starts anew waits for the next send.
+    A member that dies breaks the group. The send then fails with a RunError that names the cause, after `TIMEOUT` at
+    most, and the next send forms a new group. A restarted engine waits for the next send.
     """
 
     def __init__(
-        self,
-        dtype: torch.dtype,
-        *,
-        backend: str = "gloo",
-        address: str = "127.0.0.1",
-        bucket: int = BUCKET,
-        deadline: float = CONTROL_DEADLINE,
+        self, dtype: torch.dtype, *, backend: str = "gloo", address: str = "127.0.0.1", bucket: int = BUCKET
     ) -> None:
-        """`address`: of this host, as the servers reach it."""
+        """`address`: this host, as the servers reach it."""
         self._dtype = dtype
         self._backend = backend
         self._address = address
         self._bucket = bucket
-        self._deadline = deadline
         self._changes = Changes()
         self._group: dist.ProcessGroup | None = None
-        self._members: list[SGLangEngine] = []
+        self._members: list[BucketReceiver] = []
         self._name = ""
 
-    async def send(self, version: int, tensors: Iterable[Named], engines: Sequence[RemoteEngine]) -> Outcome:
+    async def send(self, version: int, tensors: Iterable[Named], engines: Sequence[Receiver]) -> Outcome:
         outcome = Outcome()
-        members: list[SGLangEngine] = []
+        members: list[BucketReceiver] = []
         try:
-            async with AsyncExitStack() as quiet:
-                members = await hush(quiet, sglang_only(engines, "distributed"), outcome)
+            async with AsyncExitStack() as paused:
+                members = await pause_all(paused, engines, "distributed", outcome)
                 digests = {engine: digest for engine in members if (digest := engine.digests()) is not None}
                 if self._members != members:
                     await self.close()
                     await self._form(members)
                 await asyncio.gather(*(engine.begin_update() for engine in members))
-                source = observed(tensors, self._dtype, list(digests.values()))
-                for bucket in buckets(self._changes.only(version, source, members), self._dtype, self._bucket):
+                source = self._changes.only(version, digested(tensors, self._dtype, digests.values()), members)
+                for bucket in buckets(source, self._dtype, self._bucket):
                     outcome.sent_bytes += sum(tensor.nbytes for _, tensor in bucket)
                     await asyncio.gather(
                         asyncio.to_thread(self._broadcast, bucket),
@@ -73,7 +74,7 @@ class DistributedTransport:
             await engine.verify(digest)
         return outcome
 
-    async def resend(self, engine: RemoteEngine) -> bool:
+    async def resend(self, engine: Receiver) -> bool:
         return False
 
     async def close(self) -> None:
@@ -82,28 +83,31 @@ class DistributedTransport:
             with suppress(RunError):
                 await engine.leave_group(self._name)
 
-    async def _form(self, members: list[SGLangEngine]) -> None:
-        self._name = f"megarl-weights-{uuid4().hex[:12]}"  # both sides keep the names of groups that are gone
-        port = free_port()
+    async def _form(self, members: list[BucketReceiver]) -> None:
+        """Form a new process group of rank 0 and `members`."""
+        self._name = f"megarl-weights-{uuid4().hex[:12]}"  # both sides remember the names of groups that are gone
         sizes = [engine.ranks for engine in members]
         world = 1 + sum(sizes)
         firsts = [1 + sum(sizes[:i]) for i in range(len(sizes))]
+        store = await asyncio.to_thread(
+            dist.TCPStore, self._address, 0, world, is_master=True, timeout=TIMEOUT, wait_for_workers=False
+        )
         self._group, *_ = await asyncio.gather(
-            asyncio.to_thread(self._join, port, world),
+            asyncio.to_thread(self._join, store, world),
             *(
-                engine.join_group(self._name, self._address, port, first, world, self._backend)
+                engine.join_group(self._name, self._address, store.port, first, world, self._backend)
                 for engine, first in zip(members, firsts, strict=True)
             ),
         )
         self._members = members
 
-    def _join(self, port: int, world: int) -> dist.ProcessGroup:
-        """Rank 0 of a group beside the default one. torch has no public call for that; the servers use this one too,
-        and both sides must name their keys in the store alike."""
+    def _join(self, store: dist.TCPStore, world: int) -> dist.ProcessGroup:
+        """Join as rank 0 of a group beside the default one.
+
+        torch has no public call for that. The servers use this one too, and both sides must use the same store keys.
+        """
         from torch.distributed.distributed_c10d import GroupName, _new_process_group_helper, _world
 
-        deadline = timedelta(seconds=self._deadline)
-        store = dist.TCPStore(self._address, port, world, is_master=True, timeout=deadline, wait_for_workers=False)
         group, _ = _new_process_group_helper(
             world,
             0,
@@ -111,7 +115,7 @@ class DistributedTransport:
             dist.Backend(self._backend),
             dist.PrefixStore(self._name, store),
             group_name=GroupName(self._name),
-            timeout=deadline,
+            timeout=TIMEOUT,
         )
         _world.pg_group_ranks[group] = {rank: rank for rank in range(world)}
         return group

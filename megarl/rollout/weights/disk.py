@@ -1,4 +1,4 @@
-"""Weights through a folder that trainer and engines see: any engine, on one host or a shared file system."""
+"""Weights through a folder that the trainer and the engines can read: for any engine."""
 
 from __future__ import annotations
 
@@ -14,26 +14,25 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from megarl.errors import RunError
-from megarl.rollout.servers.remote import Named, Outcome, RemoteEngine
-from megarl.rollout.weights.transport import BUCKET, buckets
+from megarl.rollout.weights.transport import BUCKET, Named, Outcome, Receiver, buckets
 from megarl.rollout.weights.verify import checksum
 
 
 class DiskTransport:
-    """Writes `folder/weights-VERSION` in Hugging Face's layout, one file a bucket; engines load it.
+    """Writes `folder/weights-VERSION` in Hugging Face's layout, one file per bucket, and has the engines load it.
 
-    The newest complete folder stays, for engines that start anew; the one before is removed.
+    Keeps the newest complete folder for restarted engines, and removes the one before it.
     """
 
     def __init__(self, folder: Path, model: Path, dtype: torch.dtype, *, bucket: int = BUCKET) -> None:
-        """`model`: the folder whose config and tokenizer files go with the weights."""
+        """`model`: the folder whose config and tokenizer files are copied beside the weights."""
         self._folder = folder.resolve()
         self._model = model
         self._dtype = dtype
         self._bucket = bucket
         self._current: tuple[int, Path] | None = None
 
-    async def send(self, version: int, tensors: Iterable[Named], engines: Sequence[RemoteEngine]) -> Outcome:
+    async def send(self, version: int, tensors: Iterable[Named], engines: Sequence[Receiver]) -> Outcome:
         digests = [engine.digests() for engine in engines]
         folder = self._folder / f"weights-{version}"
         partial = self._folder / f"weights-{version}.partial"
@@ -46,9 +45,9 @@ class DiskTransport:
             for name, tensor in bucket:
                 written[name] = file
                 size += tensor.nbytes
-                for collector in filter(None, digests):
-                    collector.add(name, tensor)
-            # Own memory for each: safetensors refuses tensors that share storage, as tied or sliced ones do.
+                for sent in filter(None, digests):
+                    sent.add(name, tensor)
+            # Copied: safetensors refuses tensors that share storage, as tied or sliced ones do.
             owned = {name: tensor.cpu().contiguous().clone() for name, tensor in bucket}
             await asyncio.to_thread(save_file, owned, partial / file, {"format": "pt"})
         index = {"metadata": {"total_size": size}, "weight_map": written}
@@ -71,7 +70,7 @@ class DiskTransport:
             shutil.rmtree(previous[1], ignore_errors=True)
         return outcome
 
-    async def resend(self, engine: RemoteEngine) -> bool:
+    async def resend(self, engine: Receiver) -> bool:
         if self._current is None:
             return False
         await self._load(engine)
@@ -81,15 +80,15 @@ class DiskTransport:
         if self._current is not None:
             await asyncio.to_thread(shutil.rmtree, self._current[1], True)
 
-    async def _load(self, engine: RemoteEngine) -> None:
+    async def _load(self, engine: Receiver) -> None:
         assert self._current is not None
         version, folder = self._current
-        async with engine.quiet():
+        async with engine.pause():
             await engine.load_folder(version, folder)
 
 
 def read_back(folder: Path, files: dict[str, str]) -> dict[str, int]:
-    """Checksums of the tensors that `folder` really holds, by name."""
+    """Checksums of the tensors in `files` (name → file) as read from `folder`, by name. Raises RunError."""
     found: dict[str, int] = {}
     for file in sorted(set(files.values())):
         try:

@@ -1,4 +1,4 @@
-"""Weights through shared memory into SGLang servers on this host."""
+"""Weights through shared memory, into SGLang servers on this host."""
 
 from __future__ import annotations
 
@@ -12,16 +12,26 @@ from multiprocessing.reduction import ForkingPickler
 import torch
 import torch.multiprocessing
 
-from megarl.errors import RunError
-from megarl.rollout.servers.remote import Named, Outcome, RemoteEngine
-from megarl.rollout.servers.sglang import SGLangEngine
-from megarl.rollout.weights.transport import BUCKET, Changes, buckets, each, hush, observed
+from megarl.rollout.weights.transport import (
+    BUCKET,
+    BucketReceiver,
+    Changes,
+    Named,
+    Outcome,
+    Receiver,
+    buckets,
+    digested,
+    each,
+    pause_all,
+)
+
+ALIGNMENT = 64  # bytes
 
 
-class TensorTransport:
-    """Each bucket is copied once into shared memory; the servers get a handle to it and copy it into their weights.
+class SharedMemoryTransport:
+    """Copies each bucket into shared memory once. The servers map it and copy it into their weights.
 
-    Only tensors that changed since the last send travel. An engine that starts anew waits for the next send.
+    Sends only tensors that changed since the last send. A restarted engine waits for the next send.
     """
 
     def __init__(self, dtype: torch.dtype, *, bucket: int = BUCKET) -> None:
@@ -29,18 +39,18 @@ class TensorTransport:
         self._bucket = bucket
         self._changes = Changes()
 
-    async def send(self, version: int, tensors: Iterable[Named], engines: Sequence[RemoteEngine]) -> Outcome:
+    async def send(self, version: int, tensors: Iterable[Named], engines: Sequence[Receiver]) -> Outcome:
         outcome = Outcome()
-        async with AsyncExitStack() as quiet:
-            live = await hush(quiet, sglang_only(engines, "tensor"), outcome)
+        async with AsyncExitStack() as paused:
+            live = await pause_all(paused, engines, "tensor", outcome)
             digests = {engine: digest for engine in live if (digest := engine.digests()) is not None}
             live = await each(live, lambda engine: engine.begin_update(), outcome)
-            source = observed(tensors, self._dtype, list(digests.values()))
+            source = self._changes.only(version, digested(tensors, self._dtype, digests.values()), live)
             try:
-                for bucket in buckets(self._changes.only(version, source, live), self._dtype, self._bucket):
+                for bucket in buckets(source, self._dtype, self._bucket):
                     outcome.sent_bytes += sum(tensor.nbytes for _, tensor in bucket)
                     live = await _load(bucket, live, outcome)
-            except BaseException:  # of the tensors' source
+            except BaseException:  # the learner failed to produce a tensor
                 await asyncio.gather(*(engine.abandon_update() for engine in live))
                 raise
             live = await each(live, lambda engine: engine.end_update(version), outcome)
@@ -49,37 +59,28 @@ class TensorTransport:
                 await engine.verify(digests[engine])
         return outcome
 
-    async def resend(self, engine: RemoteEngine) -> bool:
+    async def resend(self, engine: Receiver) -> bool:
         return False
 
     async def close(self) -> None:
         pass
 
 
-async def _load(bucket: Sequence[Named], engines: Sequence[SGLangEngine], outcome: Outcome) -> list[SGLangEngine]:
-    """Have every engine copy a bucket; returns those that did."""
-    shared = share(bucket)
-    return await each(engines, lambda engine: engine.load_serialized(shared.text), outcome)
+async def _load(bucket: Sequence[Named], engines: Sequence[BucketReceiver], outcome: Outcome) -> list[BucketReceiver]:
+    """Have every engine copy a bucket. Returns those that did."""
+    memory, handle = share(bucket)  # `memory` must live until the engines have copied it
+    return await each(engines, lambda engine: engine.load_serialized(handle), outcome)
 
 
-class Shared:
-    """A bucket in shared memory and the text that lets another process map it; lives as long as this object."""
+def share(bucket: Sequence[Named]) -> tuple[torch.Tensor, str]:
+    """Copy `bucket` into one block of shared memory: (the block, text by which another process maps its tensors).
 
-    def __init__(self, memory: torch.Tensor, text: str) -> None:
-        self.memory = memory
-        self.text = text
-
-
-def share(bucket: Sequence[Named]) -> Shared:
-    """Copy `bucket` into one block of shared memory and describe its tensors for another process.
-
-    The block goes by name (`file_system`), not by an open file: the receiver is no child of ours.
+    The receiver is not our child, so the block is shared by name (`file_system`), not by an open file descriptor.
     """
-    step = 64  # keeps every tensor aligned
     offsets, size = [], 0
     for _, tensor in bucket:
         offsets.append(size)
-        size += -(-tensor.nbytes // step) * step
+        size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
     strategy = torch.multiprocessing.get_sharing_strategy()
     torch.multiprocessing.set_sharing_strategy("file_system")
     try:
@@ -93,12 +94,4 @@ def share(bucket: Sequence[Named]) -> Shared:
         ForkingPickler(buffer).dump(named)
     finally:
         torch.multiprocessing.set_sharing_strategy(strategy)
-    return Shared(memory, base64.b64encode(buffer.getvalue()).decode())
-
-
-def sglang_only(engines: Sequence[RemoteEngine], mode: str) -> list[SGLangEngine]:
-    """`engines`, all of them SGLang's; raises RunError otherwise."""
-    for engine in engines:
-        if not isinstance(engine, SGLangEngine):
-            raise RunError(f"{engine.name}: {engine.kind} cannot take weights by '{mode}'; use 'disk'")
-    return [engine for engine in engines if isinstance(engine, SGLangEngine)]
+    return memory, base64.b64encode(buffer.getvalue()).decode()

@@ -1,27 +1,93 @@
-"""How weights travel from rank 0 into remote engines. Called by `RemoteEngine.update_weights` and the pool."""
+"""What every weight transport shares: buckets, checksums of what is sent, and what it needs of an engine's client."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import AsyncExitStack
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from megarl.errors import RunError
-from megarl.rollout.servers.remote import Digests, Named, Outcome, RemoteEngine
 from megarl.rollout.weights.verify import checksum
 
-BUCKET = 256 << 20  # bytes that travel together; at most so much is held beside the learner's shards
+BUCKET = 256 << 20  # bytes sent together: the most that is kept in memory beside the learner's shards
 
 TIED = ("model.embed_tokens.weight", "lm_head.weight")
 
-E = TypeVar("E", bound=RemoteEngine)
+Named = tuple[str, torch.Tensor]
+
+
+class Digests(Protocol):
+    """Digests of the sent tensors, in the form in which one kind of server reports its own."""
+
+    def add(self, name: str, tensor: torch.Tensor) -> None: ...
+
+    def differing(self, reported: Mapping[str, Any]) -> list[str]:
+        """The names of the tensors whose digests, as a server reports them, differ from what was sent."""
+        ...
+
+
+class Receiver(Protocol):
+    """The client of an engine that can load weights from a folder."""
+
+    name: str
+    version: int | None  # of the last update; None = the weights that the engine started with
+
+    def pause(self) -> AbstractAsyncContextManager[None]: ...
+    async def load_folder(self, version: int, folder: Path) -> None: ...
+    def digests(self) -> Digests | None: ...
+    async def verify(self, sent: Digests) -> None: ...
+
+
+@runtime_checkable
+class BucketReceiver(Receiver, Protocol):
+    """The client of an engine that can load weights bucket by bucket: SGLang's."""
+
+    ranks: int  # processes of the server that have weights
+
+    async def begin_update(self) -> None: ...
+    async def load_serialized(self, serialized: str) -> None: ...
+    async def join_group(
+        self, group: str, address: str, port: int, rank: int, world_size: int, backend: str
+    ) -> None: ...
+    async def receive(self, group: str, named: Sequence[Named]) -> None: ...
+    async def leave_group(self, group: str) -> None: ...
+    async def end_update(self, version: int) -> None: ...
+    async def abandon_update(self) -> None: ...
+
+
+@dataclass(slots=True)
+class Outcome:
+    """The result of a send."""
+
+    arrived: Mapping[str, int] = field(default_factory=dict)  # checksums of what was read back, by tensor name
+    failures: dict[Receiver, Exception] = field(default_factory=dict)  # engines without the new weights
+    sent_bytes: int = 0  # counted once, however many engines receive them
+
+
+class Transport(Protocol):
+    """One way to send weights. The outcome names the engines that failed. The others get the weights."""
+
+    async def send(self, version: int, tensors: Iterable[Named], engines: Sequence[Receiver]) -> Outcome:
+        """Load `tensors` (Hugging Face names, read in order, once) into every engine as weight `version`.
+
+        Raises RunError, naming the tensor, if an engine has something else than what was sent.
+        """
+        ...
+
+    async def resend(self, engine: Receiver) -> bool:
+        """Load the weights of the last send into a restarted engine. False: it must wait for the next send."""
+        ...
+
+    async def close(self) -> None: ...
 
 
 def buckets(tensors: Iterable[Named], dtype: torch.dtype, limit: int = BUCKET) -> Iterator[list[Named]]:
-    """Group `tensors`, cast to the engine's `dtype`, into lists of at most `limit` bytes (one tensor may exceed it)."""
+    """Cast `tensors` to `dtype` and group them into lists of at most `limit` bytes. One tensor may be larger."""
     bucket: list[Named] = []
     size = 0
     for name, tensor in tensors:
@@ -35,17 +101,28 @@ def buckets(tensors: Iterable[Named], dtype: torch.dtype, limit: int = BUCKET) -
         yield bucket
 
 
-async def hush(quiet: AsyncExitStack, engines: Sequence[E], outcome: Outcome) -> list[E]:
-    """Quieten every engine until `quiet` closes; returns those that are, and notes the failures of the others."""
+async def pause_all(
+    stack: AsyncExitStack, engines: Sequence[Receiver], transport: str, outcome: Outcome
+) -> list[BucketReceiver]:
+    """Pause every engine until `stack` closes. Returns those that paused, and records the failures of the others.
 
-    async def one(engine: RemoteEngine) -> None:
-        await quiet.enter_async_context(engine.quiet())
+    Raises RunError if an engine cannot load buckets, which `transport` sends.
+    """
+    receivers = [engine for engine in engines if isinstance(engine, BucketReceiver)]
+    for engine in engines:
+        if engine not in receivers:
+            raise RunError(f"{engine.name}: this engine cannot receive weights by '{transport}'; use 'disk'")
 
-    return await each(engines, one, outcome)
+    async def pause(engine: BucketReceiver) -> None:
+        await stack.enter_async_context(engine.pause())
+
+    return await each(receivers, pause, outcome)
 
 
-async def each(engines: Sequence[E], action: Callable[[E], Awaitable[None]], outcome: Outcome) -> list[E]:
-    """Run `action` on every engine at once; those that fail are noted and left out of what is returned."""
+async def each(
+    engines: Sequence[BucketReceiver], action: Callable[[BucketReceiver], Awaitable[None]], outcome: Outcome
+) -> list[BucketReceiver]:
+    """Run `action` on every engine at once. Returns those that succeeded, and records the failures of the others."""
     results = await asyncio.gather(*(action(engine) for engine in engines), return_exceptions=True)
     for engine, result in zip(engines, results, strict=True):
         if isinstance(result, RunError):
@@ -55,43 +132,43 @@ async def each(engines: Sequence[E], action: Callable[[E], Awaitable[None]], out
     return [engine for engine in engines if engine not in outcome.failures]
 
 
-def observed(tensors: Iterable[Named], dtype: torch.dtype, collectors: Sequence[Digests]) -> Iterator[Named]:
-    """Cast `tensors` and show each, as it is sent, to the collectors of digests."""
+def digested(tensors: Iterable[Named], dtype: torch.dtype, digests: Iterable[Digests]) -> Iterator[Named]:
+    """Cast `tensors` to `dtype` and add each to `digests` as it passes."""
     for name, tensor in tensors:
         tensor = tensor.detach().to(dtype)
-        for collector in collectors:
-            collector.add(name, tensor)
+        for sent in digests:
+            sent.add(name, tensor)
         yield name, tensor
 
 
 class Changes:
-    """Leaves out tensors that every engine already holds, by checksum."""
+    """Leaves out, by checksum, the tensors that every engine already has."""
 
     def __init__(self) -> None:
-        self._held: dict[str, int] = {}
-        self._version: int | None = None
+        self._sums: dict[str, int] = {}  # of the last send
+        self._version: int | None = None  # of the last complete send
 
-    def only(self, version: int, tensors: Iterable[Named], engines: Sequence[RemoteEngine]) -> Iterator[Named]:
-        """Those of `tensors` that differ from the last complete send; all of them when an engine missed that."""
+    def only(self, version: int, tensors: Iterable[Named], engines: Sequence[Receiver]) -> Iterator[Named]:
+        """Those of `tensors` that changed since the last complete send. All of them if an engine missed that send."""
         complete = self._version is not None and all(engine.version == self._version for engine in engines)
-        last, self._held, self._version = (self._held if complete else {}), {}, None
+        last, self._sums, self._version = (self._sums if complete else {}), {}, None
         for name, tensor in tensors:
-            self._held[name] = digest = checksum(tensor)
-            if last.get(name) != digest:
+            self._sums[name] = sent = checksum(tensor)
+            if last.get(name) != sent:
                 yield name, tensor
         self._version = version
 
 
 class Checks:
-    """Looks at what the learner sends, before any transport: nothing left out, tied tensors equal."""
+    """Checks what the learner sends, before any transport: no tensor is missing, and tied tensors are equal."""
 
     def __init__(self, tied: bool) -> None:
         """`tied`: the model's output layer is its embedding."""
         self._tied = tied
-        self._names: set[str] = set()  # of the first send
+        self._names: set[str] = set()  # of the last send
 
     def of(self, version: int, tensors: Iterable[Named]) -> Iterator[Named]:
-        """Pass `tensors` on; raise RunError naming one that earlier sends had and this one lacks, or that is untied."""
+        """Yield `tensors`. Raises RunError for a tensor that is no longer sent, or is no longer tied."""
         sums: dict[str, int] = {}
         seen: set[str] = set()
         for name, tensor in tensors:

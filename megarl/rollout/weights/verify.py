@@ -1,12 +1,9 @@
-"""Weights from the learner into an engine, and the proof that they arrived: checksums and a canary.
-
-Transport is the engine's own (`Engine.update_weights`); what is sent and what must hold afterwards is here.
-"""
+"""Sends the learner's weights to an engine and checks that they arrived, by checksums and a canary."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,11 +12,11 @@ from megarl.errors import RunError
 from megarl.rollout.engine import Engine
 from megarl.rollout.in_engine.megarl_weights import checksum
 
-__all__ = ["LIKELY", "Canary", "check", "checksum", "send"]
+__all__ = ["LIKELY", "Canary", "Checksums", "check", "checksum", "send"]
 
 LIKELY = 1.0
-"""Nats. Rounding of a logit grows with its size, so an unlikely token's log-prob is less exact than a likely one's:
-beyond this the canary's bound grows in proportion to |log-prob|."""
+"""Nats. The rounding error of a logit grows with its size, so an unlikely token's log-prob is less exact than a likely
+one's. Beyond this, the canary's bound grows in proportion to |log-prob|."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,19 +27,33 @@ class Canary:
     logprobs: Sequence[float]
 
 
-async def send(
-    engine: Engine, version: int, tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype | None = None
-) -> None:
-    """Stream Hugging Face-named `tensors`, cast to the engine's `dtype`, into `engine` as weight `version`.
+class Checksums:
+    """Checksums of the sent tensors, for servers that report the checksum of each by its Hugging Face name."""
 
-    Raises RunError naming the first tensor whose checksum at the engine differs from what was sent. `tensors` is always
-    drained: the learner's ranks gather them together, and none may be left waiting for the others.
+    def __init__(self, *, complete: bool) -> None:
+        """`complete`: the server reports every tensor, so that one without a checksum did not arrive."""
+        self._complete = complete
+        self._sent: dict[str, int] = {}
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        self._sent[name] = checksum(tensor)
+
+    def differing(self, reported: Mapping[str, int]) -> list[str]:
+        """The names of the tensors that did not arrive as they were sent."""
+        expected = self._sent if self._complete else self._sent.keys() & reported.keys()
+        return [name for name in expected if reported.get(name) != self._sent[name]]
+
+
+async def send(engine: Engine, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Stream Hugging Face-named `tensors` into `engine` as weight `version`.
+
+    Raises RunError naming the first tensor whose checksum at the engine differs from what was sent. Always reads
+    `tensors` to the end: the learner's ranks gather them together, and no rank may be left waiting for the others.
     """
     sent: dict[str, int] = {}
 
     def outgoing() -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in source:
-            tensor = tensor.to(dtype) if dtype else tensor
             sent[name] = checksum(tensor)
             yield name, tensor
 
@@ -58,9 +69,9 @@ async def send(
 
 
 async def check(engine: Engine, version: int, canary: Canary, bound: float) -> float:
-    """Hold the engine's log-probs of `canary` against the learner's; returns the largest difference.
+    """Compare the engine's log-probs of `canary` with the learner's. Returns the largest difference, in nats.
 
-    Raises RunError where one differs by more than its bound: `bound` for tokens above -LIKELY nats, and
+    Raises RunError if one differs by more than its bound: `bound` for tokens above -LIKELY nats, and
     `bound` * |log-prob| / LIKELY below.
     """
     first = len(canary.token_ids) - len(canary.logprobs)
@@ -73,11 +84,11 @@ async def check(engine: Engine, version: int, canary: Canary, bound: float) -> f
     differences = [abs(a - b) for a, b in zip(scored, canary.logprobs, strict=True)]
     bounds = [bound * max(1.0, abs(logprob) / LIKELY) for logprob in canary.logprobs]
     for i, (difference, allowed) in enumerate(zip(differences, bounds, strict=True)):
-        # nan is within no bound, and an infinite log-prob, whose bound is infinite, is never right.
+        # nan is never within a bound. An infinite log-prob has an infinite bound and is always wrong.
         if not difference <= allowed < math.inf:
             raise RunError(
-                f"weight sync {version}: the tensors arrived, but the canary's log-probs differ from the "
-                f"learner's by {difference:.3g} at token {first + i}, of log-prob {canary.logprobs[i]:.3g} (its bound "
+                f"weight sync {version}: the tensors arrived, but the canary's log-probs differ from the learner's by "
+                f"{difference:.3g} at token {first + i}, whose log-prob is {canary.logprobs[i]:.3g} (bound: "
                 f"{allowed:.3g}): the two forward passes disagree"
             )
     return max(differences)

@@ -1,8 +1,7 @@
-"""Stands in for the compiled `sglang-kernel` package on a CPU, where no wheel of it exists.
+"""Replaces the compiled `sglang-kernel` package on a CPU, for which it has no wheel.
 
-SGLang imports these names on its CPU path whether it calls them or not. No `torch.ops.sgl_kernel` operator is
-registered, so SGLang finds no AMX support and takes its own plain-torch layers. What only speculative decoding calls
-raises when called.
+SGLang imports these names on a CPU even if it never calls them. We register no `torch.ops.sgl_kernel` operator, so
+SGLang finds no AMX support and uses its plain-torch layers. The functions of speculative decoding raise when called.
 """
 
 import torch

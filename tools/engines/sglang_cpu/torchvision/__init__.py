@@ -1,6 +1,6 @@
-"""Stands in for torchvision, whose wheel does not load beside a CPU build of torch.
+"""Replaces torchvision, whose wheel does not load with a CPU build of torch.
 
-SGLang imports these names for its vision models; text models never call them. Anything called raises.
+SGLang imports these names for its vision models, and text models never call them. Every call raises.
 """
 
 from . import io, transforms

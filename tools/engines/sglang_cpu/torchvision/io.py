@@ -1,4 +1,4 @@
-"""Image decoding: absent here."""
+"""Image decoding: every call raises."""
 
 
 class ImageReadMode:

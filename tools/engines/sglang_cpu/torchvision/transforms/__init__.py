@@ -1,4 +1,4 @@
-"""Image transforms: the names that are imported, none that works."""
+"""Image transforms: names to import, and every call raises."""
 
 from . import functional, v2
 from .functional import InterpolationMode

@@ -1,4 +1,4 @@
-"""Any public name can be imported; calling it raises."""
+"""Any public name can be imported. Calling it raises."""
 
 import enum
 

@@ -1,4 +1,4 @@
-"""The v2 functional names: the same refusals."""
+"""The v2 functional names: as in the first version, every call raises."""
 
 from ..functional import InterpolationMode, __getattr__
 

@@ -16,6 +16,7 @@ from megarl.errors import DeadlineExceeded, RunError
 from megarl.rollout.servers import reaper
 from megarl.rollout.servers.http import Endpoint
 from megarl.rollout.servers.process import Server
+from tests.support.server_processes import pid_of
 
 SERVE = """
 import http.server, os, subprocess, sys
@@ -33,15 +34,16 @@ def server(tmp_path: Path, code: str = SERVE) -> Server:
 
 
 def test_a_server_does_not_take_itself_for_a_learner_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchrun's variables would have SGLang wait for a store that nobody keeps."""
+    """With torchrun's variables SGLang would wait for a rendezvous store that nobody serves."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"):
         monkeypatch.setenv(name, "0")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     code = "import os; print('names', *os.environ, flush=True)"
     told = server(tmp_path, code)
     told.start()
-    told._process.wait(60)  # type: ignore[union-attr]
-    told.end()
+    assert told.reaper is not None
+    told.reaper.wait(60)
+    told.stop()
     names = told.log.read_text().split()
     assert "GLOO_SOCKET_IFNAME" in names and "PATH" in names
     assert not [name for name in names if "RANK" in name or "MASTER" in name or "TORCHELASTIC" in name]
@@ -50,7 +52,7 @@ def test_a_server_does_not_take_itself_for_a_learner_rank(tmp_path: Path, monkey
 async def healthy(toy: Server) -> None:
     endpoint = Endpoint(toy.address)
     try:
-        await endpoint.get("/", deadline=5, purpose="toy")
+        await endpoint.get("/", timeout=5, purpose="toy")
     finally:
         await endpoint.close()
 
@@ -75,9 +77,9 @@ def test_start_health_stop_and_start_again(tmp_path: Path) -> None:
         for _ in range(2):
             toy.start()
             await toy.wait_until(lambda: healthy(toy), 60)
-            pid, worker = toy.pid, worker_of(toy)
+            pid, worker = pid_of(toy), worker_of(toy)
             assert toy.running and not ended(pid) and not ended(worker)
-            await toy.stop()
+            await asyncio.to_thread(toy.stop)
             assert not toy.running and ended(pid) and ended(worker)
 
     asyncio.run(main())
@@ -89,10 +91,10 @@ def test_a_killed_server_is_seen_and_its_workers_are_ended(tmp_path: Path) -> No
         toy.start()
         await toy.wait_until(lambda: healthy(toy), 60)
         worker = worker_of(toy)
-        os.kill(toy.pid, signal.SIGKILL)
-        await asyncio.to_thread(toy._process.wait, 60)  # type: ignore[union-attr]
+        os.kill(pid_of(toy), signal.SIGKILL)
+        await asyncio.to_thread(toy.reaper.wait, 60)
         assert not toy.running and ended(worker)
-        await toy.stop()
+        await asyncio.to_thread(toy.stop)
 
     asyncio.run(main())
 
@@ -103,7 +105,7 @@ def test_a_server_that_ends_while_starting_is_an_error_with_its_last_words(tmp_p
         toy.start()
         with pytest.raises(RunError, match=r"toy ended while starting .*no such model"):
             await toy.wait_until(lambda: healthy(toy), 60)
-        await toy.stop()
+        await asyncio.to_thread(toy.stop)
 
     asyncio.run(main())
 
@@ -114,46 +116,46 @@ def test_a_server_that_never_gets_healthy_meets_its_deadline(tmp_path: Path) -> 
         toy.start()
         with pytest.raises(DeadlineExceeded, match="gave up after 0.5 s waiting for toy to become healthy"):
             await toy.wait_until(lambda: healthy(toy), 0.5)
-        await toy.stop()
+        await asyncio.to_thread(toy.stop)
 
     asyncio.run(main())
 
 
 def test_a_signal_to_the_whole_job_leaves_no_server_behind(tmp_path: Path) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach the keeper too. It stays, and ends the server when it is asked to."""
+    """Ctrl-C and a scheduler's SIGTERM reach the reaper too. It survives them, and still ends the server on request."""
 
     async def main() -> None:
         toy = server(tmp_path)
         toy.start()
         await toy.wait_until(lambda: healthy(toy), 60)
-        pid, worker = toy.pid, worker_of(toy)
+        pid, worker = pid_of(toy), worker_of(toy)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            toy._process.send_signal(number)  # type: ignore[union-attr]
+            toy.reaper.send_signal(number)
         await healthy(toy)
         assert toy.running
-        await toy.stop()
+        await asyncio.to_thread(toy.stop)
         assert ended(pid) and ended(worker)
 
     asyncio.run(main())
 
 
-def test_the_server_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
-    """The starter is killed with SIGKILL: it can clean up nothing, only its end of the pipe closes."""
+def test_the_server_ends_with_its_parent(tmp_path: Path) -> None:
+    """The parent gets SIGKILL: it can clean up nothing, and only its end of the pipe closes."""
     told = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
     code = (
         "import subprocess, sys, time; child = subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE); time.sleep(600)"
     )
-    starter = subprocess.Popen(
+    parent = subprocess.Popen(
         [sys.executable, "-c", code, sys.executable, reaper.__file__, sys.executable, "-c", told],
         stdout=subprocess.PIPE,
         text=True,
     )
-    assert starter.stdout is not None
-    pid = int(starter.stdout.readline())
-    keeper_pid = int(Path(f"/proc/{starter.pid}/task/{starter.pid}/children").read_text().split()[0])
-    waits = [os.pidfd_open(pid), os.pidfd_open(keeper_pid)]
-    starter.kill()
-    starter.wait()
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    reaper_pid = int(Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()[0])
+    waits = [os.pidfd_open(pid), os.pidfd_open(reaper_pid)]
+    parent.kill()
+    parent.wait()
     while waits:
         readable, _, _ = select.select(waits, [], [], 60)
         assert readable, "the server outlived the process that started it"

@@ -19,7 +19,7 @@ from megarl.rollout.engine import Generation, Sampling
 from megarl.rollout.local.engine import LocalEngine
 from megarl.rollout.local.server import LocalServer
 from megarl.rollout.servers.http import Refused, ServerError
-from megarl.rollout.servers.local import ServedEngine
+from megarl.rollout.servers.local import LocalServerEngine
 from megarl.rollout.weights.disk import DiskTransport
 from tests.support.tiny_policy import make_model, make_tokenizer, reference_logprobs
 
@@ -30,7 +30,7 @@ SAMPLINGS = [
     Sampling(max_tokens=40, seed=2, temperature=0.7, top_p=0.9, top_k=50),
     Sampling(max_tokens=120, seed=3, stop_words=("Wait",), stop_token_ids=(TOKENIZER.eos_token_id,)),
     Sampling(max_tokens=120, seed=4, stop_texts=("ing",), stop_sequences=((5, 6),)),
-    Sampling(max_tokens=40, seed=5, least_logprob=-9.0),
+    Sampling(max_tokens=40, seed=5, min_logprob=-9.0),
 ]
 PROMPTS = [TOKENIZER.encode(text) for text in ("Q: ", "Why?", "Wait", "Say it: ", "So: ")]
 
@@ -46,23 +46,19 @@ def embedded(folder: Path) -> LocalEngine:
 
 
 @asynccontextmanager
-async def served(folder: Path, run: Path, key: str = "", used: str | None = None) -> AsyncIterator[ServedEngine]:
-    """A client of a server in this loop, started; `used`: the key that the client has."""
+async def served(folder: Path, run: Path, key: str = "", used: str | None = None) -> AsyncIterator[LocalServerEngine]:
+    """A client of a server in this event loop. `used`: the key that the client has."""
     runner = web.AppRunner(LocalServer(embedded(folder), key).application(), shutdown_timeout=0)
     await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    address = f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"  # type: ignore[union-attr]
-    transport = DiskTransport(run / "weights", folder, torch.float32)
-    size = embedded(folder)._decoder.shape.vocabulary
-    servers = Servers(start_timeout=1.0 if used else 60.0)  # a wrong key is waited for in vain
-    engine = ServedEngine(
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    host, port = runner.addresses[0]
+    engine = LocalServerEngine(
         "served",
-        address,
+        f"http://{host}:{port}",
         VOCABULARY,
-        servers,
-        vocab_size=size,
-        transport=transport,
+        Servers(start_timeout=1.0 if used else 60.0),  # a wrong key is waited for in vain
+        vocab_size=len(TOKENIZER),
+        transport=DiskTransport(run / "weights", folder, torch.float32),
         api_key=key if used is None else used,
     )
     try:
@@ -76,7 +72,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def generate_all(engine: LocalEngine | ServedEngine) -> Awaitable[list[Generation]]:
+def generate_all(engine: LocalEngine | LocalServerEngine) -> Awaitable[list[Generation]]:
     pairs = zip(PROMPTS, SAMPLINGS, strict=True)
     return asyncio.gather(*(engine.generate(p, s, f"1/{i}/0|0") for i, (p, s) in enumerate(pairs)))
 
@@ -129,17 +125,17 @@ def test_continuations_draw_what_one_call_would_have(policy: tuple, tmp_path: Pa
 
 
 def test_weights_that_did_not_arrive_are_named(policy: tuple, tmp_path: Path) -> None:
-    """A tensor that is changed on its way (here: by the server) fails the update, which names it."""
+    """A tensor whose checksum at the server differs fails the update, which names it."""
 
     async def test() -> None:
         async with served(policy[0], tmp_path) as engine:
-            load = engine.load_folder
+            reported = engine.reported_digests
 
-            async def corrupt(version: int, folder: Path) -> None:
-                await load(version, folder)
-                engine._loaded["model.norm.weight"] += 1
+            async def corrupted() -> list[dict[str, int]]:
+                (sums,) = await reported()
+                return [{**sums, "model.norm.weight": sums["model.norm.weight"] + 1}]
 
-            engine.load_folder = corrupt  # type: ignore[method-assign]
+            engine.reported_digests = corrupted  # type: ignore[method-assign]
             with pytest.raises(RunError, match=r"does not hold what was sent: model\.norm\.weight"):
                 await engine.update_weights(1, tensors(policy[0]).items())
 
