@@ -1,9 +1,9 @@
 """The learner: a Megatron-Core GPTModel and its optimizer, on any device and layout. Called by `train` only.
 
-Files: device (the one place that decides CPU or CUDA) · cpu (the shim that lets Megatron-Core run without CUDA) ·
-spawn (ranks on this machine) · parallel (process groups) · precision · model (layer specs) · attention · logprobs
-(vocab-parallel) · rows (samples → micro-batches) · transport (batches to ranks) · weights (the map, loading,
-streaming) · schedule · learner · checkpoint.
+Files: cpu (lets Megatron-Core run without CUDA) · parallel (process groups) · precision (types, FP8 recipes) · quantise
+and emulation (FP8 on a CPU) · model (layer specs) · attention · norm · router (experts) · logprobs (vocab-parallel) ·
+rows (samples → micro-batches) · broadcast_batch (to every rank) · weights (loading, streaming) · schedule · learner ·
+checkpoint (Megatron's format) · export (Hugging Face's).
 """
 
 import warnings

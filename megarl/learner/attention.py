@@ -1,13 +1,12 @@
 """Core attention of packed rows in plain torch: rotary embedding, causal attention inside each segment, context
-parallelism. Used wherever Transformer Engine's attention is not; Megatron's own refuses packing.
+parallelism. Used where Transformer Engine is missing, because Megatron's own attention refuses packing.
 
-Under context parallelism every segment is cut into 2 * cp chunks, and rank r holds chunks r and 2 * cp - 1 - r
-(Megatron's zigzag, which balances causal work). Keys and values are gathered; each chunk then sees all that precede it.
+Context parallelism cuts every segment into 2 * cp chunks. Rank r has chunks r and 2 * cp - 1 - r: Megatron's zigzag,
+which balances causal work. Keys and values are gathered, so each chunk sees all chunks before it.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,44 +18,26 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megarl.learner.router import Routing
-from megarl.models.shape import ModelShape
 
 
 @dataclass
 class PackedRow(PackedSeqParams):
-    """Megatron's description of a packed row, and what `PackedAttention` precomputes once for all layers."""
+    """Megatron's description of a packed row, and what is computed once for all layers."""
 
     segments: list[int] = field(default_factory=list)  # lengths over all context-parallel ranks, padding included
-    skip_last: bool = False  # the last segment only fills the row up: nothing reads its output
+    skip_last: bool = False  # the last segment is padding: nothing reads its output
     cos: Tensor = field(kw_only=True)  # [t, 1, head_dim / 2] at this rank's positions
     sin: Tensor = field(kw_only=True)
     routing: Routing | None = None  # for the routers of a mixture of experts
 
 
-def inverse_frequencies(shape: ModelShape) -> Tensor:
-    """Rotary frequencies [head_dim / 2], Llama 3's scaling included (as in transformers' modeling_rope_utils)."""
-    d = shape.head_dim
-    frequencies = 1.0 / shape.rope_theta ** (torch.arange(0, d, 2, dtype=torch.float32) / d)
-    if shape.rope_scaling is None:
-        return frequencies
-    factor, low, high, trained = (
-        shape.rope_scaling[key]
-        for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    )
-    wavelength = 2 * math.pi / frequencies
-    smooth = (trained / wavelength - low) / (high - low)
-    middle = (1 - smooth) * frequencies / factor + smooth * frequencies
-    scaled = torch.where(wavelength > trained / low, frequencies / factor, middle)
-    return torch.where(wavelength < trained / high, frequencies, scaled)
-
-
 class PackedAttention(MegatronModule):
     """Megatron's `core_attention`: queries [t, heads, d], keys and values [t, groups, d] → [t, heads, d]."""
 
-    def __init__(self, config: Any, pg_collection: Any, softmax_scale: float | None = None, **_: Any) -> None:
+    def __init__(self, config: Any, pg_collection: Any, softmax_scale: float, **_: Any) -> None:
         super().__init__(config=config)
         self.cp = pg_collection.cp
-        self.scale = softmax_scale or config.kv_channels**-0.5
+        self.scale = softmax_scale
         self.grouped = config.num_query_groups != config.num_attention_heads
 
     def forward(
@@ -75,7 +56,7 @@ class PackedAttention(MegatronModule):
         if size > 1:
             key, value = _gather(torch.stack([key, value], 1), row.segments, self.cp).unbind(1)
         query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # [1, heads, t, d]
-        # Split, not sliced: the gradients of all parts are then put together once.
+        # Split, not sliced: autograd then joins the gradients of all parts once.
         queries = query.split([length // size for length in row.segments], 2)
         keys, values = key.split(row.segments, 2), value.split(row.segments, 2)
         outputs = []
@@ -138,7 +119,7 @@ def _rotate(x: Tensor, row: PackedRow) -> Tensor:
 
 
 class _GatherRow(torch.autograd.Function):
-    """[t, …] on each context-parallel rank → [cp, t, …] on all; backward sums what the ranks return."""
+    """[t, …] on each context-parallel rank → [cp, t, …] on all; backward sums the ranks' gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:

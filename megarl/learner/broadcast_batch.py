@@ -1,4 +1,4 @@
-"""A batch from the controller to every rank: one message of plain arrays, nothing pickled."""
+"""Send a batch from the controller to every rank: one message of arrays, without pickle."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PER_TOKEN = ("sampled", "rollout_logprobs", "old_logprobs", "ref_logprobs")
 PER_SAMPLE = ("response_start", "scale", "advantage")
 
 
-def share(batch: Batch | None, world: World) -> Batch:
+def broadcast(batch: Batch | None, world: World) -> Batch:
     """Rank 0's batch, on every rank. Collective."""
     if world.is_controller:
         assert batch is not None
@@ -33,7 +33,7 @@ def share(batch: Batch | None, world: World) -> Batch:
 
 
 def encode(batch: Batch) -> bytes:
-    """As an npz archive: token arrays end to end, one entry a sample for the rest."""
+    """The batch as an npz archive: token arrays joined end to end, and one entry per sample for the rest."""
     assert {f.name for f in fields(Sample)} == {"token_ids", "experts", *PER_SAMPLE, *PER_TOKEN}
     samples = batch.samples
     arrays = {

@@ -1,7 +1,7 @@
 """Checkpoints of the learner in Megatron's distributed format (torch_dist): saved under one layout, loaded under any.
 
-A folder holds `learner.json` (what it is a checkpoint of), and Megatron's files. A folder without `learner.json`, such
-as checkpoints_conv writes, is taken for weights alone.
+A folder contains `learner.json`, which describes the learner, and Megatron's files. A folder without `learner.json`,
+such as checkpoints_conv writes, has weights only.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MANIFEST = "learner.json"
 READING_FAILED = (
     CheckpointingException, CheckpointException, OSError, RuntimeError, EOFError, KeyError, ValueError, UnpicklingError
 )  # fmt: skip
-EXTRA_STATE = "_extra_state"  # Transformer Engine's FP8 history: rebuilt in a few steps, and absent elsewhere
+EXTRA_STATE = "_extra_state"  # Transformer Engine's FP8 history: rebuilt in a few steps, absent elsewhere
 
 
 def save(learner: Learner, folder: Path) -> None:
@@ -49,10 +49,11 @@ def save(learner: Learner, folder: Path) -> None:
 
 
 def saving(learner: Learner, folder: Path, aside: World | None = None) -> Callable[[], None]:
-    """Describe the learner's state in `folder`, which exists and is empty; what is returned writes the tensors there.
+    """Describe the learner's state in `folder`, an existing empty one; returns a function that writes the tensors.
 
-    Both are collective. Without `settings.checkpoint.optimizer`, the weights alone. With `aside`, the tensors are
-    copied now and may be written by a thread, whose ranks talk over that group. UserError when the disk is full.
+    Both are collective. Without `settings.checkpoint.optimizer`, only the weights are saved. With `aside`, the tensors
+    are copied now and a thread may write them; its ranks communicate over that group. Raises UserError when the disk is
+    full.
     """
     learner.finish_parameter_gather()
     writer = DeferredWriter(aside)
@@ -71,7 +72,7 @@ def saving(learner: Learner, folder: Path, aside: World | None = None) -> Callab
 
 
 def load(learner: Learner, folder: Path) -> None:
-    """Restore what `save` wrote under any layout, or weights alone. Collective.
+    """Restore what `save` wrote under any layout, or only weights. Collective.
 
     Raises UserError for a folder that is missing, truncated, or of another model.
     """
@@ -101,10 +102,10 @@ def load(learner: Learner, folder: Path) -> None:
 
 
 class DeferredWriter(TorchDistSaveShardedStrategy):
-    """Megatron's torch_dist format: `save` takes the tensors, and copies them if others may go on; `write` writes them.
+    """Megatron's torch_dist format. `save` takes the tensors, and copies them if training goes on; `write` writes them.
 
-    By the calling process: Megatron's own writer starts a manager process and forks others; a rank that ends early
-    leaves them behind.
+    The calling process writes. Megatron's writer would start a manager process and fork others, and a rank that ends
+    early leaves them behind.
     """
 
     def __init__(self, aside: World | None) -> None:
@@ -129,7 +130,7 @@ class DeferredWriter(TorchDistSaveShardedStrategy):
 
 
 def _sharded(learner: Learner, optimizer: bool, loading: bool) -> dict[str, Any]:
-    """Megatron's description of what this rank holds of the whole state."""
+    """Megatron's description of this rank's part of the whole state."""
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
         "distrib_optim_fully_reshardable_mem_efficient": False,
@@ -146,12 +147,12 @@ def _sharded(learner: Learner, optimizer: bool, loading: bool) -> dict[str, Any]
 
 
 def _names(learner: Learner) -> list[str]:
-    """Of the model chunks, as Megatron's optimizers expect them."""
+    """Names of the model chunks, as Megatron's optimizers expect them."""
     return ["model"] if len(learner.models) == 1 else [f"model{i}" for i in range(len(learner.models))]
 
 
 def _allocate_state(learner: Learner) -> None:
-    """torch's AdamW has no state before its first step, and Megatron's distributed optimizer cannot do without."""
+    """Create AdamW's state, which torch creates at the first step only and Megatron needs for loading."""
     for optimizer in learner.optimizer.chained_optimizers:
         if hasattr(optimizer, "_init_optimizer_states_with_dummy_values") and not optimizer.optimizer.state:
             optimizer._init_optimizer_states_with_dummy_values()
@@ -164,8 +165,8 @@ def _restore_optimizer(learner: Learner, state: Any) -> None:
         parameters = own.pop("param_state", None)
         optimizer.load_state_dict(own)
         inner = optimizer.optimizer.state
-        # Megatron gives all parameters one `step` tensor, which each then increments: Adam's bias correction would run
-        # ahead by a factor of their number. And its reshardable format does not know torch's `step` at all.
+        # Megatron gives all parameters one `step` tensor, which each of them then increments. Adam's bias correction
+        # would run too fast by the number of parameters. Its reshardable format has no `step` at all.
         steps = {key: held.pop("step").clone() for key, held in inner.items() if "step" in held}
         if parameters is not None:
             optimizer.load_parameter_state_from_fully_reshardable(parameters)
@@ -196,13 +197,13 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def _check(manifest: dict[str, Any], learner: Learner, folder: Path) -> None:
-    """Raise UserError if the checkpoint is of another model, or its optimizer cannot be taken over."""
+    """Raise UserError if the checkpoint is of another model, or its optimizer state cannot be used."""
     saved, here = manifest["model"], json.loads(json.dumps(asdict(learner.shape)))
     for name in ModelShape.__dataclass_fields__:
         if name != "max_positions" and saved.get(name) != here[name]:
             raise UserError(
-                f"checkpoint: {folder} is of another architecture: {name} {saved.get(name)} there, {here[name]} in "
-                f"{learner.settings.model.path}"
+                f"checkpoint: {folder} has another architecture: its {name} is {saved.get(name)}, that of "
+                f"{learner.settings.model.path} is {here[name]}"
             )
     if not manifest["optimizer"]:
         return
@@ -248,12 +249,12 @@ def _reading(folder: Path):
 def _no_room(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    # torch's archive writer notices short writes only, and says so in these words.
+    # torch's archive writer reports a short write in these words.
     return "unexpected pos" in str(error) or "failed writing" in str(error)
 
 
 def _first_cause(error: BaseException) -> BaseException:
-    """The failure behind torch's collective report of it, or behind Python's chain."""
+    """The error behind torch's collective report, or behind Python's exception chain."""
     if isinstance(error, CheckpointException):
         return _first_cause(next(iter(error.failures.values()))[0])
     return _first_cause(error.__context__) if isinstance(error.__context__, OSError) else error

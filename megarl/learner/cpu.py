@@ -1,8 +1,8 @@
-"""Megatron-Core without CUDA: the "current CUDA device" is pointed at the CPU. Inert when CUDA is present.
+"""Megatron-Core without CUDA: the "current CUDA device" becomes the CPU. No effect when CUDA is present.
 
-None of Megatron's files is edited. What is redirected is what Megatron asks of torch by CUDA's name: the current
-device and stream, the random generator, factories called with device="cuda" or pinned memory, `Tensor.cuda()`, and the
-type names it compares with. `install` must come before the first `import megatron.core`, which copies some names.
+No file of Megatron is edited. We redirect what Megatron calls in torch under CUDA's name: the current device and
+stream, the random generator, factories with device="cuda" or pinned memory, `Tensor.cuda()`, and the type names it
+compares with. `install` must run before the first `import megatron.core`, which copies some names.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 CPU = torch.device("cpu")
-cuda: Any = torch.cuda  # Any: what is put in a name's place is of another type
+cuda: Any = torch.cuda  # Any, because the replacements have other types
 
 
 def install() -> None:
-    """Redirect; no effect when CUDA is present, or the second time."""
+    """Redirect. No effect when CUDA is present, or the second time."""
     if torch.cuda.is_available() or getattr(torch.cuda, "megarl_shim", False):
         return
     cuda.megarl_shim = True
@@ -35,7 +35,7 @@ def install_experts() -> None:
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None  # Megatron asks for this name though it imports it with the engine only
+        moe_utils.te_general_gemm = None  # Megatron reads this name but imports it only with Transformer Engine
     if not torch.cuda.is_available() and token_dispatcher.maybe_move_tensor_to_cpu is not _as_splits:
         token_dispatcher.maybe_move_tensor_to_cpu = _as_splits
         mappings._gather_along_first_dim = _uneven_gather(mappings._gather_along_first_dim)
@@ -43,12 +43,12 @@ def install_experts() -> None:
 
 
 def _as_splits(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    """Megatron turns the sizes of an all-to-all into numbers only when they come from a CUDA device."""
+    """Megatron converts the sizes of an all-to-all to numbers only if they are on a CUDA device."""
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 def _uneven_gather(even: Any) -> Any:
-    """Gloo gathers equal parts only; unequal ones (tokens of experts split over ranks) go as an all-to-all."""
+    """Gloo gathers only equal parts. Unequal ones (tokens of experts split over ranks) use an all-to-all."""
 
     @functools.wraps(even)
     def gather(part: Any, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
@@ -80,7 +80,7 @@ def _uneven_reduce(even: Any) -> Any:
 
 
 class _Stream:
-    """A stream, and an event on it, on which everything has already happened."""
+    """A stream or event on which everything has already happened."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
     def wait_stream(self, other: Any) -> None: ...
@@ -91,7 +91,7 @@ class _Stream:
 
 
 class _Generators:
-    """`torch.cuda.default_generators`: whatever the device, the CPU's."""
+    """`torch.cuda.default_generators`: the CPU's generator for every device."""
 
     def __getitem__(self, device: Any) -> torch.Generator:
         return torch.default_generator
@@ -112,7 +112,7 @@ def _random() -> None:
     cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
     cuda.set_rng_state = cuda.random.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
     cuda.default_generators = _Generators()
-    cuda._lazy_call = lambda call, **_: call()  # without CUDA, torch would queue the call for ever
+    cuda._lazy_call = lambda call, **_: call()  # without CUDA, torch would never run the call
 
 
 def _factories() -> None:
@@ -148,7 +148,7 @@ def _tensors() -> None:
 
     def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         name = name_of(self, *args, **kwargs)
-        # Megatron's optimizers compare with "torch.cuda.FloatTensor" and the like; nobody else is told that name.
+        # Megatron's optimizers compare with "torch.cuda.FloatTensor" and similar; only they see that name.
         if not args and not kwargs and sys._getframe(1).f_globals.get("__name__", "").startswith("megatron."):
             return name.replace("torch.", "torch.cuda.", 1)
         return name

@@ -1,7 +1,7 @@
-"""FP8 layers without Transformer Engine: Megatron's own parallel linear layers with each product's operands quantised.
+"""FP8 layers without Transformer Engine: Megatron's parallel linear layers with quantised operands.
 
 The forward product, the input's gradient and the weight's gradient each read operands quantised along the dimension
-they sum over, as Transformer Engine's kernels do; products accumulate in float32. It tests a recipe's numerics.
+that they sum over, as in Transformer Engine's kernels. Products accumulate in float32. This tests a recipe's numerics.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from megarl.learner.quantise import DelayedScale, Recipe, Role, formats, quantis
 
 
 class Scaling:
-    """The recipe of one linear layer, with its amax histories when scaling is delayed."""
+    """The recipe of one linear layer, with its amax histories if scaling is delayed."""
 
     def __init__(self, recipe: Recipe, group: dist.ProcessGroup | None) -> None:
-        """`group`: ranks that agree on one amax (delayed scaling only)."""
+        """`group`: the ranks that share one amax (delayed scaling only)."""
         self.recipe = recipe
         self.group = group
         self.paused = False
@@ -38,11 +38,11 @@ class Scaling:
         self.delayed = {role: DelayedScale(fmt) for role, fmt in roles.items()}
 
     def __call__(self, x: Tensor, role: Role, dim: int) -> Tensor:
-        """The matrix `x` as a product over its dimension `dim` reads it, in float32."""
+        """The matrix `x` as read by a product over its dimension `dim`, in float32."""
         return quantise(x.to(torch.float32), self.recipe, role, dim, self.delayed.get(role))
 
     def record(self, tensors: dict[Role, Tensor]) -> None:
-        """Enter the largest magnitudes of `tensors` into the histories. Collective over the group."""
+        """Add the largest magnitudes of `tensors` to the histories. Collective over the group."""
         if not self.delayed:
             return
         amax = torch.stack([tensor.detach().abs().amax().to(torch.float32) for tensor in tensors.values()])
@@ -53,13 +53,13 @@ class Scaling:
 
 
 class Fp8Product(torch.autograd.Function):
-    """x [t, k] and w [n, k] → x wᵀ [t, n], both ways on quantised operands."""
+    """x [t, k] and w [n, k] → x wᵀ [t, n], forward and backward on quantised operands."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, scaling: Scaling, learning: bool) -> Tensor:
         ctx.save_for_backward(x, w)
         ctx.scaling = scaling
-        # The operands are quantised again in the backward pass; with delayed scaling by the scales of now.
+        # The backward pass quantises the operands again; delayed scaling then uses these scales.
         ctx.scales = {role: delayed.scale for role, delayed in scaling.delayed.items()}
         y = (scaling(x, "input", 1) @ scaling(w, "weight", 1).T).to(x.dtype)
         if learning:
@@ -69,32 +69,28 @@ class Fp8Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (x, w), scaling = ctx.saved_tensors, ctx.scaling
-        with _Earlier(scaling, ctx.scales):
+        with _earlier_scales(scaling, ctx.scales):
             dx = scaling(gradient, "gradient", 1) @ scaling(w, "weight", 0)
             dw = scaling(gradient, "gradient", 0).T @ scaling(x, "input", 0)
         scaling.record({"gradient": gradient})
         return dx.to(x.dtype), dw.to(w.dtype), None, None
 
 
-class _Earlier:
-    """Within it, inputs and weights are quantised by the scales they had in the forward pass."""
-
-    def __init__(self, scaling: Scaling, scales: dict[Role, float]) -> None:
-        self.scaling, self.scales = scaling, scales
-
-    def __enter__(self) -> None:
-        self.now = {role: delayed.scale for role, delayed in self.scaling.delayed.items()}
-        for role in self.now:
-            if role != "gradient":
-                self.scaling.delayed[role].scale = self.scales[role]
-
-    def __exit__(self, *_: object) -> None:
-        for role, scale in self.now.items():
-            self.scaling.delayed[role].scale = scale
+@contextmanager
+def _earlier_scales(scaling: Scaling, scales: dict[Role, float]) -> Iterator[None]:
+    """Inside, inputs and weights are quantised by the scales they had in the forward pass."""
+    now = {role: delayed.scale for role, delayed in scaling.delayed.items()}
+    for role in now.keys() - {"gradient"}:
+        scaling.delayed[role].scale = scales[role]
+    try:
+        yield
+    finally:
+        for role, scale in now.items():
+            scaling.delayed[role].scale = scale
 
 
 def emulate(model: GPTModel, recipe: Recipe, first: int, last: int) -> int:
-    """Turn the linear layers of transformer layers `first` … `last` (from 1, inclusive) to FP8; returns how many.
+    """Switch the linear layers of transformer layers `first` … `last` (from 1, inclusive) to FP8; returns how many.
 
     Embedding, output layer and routers stay as they are.
     """
@@ -112,7 +108,7 @@ def emulate(model: GPTModel, recipe: Recipe, first: int, last: int) -> int:
 
 @contextmanager
 def paused(model: MegatronModule) -> Iterator[None]:
-    """Within it nothing of `model` is quantised, and the amax histories rest."""
+    """Inside, nothing of `model` is quantised and the amax histories do not change."""
     scalings = [module.fp8_scaling for module in model.modules() if hasattr(module, "fp8_scaling")]
     for scaling in scalings:
         scaling.paused = True
@@ -138,7 +134,7 @@ def _linear(
         input = gather_from_sequence_parallel_region(input, tensor_parallel_output_grad=True, group=tp_group)  # noqa: A001
     elif allreduce_dgrad:
         input = copy_to_tensor_model_parallel_region(input, group=tp_group)  # noqa: A001
-    # Scoring and the first pass of recomputed layers run without gradients: they read the histories and add nothing.
+    # Scoring and the first pass of recomputed layers run without gradients: they only read the histories.
     learning = torch.is_grad_enabled() and weight.requires_grad
     flat = input.reshape(-1, input.shape[-1])
     if scaling.paused or not len(flat):  # the latter: an expert without tokens

@@ -1,4 +1,4 @@
-"""The learner's weights as a model folder in Hugging Face's layout, which every engine and tool can read."""
+"""The learner's weights as a model folder in Hugging Face's layout, which every engine and tool reads."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.js
 
 
 def export(learner: Learner, world: World, source: Path, folder: Path, shard_bytes: int = 5 * 10**9) -> None:
-    """Write the policy to `folder`, with `source`'s tokenizer and configuration beside it. Collective.
+    """Write the policy to `folder`, with the tokenizer and configuration of `source`. Collective.
 
-    Files of at most `shard_bytes`, streamed: the controller holds one of them in memory at a time. The folder appears
-    under its name when it is whole. Raises UserError when it is there already.
+    Weights are streamed into files of at most `shard_bytes`; the controller has one file in memory at a time. The
+    folder appears under its name when it is complete. Raises UserError if it already exists.
     """
     partial = folder.with_name(folder.name + ".partial")
     if world.is_controller:
@@ -40,20 +40,20 @@ def export(learner: Learner, world: World, source: Path, folder: Path, shard_byt
 
 
 class _Shards:
-    """Collects tensors and writes a file whenever the next one would not fit."""
+    """Collects tensors and writes a file whenever the next tensor would not fit."""
 
     def __init__(self, folder: Path, shard_bytes: int) -> None:
         self.folder, self.shard_bytes = folder, shard_bytes
-        self._held: dict[str, torch.Tensor] = {}
+        self._pending: dict[str, torch.Tensor] = {}
         self._files: list[list[str]] = []  # names of the tensors in each file written
         self._bytes = self._total = 0
         self._dtype: torch.dtype | None = None
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         size = tensor.numel() * tensor.element_size()
-        if self._held and self._bytes + size > self.shard_bytes:
+        if self._pending and self._bytes + size > self.shard_bytes:
             self._write()
-        self._held[name] = tensor.detach().cpu().contiguous().clone()
+        self._pending[name] = tensor.detach().cpu().contiguous().clone()
         self._bytes += size
         self._total += size
         self._dtype = tensor.dtype
@@ -74,15 +74,15 @@ class _Shards:
         (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
     def _write(self) -> None:
-        save_file(self._held, self._shard(len(self._files)), {"format": "pt"})
-        self._files.append(list(self._held))
-        self._held, self._bytes = {}, 0
+        save_file(self._pending, self._shard(len(self._files)), {"format": "pt"})
+        self._files.append(list(self._pending))
+        self._pending, self._bytes = {}, 0
 
     def _shard(self, number: int) -> Path:
         return self.folder / f"shard-{number}.safetensors"
 
     def _record_dtype(self) -> None:
-        """What loads the folder takes the numbers' type from config.json."""
+        """Put the weights' type into config.json, where loaders look for it."""
         file = self.folder / "config.json"
         config = json.loads(file.read_text())
         config.pop("torch_dtype", None)  # the name before transformers 5
@@ -97,7 +97,7 @@ def _copy_companions(source: Path, folder: Path) -> None:
 
 
 def _companions(source: Path) -> Iterator[Path]:
-    """The files of a model folder that hold no weights."""
+    """The files of a model folder other than weights."""
     for file in sorted(source.iterdir()):
         if file.is_file() and not any(file.match(pattern) for pattern in WEIGHTS):
             yield file

@@ -1,4 +1,4 @@
-"""The learner: one optimizer update from a batch, log-probs of a batch, and the weights, on every rank together."""
+"""The learner: one optimizer update from a batch, log-probs of a batch, and the weights, on all ranks together."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from megarl.config import Settings
 from megarl.errors import RunError
 from megarl.learner import precision as precisions
 from megarl.learner import router
-from megarl.learner.attention import inverse_frequencies
-from megarl.learner.broadcast_batch import share
+from megarl.learner.broadcast_batch import broadcast
 from megarl.learner.model import build, transformer_config, unquantised, unwrap, user_buffers
 from megarl.learner.parallel import World, check
 from megarl.learner.rows import Alignment, Row, build_row, sequence_sum
 from megarl.learner.schedule import learning_rate
 from megarl.learner.weights import Weights
 from megarl.models.config_json import read_shape
+from megarl.models.rope import rotary
 from megarl.models.shape import ModelShape
 from megarl.types import Batch, MicroBatch
 
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 
 class Objective(Protocol):
-    """A loss of one row, pure; see algorithms/loss.py."""
+    """The loss of one row, without side effects; see algorithms/loss.py."""
 
     def __call__(
         self,
@@ -52,9 +52,9 @@ class Objective(Protocol):
         micro: MicroBatch,
         sequence_sum: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """log-probs and entropies [T] (0 where no response token is predicted) → loss, and sums for the metrics.
+        """Log-probs and entropies [T] (0 where no response token is predicted) → loss, and sums for the metrics.
 
-        Loss and sums are added up over rows and ranks, sums named `*_max` maximised.
+        Loss and sums are added over rows and ranks; of sums named `*_max` the maximum is taken.
         """
         ...
 
@@ -70,10 +70,10 @@ def sft_objective(
 
 
 class Learner:
-    """A policy, its optimizer and, when there is a KL term, the frozen reference. Every method is collective."""
+    """A policy, its optimizer and, with a KL term, the frozen reference. Every method is collective."""
 
     def __init__(self, settings: Settings, world: World, total_updates: int) -> None:
-        """Build the model of `settings.model.path`/config.json and fill it from its safetensors or from the seed."""
+        """Build the model of `settings.model.path`/config.json, with weights from its safetensors or from the seed."""
         self.settings = settings
         self.world = world
         self.total_updates = total_updates
@@ -84,7 +84,7 @@ class Learner:
         check(settings.parallel, self.shape)
         router.check(settings, self.shape)
         self.config = transformer_config(self.shape, settings.parallel, settings.precision, settings.experts)
-        self.frequencies = inverse_frequencies(self.shape)
+        self.frequencies = rotary(self.shape).frequencies
         self.alignment = Alignment.of(settings.parallel, settings.precision, settings.batch.tokens_per_row)
         self.temperature = settings.rollout.temperature
         if settings.parallel.overlap_tp:
@@ -98,12 +98,12 @@ class Learner:
         self.reference = self._frozen() if settings.algorithm.kl.coef > 0 else None
 
     def train_step(self, batch: Batch | None, objective: Objective) -> dict[str, float]:
-        """One optimizer update from rank 0's batch (None elsewhere); the update's figures, equal on every rank.
+        """One optimizer update from rank 0's batch (None elsewhere); returns its metrics, equal on every rank.
 
-        The loss is the plain sum of `objective` over all rows. Its sums become figures by algorithms/metrics.py;
-        `grad_norm` (before clipping) and `lr` are added. Raises RunError when the gradient is not finite.
+        The loss is the sum of `objective` over all rows. algorithms/metrics.py turns its sums into metrics. `grad_norm`
+        (before clipping) and `lr` are added. Raises RunError when the gradient is not finite.
         """
-        batch = share(batch, self.world)
+        batch = broadcast(batch, self.world)
         for model in self.models:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -115,11 +115,11 @@ class Learner:
         if not math.isfinite(grad_norm):
             raise RunError(f"update {self.version}: the gradient norm is {grad_norm}")
         self.version += 1
-        figures = {**_figures(self._total(parts)), "grad_norm": float(grad_norm), "lr": rate}
+        metrics = {**_metrics(self._total(parts)), "grad_norm": float(grad_norm), "lr": rate}
         if self.settings.experts.auxiliary:
             chunks = [unwrap(model) for model in self.models]
-            figures |= router.take_losses(chunks, self.shape.layers, self.world.control)
-        return figures
+            metrics |= router.take_losses(chunks, self.shape.layers, self.world.control)
+        return metrics
 
     @torch.no_grad()
     def logprobs(
@@ -129,16 +129,15 @@ class Learner:
         temperature: float | None = None,
         quantised: bool = True,
     ) -> dict[int, np.ndarray]:
-        """Log-probs of the response tokens: sample index → float32 [n]. `temperature`: default the sampling one.
+        """Log-probs of the response tokens: sample index → float32 [n], for the samples in rank 0's `batch.rows`.
 
+        Complete on rank 0; other ranks get an empty dict. `temperature`: default the sampling temperature.
         `quantised`: False computes in bf16 where the precision is FP8, as rollout engines do.
-
-        Complete on rank 0; other ranks get an empty dict. Covers the samples that appear in rank 0's `batch.rows`.
         """
-        batch = share(batch, self.world)
+        batch = broadcast(batch, self.world)
         models = self.models if which == "policy" else self.reference
         if models is None:
-            raise ValueError("no reference model is kept: algorithm.kl.coef is 0")
+            raise ValueError("there is no reference model: algorithm.kl.coef is 0")
         used = sorted({i for rank in batch.rows for row in rank for i in row})
         lengths = [len(batch.samples[i].token_ids) - batch.samples[i].response_start for i in used]
         starts = dict(zip(used, np.cumsum([0, *lengths[:-1]]), strict=True)) if used else {}
@@ -165,7 +164,7 @@ class Learner:
         yield from self.weights.stream(lambda parameter: parameter.data)
 
     def named_gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Like `named_tensors`: the gradients (float32) that the last `accumulate` left, summed over all ranks."""
+        """Like `named_tensors`, for the float32 gradients of the last `accumulate`, summed over all ranks."""
         if self.settings.parallel.distributed_optimizer:
             for model in self.models:
                 for buffer in model.buffers + model.expert_parallel_buffers:
@@ -173,8 +172,8 @@ class Learner:
         yield from self.weights.stream(attrgetter("main_grad"))  # Megatron adds it to its parameters
 
     def accumulate(self, batch: Batch | None, objective: Objective) -> dict[str, float]:
-        """`train_step` without the update: leaves gradients for `named_gradients`; the sums and `grad_norm`."""
-        batch = share(batch, self.world)
+        """`train_step` without the update: keeps gradients for `named_gradients`; returns the sums and `grad_norm`."""
+        batch = broadcast(batch, self.world)
         for model in self.models:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -183,7 +182,7 @@ class Learner:
         return {**sums, "grad_norm": float(self.optimizer.get_grad_norm())}
 
     def finish_parameter_gather(self) -> None:
-        """With overlap, updated parameters are gathered when first used; whoever reads them directly must wait."""
+        """Wait for the parameters: with overlap, Megatron gathers updated ones only when the model first uses them."""
         if self.settings.parallel.overlap_grad_reduce and self.settings.parallel.distributed_optimizer:
             for model in self.models:
                 model.start_param_sync(force_sync=True)
@@ -254,7 +253,7 @@ class Learner:
         temperature: float | None = None,
         forward_only: bool = False,
     ) -> list[Any]:
-        """Megatron's schedule over this rank's rows; on last stages what `loss` returned for each row."""
+        """Megatron's schedule over this rank's rows; on last stages, returns what `loss` returned for each row."""
         rows = self._rows(batch)
         return get_forward_backward_func()(
             forward_step_func=partial(self._forward, loss, temperature or self.temperature),
@@ -307,8 +306,8 @@ class Learner:
         return loss, torch.ones((), dtype=torch.int), {"loss": loss.detach(), **sums}
 
     def _total(self, parts: list[dict[str, Tensor]]) -> dict[str, float]:
-        """The sums of all rows of all ranks, on every rank."""
-        figures: dict[str, float] = {}
+        """The sums over all rows of all ranks, on every rank."""
+        metrics: dict[str, float] = {}
         if self.world.last_stage:
             group = parallel_state.get_data_parallel_group(with_context_parallel=True)
             names = sorted(parts[0])
@@ -319,12 +318,12 @@ class Learner:
                 every = values.new_empty(group.size(), len(names))
                 dist.all_gather_into_tensor(every, values[None], group=group)
                 values = torch.where(peak, every.amax(0), every.sum(0))
-            figures = dict(zip(names, values.tolist(), strict=True))
+            metrics = dict(zip(names, values.tolist(), strict=True))
         if self.settings.parallel.pp > 1:
-            box = [figures]
+            box = [metrics]
             dist.broadcast_object_list(box, self.world.world_size - 1, group=self.world.control)
-            figures = box[0]
-        return figures
+            metrics = box[0]
+        return metrics
 
 
 def _finalize(
@@ -335,15 +334,15 @@ def _finalize(
 
 
 def _gather_shards(buffer: Any) -> None:
-    """Complete a gradient buffer of which the distributed optimizer's reduce-scatter left each rank one shard."""
+    """Complete a gradient buffer: the distributed optimizer's reduce-scatter left each rank one shard."""
     group = buffer.data_parallel_group
     for bucket in buffer.buckets:
         shard = bucket.grad_data.view(group.size(), -1)[group.rank()].clone()
         dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)
 
 
-def _figures(sums: dict[str, float]) -> dict[str, float]:
-    """Of the policy loss, its own; of another objective, the loss and each other sum over its `tokens`."""
+def _metrics(sums: dict[str, float]) -> dict[str, float]:
+    """For the policy loss, `summarise`. For another objective, the loss, and each other sum over its `tokens`."""
     if "policy_loss" in sums:
         return summarise(sums)
     tokens = sums.pop("tokens")

@@ -1,7 +1,7 @@
 """Log-probabilities and entropies straight from hidden states, over a vocabulary split among tensor-parallel ranks.
 
-The output layer is part of the function: logits exist for one chunk of positions and this rank's rows of the
-vocabulary at a time, and are computed again in the backward unless all of them are small.
+The output layer is part of the function. Logits exist for one chunk of positions and this rank's rows of the vocabulary
+at a time. The backward pass computes them again unless all of them together are small.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def logprobs_and_entropy(
 ) -> tuple[Tensor, Tensor]:
     """log softmax(hidden @ weight.T / temperature)[labels] and the entropy of that distribution, float32 [n] each.
 
-    hidden: [n, h], equal on the ranks of `group`; its gradient is this rank's part, still to be summed over them.
+    hidden: [n, h], equal on the ranks of `group`; its gradient is this rank's part of a sum over them.
     weight: [rows, h], this rank's equal part of the padded vocabulary. labels: int64 [n], below `vocab`.
     """
     return _LogProbs.apply(hidden, weight, labels, temperature, vocab, group)
@@ -46,7 +46,7 @@ class _LogProbs(torch.autograd.Function):
         owned = (local >= 0) & (local < real)
         local = local.where(owned, 0)
         n = len(hidden)
-        # Of this rank's rows: log-sum-exp, mean logit under their softmax, the label's logit (0 if not here).
+        # Of this rank's rows: log-sum-exp, mean logit under their softmax, the label's logit (0 if elsewhere).
         stats = hidden.new_zeros(3, n, dtype=torch.float32)
         stats[0] = -torch.inf
         chunk = max(1, CHUNK_BYTES // (4 * max(real, 1)))

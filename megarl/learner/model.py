@@ -1,6 +1,6 @@
-"""The policy: Megatron-Core's GPTModel whose last stage returns log-probs and entropies instead of logits.
+"""The policy: Megatron-Core's GPTModel, whose last stage returns log-probs and entropies instead of logits.
 
-One function, `layer_spec`, chooses between Transformer Engine's layers and Megatron's own with `PackedAttention`.
+`layer_spec` chooses between Transformer Engine's layers and Megatron's own with `PackedAttention`.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ from megarl.config import Experts, Parallel, Precision
 from megarl.errors import UserError
 from megarl.learner import cpu, emulation, router
 from megarl.learner import precision as precisions
-from megarl.learner.attention import PackedAttention, PackedRow, inverse_frequencies
+from megarl.learner.attention import PackedAttention, PackedRow
 from megarl.learner.logprobs import logprobs_and_entropy
 from megarl.learner.norm import RMSNorm
 from megarl.models.layout import padded_vocab
+from megarl.models.rope import rotary
 from megarl.models.rules import Spec
 from megarl.models.shape import Experts as ExpertShape
 from megarl.models.shape import ModelShape
@@ -49,7 +50,7 @@ class ScoringLayer(ColumnParallelLinear):
     def forward(
         self, hidden: Tensor, scored: Tensor, targets: Tensor, temperature: float, vocab: int, weight: Tensor | None
     ) -> Tensor:
-        """hidden [t, 1, h] (with sequence parallelism this rank's part of t) → float32 [2, n], as in PolicyModel."""
+        """Hidden states [t, 1, h] → float32 [2, n] as in PolicyModel; sequence parallelism: this rank's part of t."""
         if self.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, group=self.tp_group)
         hidden = hidden.squeeze(1).index_select(0, scored)
@@ -63,11 +64,11 @@ class PolicyModel(GPTModel):
     """One chunk of the model. Chunks before the last return hidden states [t, 1, h]."""
 
     def __init__(self, *, vocab: int, **settings: Any) -> None:
-        """`vocab`: unpadded; the rest is GPTModel's."""
+        """`vocab`: unpadded. `settings`: GPTModel's."""
         super().__init__(**settings)
         self.vocab = vocab
         if self.post_process:
-            # GPTModel offers no choice of this layer, and replacing the module would allocate its weight twice.
+            # GPTModel cannot be given another layer, and replacing the module would allocate its weight twice.
             self.output_layer.__class__ = ScoringLayer
 
     def forward(
@@ -75,8 +76,8 @@ class PolicyModel(GPTModel):
     ) -> Tensor:
         """One packed row: tokens and positions int64 [t] → log-probs and entropies, float32 [2, n].
 
-        They belong to the positions `scored` (int64 [n], indices below t), each predicting its entry of `targets` [n].
-        With context parallelism, t counts this rank's positions; with sequence parallelism all tensor-parallel ranks
+        They belong to the positions `scored` (int64 [n], indices below t); each predicts its entry of `targets` [n].
+        Under context parallelism t counts this rank's positions. Under sequence parallelism all tensor-parallel ranks
         pass the whole row.
         """
         hidden = self.embedding(tokens[None], positions[None]) if self.pre_process else None
@@ -91,12 +92,12 @@ class PolicyModel(GPTModel):
 
 
 def vocabulary_rows(shape: ModelShape, tp: int) -> int:
-    """Rows of the embedding: the vocabulary padded to a multiple of tp, and of 8 so that it rarely depends on tp."""
+    """Rows of the embedding: the vocabulary padded to a multiple of tp, and of 8, so it rarely depends on tp."""
     return padded_vocab(shape.vocab, tp, divisible_by=-(-8 // tp))
 
 
 def spec_kind() -> Spec:
-    """Whose layers: Transformer Engine's on a CUDA device that has it, else Megatron's own."""
+    """Transformer Engine's layers on a CUDA device that has it, otherwise Megatron's own."""
     return "te" if device.transformer_engine() else "local"
 
 
@@ -111,6 +112,7 @@ def transformer_config(
         "num_attention_heads": shape.heads,
         "num_query_groups": shape.kv_groups,
         "kv_channels": shape.head_dim,
+        "softmax_scale": rotary(shape).softmax_scale,
         "ffn_hidden_size": shape.ffn,
         "normalization": "RMSNorm",
         "layernorm_epsilon": shape.norm_eps,
@@ -126,9 +128,9 @@ def transformer_config(
         "context_parallel_size": parallel.cp,
         "expert_model_parallel_size": parallel.ep,
         "sequence_parallel": parallel.uses_sequence_parallel,
-        # The loss is a sum whose denominators are fixed beforehand: nothing divides it by what a rank happens to hold.
+        # The loss is a sum with denominators fixed beforehand: nothing divides it by the tokens of a rank.
         "calculate_per_token_loss": True,
-        "perform_initialization": False,  # weights.py fills every parameter, and marks the sharded ones
+        "perform_initialization": False,  # weights.py fills every parameter and marks the sharded ones
         "use_cpu_initialization": not device.on_cuda(),
         "masked_softmax_fusion": False,
         "bias_dropout_fusion": te,
@@ -147,8 +149,8 @@ def transformer_config(
     if parallel.vpp > 1:
         settings["virtual_pipeline_model_parallel_size"] = parallel.vpp
     if parallel.pp > 1:
-        # With two stages the previous and the next rank are one peer, and Megatron's batched exchange mixes them up
-        # under the interleaved schedule: wrong gradients, no error.
+        # With two stages the previous and the next rank are the same. Under the interleaved schedule Megatron's batched
+        # exchange then confuses them: wrong gradients, no error.
         settings |= {
             "overlap_p2p_comm": parallel.vpp > 1 and parallel.overlap_p2p,
             "batch_p2p_comm": parallel.vpp == 1,
@@ -161,7 +163,7 @@ def transformer_config(
 
 
 def _gradient_fusion(parallel: Parallel) -> bool:
-    """Raises UserError when it is asked for and apex's kernel, which the output layer asks for, is not there."""
+    """Raises UserError when the setting is true without apex's kernel, which the output layer needs."""
     kernel = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
     if parallel.gradient_accumulation_fusion and not kernel:
         raise UserError(
@@ -174,7 +176,7 @@ def _gradient_fusion(parallel: Parallel) -> bool:
 
 
 def user_buffers(config: TransformerConfig, tokens: int) -> None:
-    """Transformer Engine's buffers for rows of `tokens` tokens, as Megatron-LM's training script makes them."""
+    """Make Transformer Engine's buffers for rows of `tokens` tokens, as Megatron-LM's training script does."""
     from transformer_engine.pytorch.module.base import initialize_ub
 
     initialize_ub(
@@ -186,10 +188,10 @@ def user_buffers(config: TransformerConfig, tokens: int) -> None:
 
 
 def _expert_settings(moe: ExpertShape, experts: Experts, te: bool) -> dict[str, Any]:
-    """Megatron's settings of a mixture of experts: no token is dropped; auxiliary losses are router.py's.
+    """Megatron's settings for a mixture of experts. No token is dropped; router.py adds the auxiliary losses.
 
-    The router works in float32, as transformers' does. Normalised probabilities of the chosen experts are a softmax
-    over these alone; not normalised, they are entries of the softmax over all.
+    The router computes in float32, as in transformers. Normalised probabilities of the chosen experts are a softmax
+    over these alone. Otherwise they are entries of the softmax over all experts.
     """
     return {
         "num_moe_experts": moe.count,
@@ -198,7 +200,7 @@ def _expert_settings(moe: ExpertShape, experts: Experts, te: bool) -> dict[str, 
         "moe_router_pre_softmax": not moe.normalise or moe.top_k == 1,
         "moe_router_dtype": experts.router_dtype,
         "moe_router_load_balancing_type": "none",
-        "moe_token_dispatcher_type": "alltoall",  # its all-gather takes equally long rows on all ranks
+        "moe_token_dispatcher_type": "alltoall",  # the all-gather dispatcher needs rows of equal length on all ranks
         "moe_grouped_gemm": te,
         "moe_permute_fusion": te,
     }
@@ -224,7 +226,7 @@ def layer_spec(config: TransformerConfig, layers: int) -> TransformerBlockSubmod
 def build(
     shape: ModelShape, config: TransformerConfig, precision: Precision, experts: Experts | None = None
 ) -> list[torch.nn.Module]:
-    """This rank's model chunks, parameters not filled. In bf16 each is wrapped in Megatron's Float16Module."""
+    """This rank's model chunks, with unfilled parameters. In bf16 each is wrapped in Megatron's Float16Module."""
     vpp = config.virtual_pipeline_model_parallel_size
     chunks = []
     for stage in range(vpp or 1):
@@ -239,12 +241,12 @@ def build(
             pre_process=parallel_state.is_pipeline_first_stage(**place),
             post_process=parallel_state.is_pipeline_last_stage(**place),
             share_embeddings_and_output_weights=shape.tied,
-            position_embedding_type="rope" if spec_kind() == "te" else "none",  # PackedAttention rotates by itself
-            rotary_base=shape.rope_theta,
+            position_embedding_type="rope" if spec_kind() == "te" else "none",  # PackedAttention rotates itself
+            rotary_base=shape.rope.theta,
             vp_stage=stage if vpp else None,
         )
         if spec_kind() == "te":
-            model.rotary_pos_emb.inv_freq = inverse_frequencies(shape).to(model.rotary_pos_emb.inv_freq.device)
+            model.rotary_pos_emb.inv_freq = rotary(shape).frequencies.to(model.rotary_pos_emb.inv_freq.device)
         if precisions.emulated(precision):
             layers_in_fp8 = precisions.fp8_layers(precision, shape.layers)
             emulation.emulate(model, precision.recipe, layers_in_fp8.start + 1, layers_in_fp8.stop)
@@ -258,8 +260,8 @@ def build(
 
 @contextmanager
 def unquantised(chunks: list[torch.nn.Module], config: TransformerConfig) -> Iterator[None]:
-    """Within it the model computes in bf16 where its precision is FP8. Forward passes only."""
-    fp8, config.fp8 = config.fp8, None  # Transformer Engine's layers, read at every forward pass
+    """A context in which an FP8 model computes in bf16. Forward passes only."""
+    fp8, config.fp8 = config.fp8, None  # Transformer Engine's layers read it in every forward pass
     with ExitStack() as stack:
         stack.callback(setattr, config, "fp8", fp8)
         for chunk in chunks:

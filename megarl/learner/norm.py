@@ -1,7 +1,7 @@
-"""The root-mean-square norm where Transformer Engine's is not.
+"""The root-mean-square norm where Transformer Engine is absent.
 
-torch's has one kernel on CUDA only; on a CPU it and its gradient go operator by operator, in twice as many passes over
-memory as here and keeping one more tensor of its input's size.
+torch has a fused kernel for CUDA only. On a CPU, torch's norm and its gradient run operator by operator. They read
+memory twice as often as this one, and keep one more tensor of the input's size.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """Megatron's torch norm refuses sequence parallelism; this one marks its weight, whose gradient is then summed."""
+    """Allows sequence parallelism, which Megatron's torch norm refuses: Megatron sums gradients of marked weights."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)

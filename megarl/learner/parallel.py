@@ -1,4 +1,4 @@
-"""Process groups: who this rank is, which layouts are possible, and waiting with a deadline."""
+"""Process groups: which rank this is, which layouts are possible, and waiting with a deadline."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CUDA_ONLY = {
     "overlap_tp": False, "gradient_accumulation_fusion": False, "cp_comm": "p2p", "offload_optimizer": 0.0,
     "offload_layers": 0,
 }  # fmt: skip
-"""Settings of `parallel` that need a CUDA device with Transformer Engine → the value that does not."""
+"""Settings of `parallel` that need a CUDA device with Transformer Engine → the value that needs none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Launch:
 
 
 def launch_info() -> Launch:
-    """This process's place, from torchrun's or srun's environment; one rank when there is neither."""
+    """This process's place, from torchrun's or srun's environment. Without either: the only rank."""
     env = os.environ
     if "RANK" in env:
         names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
@@ -50,7 +50,7 @@ def launch_info() -> Launch:
 
 
 def under_launcher() -> bool:
-    """Whether torchrun or srun started this process as one of several ranks, or as the only one."""
+    """Whether torchrun or srun started this process, as one of several ranks or as the only one."""
     return "RANK" in os.environ or "SLURM_STEP_NUM_TASKS" in os.environ
 
 
@@ -96,11 +96,11 @@ class World:
 
     @property
     def layout(self) -> Layout:
-        """The sizes that the map of checkpoints_conv asks for."""
+        """The sizes that the model map needs."""
         return layout_of(self.parallel)
 
     def barrier(self, name: str) -> None:
-        """Wait for every rank. Raises DeadlineExceeded, naming `name` and the ranks that did not come."""
+        """Wait for every rank. Raises DeadlineExceeded, naming `name` and the missing ranks."""
         timeout = datetime.timedelta(seconds=self.deadline_s)
         try:
             with waiting(f"the other ranks: {name}", self.deadline_s):
@@ -111,14 +111,14 @@ class World:
             raise DeadlineExceeded(f"{name} ({' '.join(str(e).split())})", self.deadline_s) from None
 
     def aside(self) -> World:
-        """The same ranks over a group of their own, for what a thread does beside the main one's collectives."""
+        """The same ranks in a separate group, for a thread that runs beside the main thread's collectives."""
         if self.world_size == 1:
             return self
         timeout = datetime.timedelta(seconds=self.deadline_s)
         return replace(self, control=dist.new_group(backend="gloo", timeout=timeout))
 
     def watchdog(self, deadline: float, folder: Path) -> Watchdog:
-        """This rank's, with a connection to the rendezvous store of its own: no wait can hold its pulse up."""
+        """This rank's watchdog. It has a separate connection to the rendezvous store, so no wait delays its pulse."""
         store = None
         if self.world_size > 1:
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -129,9 +129,9 @@ class World:
         )
 
     def release(self) -> None:
-        """End the model-parallel groups; `start` may then lay the same ranks out anew."""
+        """End the model-parallel groups. `start` can then lay out the same ranks again."""
         parallel_state.destroy_model_parallel()
-        # Megatron only forgets its groups; each gloo group keeps threads, and a few hundred of them stall the machine.
+        # Megatron only forgets its groups. Each gloo group keeps threads, and a few hundred of them stall the machine.
         for group in [g for g in dist.distributed_c10d._world.pg_map if g not in (dist.group.WORLD, self.control)]:
             dist.destroy_process_group(group)
 
@@ -142,9 +142,9 @@ class World:
 
 
 def start(parallel: Parallel, precision: Precision, seed: int, deadline_s: float) -> World:
-    """Join the process group and build the model-parallel groups; every collective fails after `deadline_s` seconds.
+    """Join the process group and build the model-parallel groups. Every collective fails after `deadline_s` seconds.
 
-    Raises UserError when the ranks cannot be laid out like this, or when the precision is not to be had here.
+    Raises UserError if the ranks do not divide like this, or if this device does not support the precision.
     """
     launch = launch_info()
     check_ranks(parallel, launch.world_size)
@@ -173,7 +173,7 @@ def start(parallel: Parallel, precision: Precision, seed: int, deadline_s: float
 
 
 def check(parallel: Parallel, shape: ModelShape) -> None:
-    """Raise UserError, naming the setting and the nearest valid value, when the model cannot be laid out like this.
+    """Raise UserError, naming the setting and the nearest valid value, if the model does not divide like this.
 
     Needs no process group.
     """
@@ -210,7 +210,7 @@ def check(parallel: Parallel, shape: ModelShape) -> None:
 
 
 def check_device(parallel: Parallel) -> None:
-    """Raise UserError for a setting that does nothing, or fails, without CUDA and Transformer Engine."""
+    """Raise UserError for a setting that has no effect, or fails, without CUDA and Transformer Engine."""
     for name, neutral in CUDA_ONLY.items():
         value = getattr(parallel, name)
         if value and value != neutral and not device.transformer_engine():
@@ -221,7 +221,7 @@ def check_device(parallel: Parallel) -> None:
     fine = {"core_attn", "mlp", "moe"}
     if parallel.recompute == "selective" and not device.transformer_engine():
         for module in parallel.recompute_modules:
-            if module not in fine:  # recomputing without keeping the output asks for the engine's FP8 state
+            if module not in fine:  # recomputing without keeping the output needs the engine's FP8 state
                 raise UserError(
                     f"parallel.recompute_modules: {module} needs a CUDA device with Transformer Engine; "
                     f"valid values here: {', '.join(sorted(fine))}"
@@ -229,7 +229,7 @@ def check_device(parallel: Parallel) -> None:
 
 
 def check_ranks(parallel: Parallel, world_size: int) -> None:
-    """Raise UserError unless `world_size` ranks hold a whole number of models."""
+    """Raise UserError unless `world_size` ranks make a whole number of models."""
     if world_size % parallel.model_ranks:
         sizes = f"tp {parallel.tp} * pp {parallel.pp} * cp {parallel.cp} = {parallel.model_ranks}"
         nearest = max(1, round(world_size / parallel.model_ranks)) * parallel.model_ranks
@@ -249,7 +249,7 @@ def check_ranks(parallel: Parallel, world_size: int) -> None:
 
 
 def layout_of(parallel: Parallel) -> Layout:
-    """Model-parallel sizes in the terms of checkpoints_conv."""
+    """Model-parallel sizes as the model map needs them."""
     return Layout(tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp, ep=parallel.ep, etp=parallel.etp)
 
 

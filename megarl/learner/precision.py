@@ -1,9 +1,8 @@
-"""The learner's arithmetic: which types, where FP8 applies, and the manifest that says so. The one seam for FP8."""
+"""The learner's arithmetic: its types, where FP8 applies, and the manifest that records both."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,8 @@ from megarl.config import Precision
 from megarl.errors import UserError
 from megarl.learner.quantise import E4M3, HISTORY, block_shape, formats
 from megarl.models.shape import ModelShape
+from megarl.run.atomic import write_text
 from megarl.runtime import device
-
-RECIPES = {"delayed": "delayed", "tensorwise": "tensorwise", "blockwise": "blockwise", "mxfp8": "mxfp8"}
-"""Setting → Megatron's `fp8_recipe`."""
-
 
 MANIFEST = "quantisation.json"  # in the run directory
 
@@ -34,13 +30,13 @@ def emulated(precision: Precision) -> bool:
 
 
 def fp8_layers(precision: Precision, layers: int) -> range:
-    """The transformer layers in FP8, numbered from 0; the others, the embedding and the output layer are bf16."""
+    """The transformer layers in FP8, numbered from 0. The other layers, the embedding and the output layer are bf16."""
     kept = precision.high_precision_layers
     return range(kept, max(kept, layers - kept))
 
 
 def manifest(precision: Precision, shape: ModelShape) -> dict[str, Any]:
-    """What is quantised and how, in terms that a rollout engine's own manifest can be compared with."""
+    """What is quantised and how."""
     found: dict[str, Any] = {"dtype": precision.dtype}
     if precision.dtype != "fp8":
         return found
@@ -63,39 +59,22 @@ def manifest(precision: Precision, shape: ModelShape) -> dict[str, Any]:
 def write_manifest(folder: Path, precision: Precision, shape: ModelShape) -> Path:
     """Write the manifest into the run directory."""
     file = folder / MANIFEST
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(manifest(precision, shape), indent=1) + "\n")
-    partial.replace(file)
+    write_text(file, json.dumps(manifest(precision, shape), indent=1) + "\n")
     return file
 
 
-def check_manifest(learner: Mapping[str, Any], engine: Mapping[str, Any]) -> None:
-    """Raise UserError, naming the first entry that differs, unless the engine quantises as the learner does.
-
-    Gradients concern the learner alone, and either side may emulate.
-    """
-    for key in sorted(learner.keys() | engine.keys()):
-        ours, theirs = (_forward_only(side.get(key)) for side in (learner, engine))
-        if key != "emulated" and ours != theirs:
-            raise UserError(f"precision: the rollout engine's quantisation differs: {key} is {theirs!r}, not {ours!r}")
-
-
-def _forward_only(value: Any) -> Any:
-    return {k: v for k, v in value.items() if k != "gradient"} if isinstance(value, dict) else value
-
-
 def parameter_dtype(precision: Precision) -> torch.dtype:
-    """Of the model's parameters and activations. Main parameters, gradients and optimizer state are float32."""
+    """Type of parameters and activations. Main parameters, gradients and optimizer state are float32."""
     return torch.float32 if precision.dtype == "fp32" else torch.bfloat16
 
 
 def transformer_settings(precision: Precision) -> dict[str, Any]:
-    """The part of Megatron's TransformerConfig that the precision decides."""
+    """The entries of Megatron's TransformerConfig that depend on the precision."""
     dtype = parameter_dtype(precision)
     settings: dict[str, Any] = {"params_dtype": dtype, "pipeline_dtype": dtype, "bf16": dtype == torch.bfloat16}
     if precision.dtype == "fp8" and not emulated(precision):
         gradients = formats(precision.recipe)["gradient"]
-        settings |= {"fp8": "e4m3" if gradients is E4M3 else "hybrid", "fp8_recipe": RECIPES[precision.recipe]}
+        settings |= {"fp8": "e4m3" if gradients is E4M3 else "hybrid", "fp8_recipe": precision.recipe}
         if precision.recipe == "delayed":
             settings |= {"fp8_amax_history_len": HISTORY, "fp8_amax_compute_algo": "max"}
         if precision.high_precision_layers:
@@ -109,7 +88,7 @@ def transformer_settings(precision: Precision) -> dict[str, Any]:
 
 
 def row_multiple(precision: Precision) -> int:
-    """Tokens per rank must be a multiple of this: FP8 matrix products need 16, with MXFP8 32."""
+    """Tokens per rank must be a multiple of this: 16 for FP8 matrix products, 32 for MXFP8."""
     if precision.dtype != "fp8":
         return 1
     return 32 if precision.recipe == "mxfp8" else 16

@@ -1,15 +1,15 @@
 """FP8 numbers in software: values rounded to e4m3 or e5m2 under Transformer Engine's four scaling recipes.
 
-Pure tensors in and out, no Megatron. A quantised tensor is returned in its own dtype ("quantise, then dequantise"):
-in float32 that is what a matrix product with exact accumulation sees. Conversion saturates, as `cvt.satfinite`
-does on the GPU: what is too large, infinities included, becomes the largest finite value; nan stays nan.
+Tensors in and out, no Megatron. A quantised tensor is returned in its own dtype ("quantise, then dequantise"): in
+float32 this is what a matrix product with exact accumulation reads. Conversion saturates as `cvt.satfinite` does on the
+GPU. Values that are too large, infinities included, become the largest finite value; nan stays nan.
 
-delayed    one scale a tensor, from the largest magnitude of earlier steps (Micikevicius et al., arXiv 2209.05433)
-tensorwise one scale a tensor, from its own largest magnitude ("current scaling")
-blockwise  one scale a 1 x 128 tile of activations and gradients and a 128 x 128 tile of weights, powers of two
-mxfp8      one scale 32 values along the summed dimension, a power of two (OCP Microscaling Formats, v1.0), rounded so
-           that nothing overflows, as NVIDIA's kernels do, where OCP's own conversion saturates (Mishra et al., arXiv
-           2506.08027); gradients are e4m3 too: a block's own scale leaves them no need of e5m2's range
+delayed    one scale per tensor, from the largest magnitude of earlier steps (Micikevicius et al., arXiv 2209.05433)
+tensorwise one scale per tensor, from its own largest magnitude ("current scaling")
+blockwise  one power-of-two scale per 1 x 128 tile of activations and gradients, and per 128 x 128 tile of weights
+mxfp8      one power-of-two scale per 32 values along the summed dimension (OCP Microscaling Formats, v1.0), rounded so
+           that nothing overflows, as in NVIDIA's kernels; OCP's conversion saturates (Mishra et al., arXiv 2506.08027).
+           Gradients are e4m3 too, because with a scale per block they do not need e5m2's range.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ HYBRID: dict[Role, Format] = {"input": E4M3, "weight": E4M3, "gradient": E5M2}
 
 
 def formats(recipe: Recipe) -> dict[Role, Format]:
-    """What each operand is rounded to, as Megatron's own recipes have it: "e4m3" for mxfp8, "hybrid" for the others."""
+    """The format of each operand, as in Megatron's recipes: "e4m3" for mxfp8, "hybrid" for the others."""
     return {**HYBRID, "gradient": E4M3} if recipe == "mxfp8" else HYBRID
 
 
@@ -55,7 +55,7 @@ def round_to(x: Tensor, fmt: Format) -> Tensor:
 
 
 def scale_of(amax: Tensor, fmt: Format) -> Tensor:
-    """The factor that brings `amax` to the format's largest value; 1 where amax is 0, infinite or nan.
+    """The factor that scales `amax` to the format's largest value; 1 where amax is 0, infinite or nan.
 
     A quotient beyond float32 becomes its largest value. float32 of amax's shape.
     """
@@ -66,7 +66,7 @@ def scale_of(amax: Tensor, fmt: Format) -> Tensor:
 
 
 def power_of_two_scale(amax: Tensor, fmt: Format) -> Tensor:
-    """`scale_of`, rounded down to a power of two: nothing overflows, and scaling is exact."""
+    """`scale_of` rounded down to a power of two, so that nothing overflows and scaling is exact."""
     mantissa, exponent = torch.frexp(scale_of(amax, fmt))
     return torch.ldexp(torch.full_like(mantissa, 0.5), exponent)
 
@@ -77,7 +77,7 @@ def quantise_tensor(x: Tensor, scale: Tensor, fmt: Format) -> Tensor:
 
 
 def quantise_blocks(x: Tensor, fmt: Format, block: tuple[int, int]) -> Tensor:
-    """A matrix [m, n] under one power-of-two scale a block; a last block may be smaller. In x's dtype."""
+    """A matrix [m, n] under one power-of-two scale per block, in x's dtype. The last blocks may be smaller."""
     (m, n), (rows, columns) = x.shape, block
     padded = torch.nn.functional.pad(x.to(torch.float32), (0, -n % columns, 0, -m % rows))
     tiles = padded.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))  # [m / rows, rows, n / columns, columns]
@@ -87,7 +87,7 @@ def quantise_blocks(x: Tensor, fmt: Format, block: tuple[int, int]) -> Tensor:
 
 @dataclass(slots=True)
 class DelayedScale:
-    """The scale of one tensor of one module under delayed scaling: from the history up to the step before."""
+    """The scale of one tensor of one module under delayed scaling, from the history before this step."""
 
     fmt: Format
     history: deque[float] = field(default_factory=lambda: deque(maxlen=HISTORY))
@@ -96,7 +96,7 @@ class DelayedScale:
     def record(self, amax: float) -> None:
         """Append this step's largest magnitude and derive the next step's scale.
 
-        A history of zeros, or one with an infinity or nan, leaves the scale as it is.
+        A history of zeros, or with an infinity or nan, does not change the scale.
         """
         self.history.append(amax)
         peak = torch.tensor(list(self.history)).max()  # nan if there is one
@@ -105,7 +105,7 @@ class DelayedScale:
 
 
 def block_shape(recipe: Recipe, role: Role, dim: int) -> tuple[int, int]:
-    """Block of a matrix whose dimension `dim` (0 or 1) is summed over by the product."""
+    """The block of a matrix whose dimension `dim` (0 or 1) the product sums over."""
     if recipe == "mxfp8":
         return (1, MX_BLOCK) if dim == 1 else (MX_BLOCK, 1)
     if role == "weight":
@@ -114,7 +114,7 @@ def block_shape(recipe: Recipe, role: Role, dim: int) -> tuple[int, int]:
 
 
 def quantise(x: Tensor, recipe: Recipe, role: Role, dim: int, delayed: DelayedScale | None = None) -> Tensor:
-    """The matrix `x` as a product that sums over its dimension `dim` reads it. `delayed`: the recipe's state."""
+    """The matrix `x` as read by a product that sums over its dimension `dim`. `delayed`: the recipe's state."""
     fmt = formats(recipe)[role]
     if recipe == "delayed":
         if delayed is None:

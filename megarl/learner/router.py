@@ -1,11 +1,10 @@
-"""The router of a mixture of experts: Megatron's, told which row passes through it.
+"""The router of a mixture of experts: Megatron's, which also knows the row that passes through it.
 
-With `rollout.replay_routing` the policy's routers take the experts that the rollout took, and weigh them by their own
-scores: rounding cannot send a token near the border between two experts to another one than in the rollout.
+With `rollout.replay_routing` the policy's routers choose the experts that the rollout chose, and weigh them by their
+own scores. Otherwise rounding could send a token to other experts than in the rollout.
 
-Megatron takes its auxiliary losses over whatever a rank's micro-batch holds, padding included, and leaves it to a later
-division by a token count, which this learner does not do. Here their denominator is fixed beforehand: the input tokens
-of the whole update.
+Megatron computes its auxiliary losses over a rank's micro-batch, padding included, and divides by a token count later.
+This learner does not divide later. Here the denominator is fixed beforehand: the input tokens of the whole update.
 """
 
 from __future__ import annotations
@@ -29,25 +28,23 @@ from megarl.models.shape import ModelShape
 
 @dataclass(slots=True)
 class Routing:
-    """What the routers must know of a row."""
+    """What the routers must know about a row of t positions on this context-parallel rank."""
 
-    sequence: (
-        Tensor  # int64 [t], at this context-parallel rank's positions: the sample's index in the row; -1 = padding
-    )
+    sequence: Tensor  # int64 [t]: each position's sample in the row; -1 = padding
     sequences: int  # in the row
     tokens: int  # input tokens of the whole update, over all rows and ranks
-    experts: Tensor | None = None  # int16 [t, layers, top_k] to take, -1 = the router's own choice; None: nowhere given
+    experts: Tensor | None = None  # int16 [t, layers, top_k] to choose; -1 or None: the router chooses
 
 
 class Router(TopKRouter):
-    """`install` makes Megatron's routers ones of these."""
+    """The class that `install` gives Megatron's routers."""
 
     options: Experts
-    row: Routing  # of the row that passes through
+    row: Routing  # of the current row
     sums: Tensor  # float32 [2]: this rank's part of the load-balancing and the z-loss since `take_losses`
 
     def routing(self, logits: Tensor, padding_mask: None = None) -> tuple[Tensor, Tensor]:
-        """Logits [t, 1, experts] of this rank's tokens → probabilities and which experts are chosen, [t, experts]."""
+        """Logits [t, 1, experts] of this rank's tokens → probabilities and chosen experts (bool), both [t, experts]."""
         probs, chosen = super().routing(logits)
         options = self.options
         if not (self.training and torch.is_grad_enabled() and options.auxiliary):
@@ -69,14 +66,14 @@ class Router(TopKRouter):
         return MoEAuxLossAutoScaler.apply(probs, loss), chosen
 
     def _part(self, values: Tensor) -> Tensor:
-        """Of the row's positions, those that pass this tensor-parallel rank's router."""
+        """The row's positions that pass through this tensor-parallel rank's router."""
         if not self.config.sequence_parallel:
             return values
         return values.chunk(self.tp_group.size())[self.tp_group.rank()]
 
 
 class Replay:
-    """What Megatron calls a router replay: asked for a token's experts, it names those of the rollout."""
+    """Megatron's router replay: it returns the experts of the rollout."""
 
     def __init__(self, router: Router) -> None:
         self._router = router
@@ -84,7 +81,7 @@ class Replay:
     def get_replay_topk(
         self, scores: Tensor, topk: int, num_groups: int | None, group_topk: int | None, own: Callable[..., Any]
     ) -> tuple[Tensor, Tensor]:
-        """Scores [t, experts] → those of the `topk` experts taken, and which they are, [t, topk]."""
+        """Scores [t, experts] → scores and indices of the `topk` experts to use, both [t, topk]."""
         values, chosen = own(scores, topk, num_groups, group_topk)
         router = self._router
         if router.row.experts is None:
@@ -95,7 +92,7 @@ class Replay:
 
 
 def replay(chunk: GPTModel) -> None:
-    """Let a model chunk's routers take the experts that rows name."""
+    """Make a model chunk's routers choose the experts that rows name."""
     for layer in chunk.decoder.layers:
         layer.mlp.router.router_replay = Replay(layer.mlp.router)
 
@@ -105,9 +102,9 @@ def load_balance(
 ) -> Tensor:
     """The load-balancing loss (Switch Transformer, arXiv 2101.03961) of each group of tokens times its tokens, summed.
 
-    `scores` and `chosen` [t, E]: the softmax over all experts, and which `top_k` were taken; `groups` int64 [t], below
-    `count`. A group's loss is E times the sum over experts of the share of choices that fell on it and its mean score:
-    1 when balanced. Groups are spread over `ranks`; this is the rank's part, and the parts add up.
+    `scores` and `chosen` [t, E]: the softmax over all experts, and the `top_k` chosen ones. `groups` int64 [t], below
+    `count`. A group's loss is E times the sum, over experts, of the expert's share of choices times its mean score: 1
+    when balanced. Groups are spread over `ranks`. This is the rank's part; the sum of all parts is the loss.
     """
     experts = scores.shape[1]
     counts = scores.new_zeros(count, experts).index_add(0, groups, chosen.to(scores.dtype))
@@ -119,7 +116,7 @@ def load_balance(
 
 
 def check(settings: Settings, shape: ModelShape) -> None:
-    """Raise UserError, naming the setting and a valid value, for what the model's routers cannot do."""
+    """Raise UserError, naming the setting and a valid value, for settings that the model's routers cannot follow."""
     experts, parallel = settings.experts, settings.parallel
     if not shape.moe:
         for name in ("aux_loss_coeff", "z_loss_coeff"):
@@ -135,17 +132,17 @@ def check(settings: Settings, shape: ModelShape) -> None:
 
 
 def install(chunk: GPTModel, options: Experts) -> None:
-    """Let the routers of a model chunk be `Router`s."""
+    """Turn the routers of a model chunk into `Router`s."""
     for layer in chunk.decoder.layers:
         router = layer.mlp.router
         router.__class__ = Router
         router.options = options
         router.sums = torch.zeros(2, device=router.weight.device)
-        layer.register_forward_pre_hook(_tell, with_kwargs=True)
+        layer.register_forward_pre_hook(_set_row, with_kwargs=True)
 
 
-def _tell(layer: TransformerLayer, _: tuple, arguments: dict[str, Any]) -> None:
-    """Before a layer's forward pass, recomputed ones included: the router learns of the row."""
+def _set_row(layer: TransformerLayer, _: tuple, arguments: dict[str, Any]) -> None:
+    """Give the router its row before each forward pass of the layer, recomputed ones included."""
     layer.mlp.router.row = arguments["packed_seq_params"].routing
 
 

@@ -21,10 +21,10 @@ from megarl.types import MicroBatch, Sample
 
 @dataclass(frozen=True, slots=True)
 class Alignment:
-    """What lengths must be multiples of."""
+    """The numbers that lengths must be multiples of."""
 
-    sample: int  # every sample, so that context parallelism can cut it into 2 * cp chunks
-    row: int  # the row, so that each rank's part is even (sequence parallelism, FP8)
+    sample: int  # of every sample, so that context parallelism can cut it into 2 * cp chunks
+    row: int  # of the row, so that all ranks have equal parts (sequence parallelism, FP8)
 
     @classmethod
     def of(cls, parallel: Parallel, precision: Precision, tokens_per_row: int) -> Alignment:
@@ -34,7 +34,7 @@ class Alignment:
         return cls(sample, _up(tokens_per_row, row) if parallel.overlap_tp else row)
 
     def row_length(self, samples: Sequence[Sample]) -> int:
-        """Positions of a row that holds `samples`; at least the smallest row there is."""
+        """Positions of a row with these samples; at least the smallest row."""
         used = sum(_up(sample.input_length, self.sample) for sample in samples)
         return max(_up(used, self.row), self.row)
 
@@ -60,11 +60,11 @@ def build_row(
     device: torch.device | None = None,
     routed_tokens: int | None = None,
 ) -> Row:
-    """Pack `samples` (whose indices in the batch are `ids`) into a row of `length` positions, this rank's part of it.
+    """Pack `samples` (with indices `ids` in the batch) into a row of `length` positions; returns this rank's part.
 
-    Every sample is padded to `alignment.sample`; what is left is one more segment, which trains nothing.
-    `frequencies`: `attention.inverse_frequencies`, [head_dim / 2]. `routed_tokens`: `Routing.tokens`; None where there
-    are no experts.
+    Every sample is padded to `alignment.sample`. The rest of the row is one more segment, which trains nothing.
+    `frequencies`: `rope.rotary`'s, [head_dim / 2]. `routed_tokens`: `Routing.tokens`; None without
+    experts.
     """
     segments = [_up(sample.input_length, alignment.sample) for sample in samples]
     if sum(segments) < length:
@@ -104,9 +104,9 @@ def build_row(
 
 
 def sequence_sum(micro: MicroBatch, group: dist.ProcessGroup) -> Callable[[Tensor], Tensor]:
-    """A function [T] → [T]: at each position the sum of `values` over its sequence, on all context-parallel ranks.
+    """A function [T] → [T]: at each position, the sum of `values` over its sequence on all context-parallel ranks.
 
-    Differentiable. Every rank of the group must call it equally often.
+    It is differentiable. Every rank of the group must call it equally often.
     """
     count = len(micro.cu_seqlens)  # at least the number of sequences
 
@@ -120,7 +120,7 @@ def sequence_sum(micro: MicroBatch, group: dist.ProcessGroup) -> Callable[[Tenso
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """All-reduce, and all-reduce of the gradient: every rank's loss depends on every rank's summand."""
+    """All-reduce forward and backward: every rank's loss depends on every rank's summand."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -137,8 +137,10 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 def _columns(samples: Sequence[Sample], bounds: np.ndarray, length: int) -> dict[str, np.ndarray]:
-    """The row's arrays [length]; `response`, the index of the response token predicted there, -1 where none is; `real`,
-    where there is no padding."""
+    """The row's arrays [length].
+
+    `response` is the index of the response token predicted at a position, or -1; `real` is False for padding.
+    """
     columns: dict[str, np.ndarray] = {
         "tokens": np.zeros(length, np.int64),
         "labels": np.zeros(length, np.int64),
@@ -176,7 +178,7 @@ def _columns(samples: Sequence[Sample], bounds: np.ndarray, length: int) -> dict
 
 
 def _experts(samples: Sequence[Sample], bounds: np.ndarray, length: int) -> np.ndarray | None:
-    """Those of the row's positions, int16 [length, layers, top_k]; -1 where none are given. None: of no sample."""
+    """Experts of the row's positions, int16 [length, layers, top_k], -1 where not given; None if no sample has any."""
     shapes = {sample.experts.shape[1:] for sample in samples if sample.experts is not None}
     if not shapes:
         return None

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the update."""
+"""The learning rate as a function of the update."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from megarl.config import Optimizer
 
 
 def learning_rate(update: int, total: int, settings: Optimizer) -> float:
-    """Of update number `update` (0, 1, …) in a run of `total` updates.
+    """The rate of update number `update` (0, 1, …) in a run of `total` updates.
 
-    The warm-up rises linearly and reaches `lr` at its last update; the decay then falls from `lr` to `min_lr`, which
-    it would reach at update `total`. Updates beyond `total` keep the final rate.
+    The warm-up rises linearly and reaches `lr` at its last update. The decay then falls from `lr` to `min_lr`, which it
+    would reach at update `total`. Updates beyond `total` keep the final rate.
     """
     warmup = settings.warmup_steps
     if update < warmup:

@@ -1,4 +1,4 @@
-"""The model's tensors by Hugging Face's names: filled from files or from a seed, and streamed out of the shards."""
+"""The model's tensors by Hugging Face's names: filled from files or from a seed, and streamed from the shards."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BUCKET_BYTES = 1 << 26  # of full tensors gathered at a time
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """The ranks that hold a tensor: a pipeline stage, and for an expert's tensor an expert-parallel rank."""
+    """The ranks that have a tensor: a pipeline stage, and for an expert's tensor an expert-parallel rank."""
 
     stage: int
     expert_rank: int | None
@@ -50,15 +50,15 @@ class Weights:
             self.local.append((chunk, rules))
             for name, rule in rules.items():
                 self.parameters[rule.megatron] = own[name]
-                # Megatron marks shards while it initialises them, which we skip; unmarked ones are taken for copies
-                # and left out of the gradient norm.
+                # Megatron marks shards while it initialises them, which we skip. It would take unmarked ones for copies
+                # and leave them out of the gradient norm.
                 if rule.partition is not None and not getattr(own[name], "tensor_model_parallel", False):
                     set_tensor_model_parallel_attributes(own[name], True, rule.partition, stride=1)
         self.places = self._places(shape)
 
     @torch.no_grad()
     def read(self, folder: Path) -> None:
-        """Fill the parameters from a folder of safetensors; each rank reads only what it holds."""
+        """Fill the parameters from a folder of safetensors. Each rank reads only its own part."""
         files = HfWeights(folder)
         files.check(self.rules)
         for chunk, rules in self.local:
@@ -68,7 +68,7 @@ class Weights:
 
     @torch.no_grad()
     def draw(self, seed: int, std: float) -> None:
-        """Fill the parameters from `seed`, the same model under any layout: norms 1, biases 0, the rest normal."""
+        """Fill the parameters from `seed`: norms 1, biases 0, the rest normal. Every layout gives the same model."""
         for _, rules in self.local:
             for rule in rules.values():
                 parameter = self.parameters[rule.megatron]
@@ -82,10 +82,10 @@ class Weights:
                 parameter.copy_(rule.fuse(parts, size))
 
     def stream(self, read: Callable[[torch.nn.Parameter], Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Full tensors under Hugging Face's names, in the order of the layers, on every rank. Collective.
+        """Full tensors under Hugging Face's names, in layer order, on every rank. Collective.
 
-        `read` maps a parameter to the tensor to send (its data, its gradient), all of one dtype. A bucket of at most
-        `BUCKET_BYTES`, or one larger tensor, exists at a time.
+        `read` maps a parameter to the tensor to send (its data, its gradient), all of one dtype. Only one bucket of at
+        most `BUCKET_BYTES`, or one larger tensor, exists at a time.
         """
         sample = read(next(iter(self.parameters.values())))
         for place, bucket in self._buckets(sample.element_size()):
@@ -110,7 +110,7 @@ class Weights:
                 yield from rule.split(rule.unshard([part.view(shape) for part in parts])).items()
 
     def _buckets(self, element_size: int) -> Iterator[tuple[Place, list[Rule]]]:
-        """Runs of tensors that the same ranks hold; second holders (tied output layers) left out."""
+        """Runs of tensors with the same place, without second copies (tied output layers)."""
         sent = (rule for rule in self.rules if not rule.copy)
         for place, rules in groupby(sent, lambda rule: self.places[rule.megatron]):
             bucket: list[Rule] = []

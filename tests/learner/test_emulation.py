@@ -3,14 +3,15 @@
 import pytest
 import torch
 
+from megarl.bench.common.learners import settings
 from megarl.bench.common.models import write_model
 from megarl.bench.gpu import chain
-from megarl.bench.parity import settings
 from megarl.config import Precision
-from megarl.errors import UserError
 from megarl.learner import precision as precisions
 from megarl.models.config_json import read_shape
 from megarl.runtime.spawn import spawn
+
+pytestmark = pytest.mark.slow
 
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 STEPS = 25
@@ -102,14 +103,3 @@ def test_gradients_are_e5m2_save_under_mxfp8(tmp_path, monkeypatch, recipe):
     monkeypatch.setattr(precisions.device, "on_cuda", lambda: True)
     settings = precisions.transformer_settings(chosen)
     assert (settings["fp8"], settings["fp8_recipe"]) == ("e4m3" if recipe == "mxfp8" else "hybrid", recipe)
-
-
-def test_an_engine_that_quantises_otherwise_is_refused(tmp_path):
-    write_model(tmp_path)
-    shape = read_shape(tmp_path)
-    ours = precisions.manifest(Precision(dtype="fp8"), shape)
-    precisions.check_manifest(ours, {**ours, "emulated": False, "formats": {"input": "e4m3", "weight": "e4m3"}})
-    with pytest.raises(UserError, match="recipe is 'mxfp8', not 'tensorwise'"):
-        precisions.check_manifest(ours, {**ours, "recipe": "mxfp8"})
-    with pytest.raises(UserError, match="dtype is 'bf16', not 'fp8'"):
-        precisions.check_manifest(ours, {"dtype": "bf16"})

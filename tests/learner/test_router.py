@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from megarl.bench.common.learners import TIMEOUT, per_expert, samples, settings, split
 from megarl.bench.common.models import write_model
-from megarl.bench.parity import DEADLINE, _per_expert, samples, settings, split
 from megarl.errors import UserError
 from megarl.models.config_json import read_shape
 from megarl.runtime.spawn import spawn
@@ -50,7 +50,7 @@ def reference(model: Any, kind: str) -> tuple[dict[str, torch.Tensor], dict[str,
                 share = taken.mean(0) / 2
                 balance = balance + len(group) / total * 4 * (share * scores.mean(0)).sum()
     (loss + CASES[kind] * balance + Z * z).backward()
-    gradients = _per_expert({name: parameter.grad for name, parameter in model.named_parameters()})
+    gradients = per_expert({name: parameter.grad for name, parameter in model.named_parameters()})
     balance = balance if kind != "none" else torch.zeros(())
     return gradients, {"load_balance": balance.item() / layers, "z_loss": z.item() / layers}
 
@@ -68,7 +68,7 @@ def measure(folder: Path, layouts: list[str]) -> list[Any]:
         for kind, strength in CASES.items():
             experts = {**options, "router_load_balancing_type": kind, "aux_loss_coeff": strength, "z_loss_coeff": Z}
             chosen = settings(folder, parallel, experts=experts)
-            world = start(chosen.parallel, chosen.precision, chosen.seed, DEADLINE)
+            world = start(chosen.parallel, chosen.precision, chosen.seed, TIMEOUT)
             learner = Learner(chosen, world, total_updates=1)
             batch = split(samples(), world.dp_size, 2) if world.is_controller else None
             learner.accumulate(batch, sft_objective)
@@ -88,7 +88,7 @@ def test_auxiliary_losses_are_the_formulas_under_every_layout(tmp_path: Path, ra
     """
     references = {kind: reference(write_model(tmp_path, "qwen3_moe", **SIZES), kind) for kind in CASES}
     layouts = [name for name, (n, *_) in LAYOUTS.items() if n == ranks]
-    rows = spawn(measure, ranks, (tmp_path, layouts), DEADLINE)[0]
+    rows = spawn(measure, ranks, (tmp_path, layouts), TIMEOUT)[0]
     assert len(rows) == len(layouts) * len(CASES)
     for layout, kind, gradients, figures in rows:
         wanted, losses = references[kind]

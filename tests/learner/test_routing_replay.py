@@ -10,10 +10,12 @@ import pytest
 import torch
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
+from megarl.bench.common.learners import TIMEOUT, per_expert, samples, settings, split
 from megarl.bench.common.models import write_model
-from megarl.bench.parity import DEADLINE, _per_expert, samples, settings, split
 from megarl.runtime.spawn import spawn
 from megarl.types import Sample
+
+pytestmark = pytest.mark.slow
 
 LAYOUTS = {
     "tp1": (1, {}),
@@ -62,7 +64,7 @@ def reference(model: Any, forced: bool, monkeypatch: pytest.MonkeyPatch) -> tupl
         found.append(logprobs[sample.response_start - 1 :].detach().numpy())
         loss = loss - sample.scale * logprobs[sample.response_start - 1 :].sum()
     loss.backward()
-    return found, _per_expert({name: parameter.grad for name, parameter in model.named_parameters()})
+    return found, per_expert({name: parameter.grad for name, parameter in model.named_parameters()})
 
 
 def measure(folder: Path, layouts: list[str], replayed: bool) -> list[Any]:
@@ -74,7 +76,7 @@ def measure(folder: Path, layouts: list[str], replayed: bool) -> list[Any]:
     for layout in layouts:
         more = {"rollout": {"replay_routing": replayed}, "algorithm": {"kl": {"coef": 0.1}}}
         chosen = settings(folder, LAYOUTS[layout][1], **more)
-        world = start(chosen.parallel, chosen.precision, chosen.seed, DEADLINE)
+        world = start(chosen.parallel, chosen.precision, chosen.seed, TIMEOUT)
         learner = Learner(chosen, world, total_updates=1)
         batch = split(routed(), world.dp_size, 2) if world.is_controller else None
         policy, frozen = learner.logprobs(batch, "policy"), learner.logprobs(batch, "reference")
@@ -95,7 +97,7 @@ def test_replayed_routing_is_the_rollouts_under_every_layout(
     forced, wanted = reference(write_model(tmp_path, "qwen3_moe"), True, monkeypatch)
     free, _ = reference(write_model(tmp_path, "qwen3_moe"), False, monkeypatch)
     layouts = [name for name, (n, _) in LAYOUTS.items() if n == ranks]
-    rows = spawn(measure, ranks, (tmp_path, layouts, True), DEADLINE)[0]
+    rows = spawn(measure, ranks, (tmp_path, layouts, True), TIMEOUT)[0]
     assert [row[0] for row in rows] == layouts
     for layout, policy, frozen, gradients in rows:
         for i in range(len(forced)):
@@ -104,7 +106,7 @@ def test_replayed_routing_is_the_rollouts_under_every_layout(
         for name, gradient in gradients.items():
             error = (gradient - wanted[name]).abs().max() / wanted[name].abs().max()
             assert error < 2e-5, (layout, name, error)
-    for _, policy, _, _ in spawn(measure, ranks, (tmp_path, layouts[:1], False), DEADLINE)[0]:
+    for _, policy, _, _ in spawn(measure, ranks, (tmp_path, layouts[:1], False), TIMEOUT)[0]:
         for i in range(len(forced)):
             np.testing.assert_allclose(policy[i], free[i], rtol=0, atol=2e-5)
         assert max(abs(policy[i] - forced[i]).max() for i in range(len(forced) - 1)) > 0.1
