@@ -1,4 +1,4 @@
-"""What the controller process pays to drive thousands of early-exit completions over many engine endpoints at once."""
+"""The CPU time that the controller needs to drive thousands of early-exit completions over many engines at once."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ import json as jsonlib
 import multiprocessing
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from aiohttp import web
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megarl.bench.common import result
+from megarl.bench.weight_sync import byte_tokenizer
 from megarl.config import Servers, Settings, parse
 from megarl.rollout.detokenize import Vocabulary
 from megarl.rollout.engine import Generation, Sampling
+from megarl.rollout.groups import rollout
 from megarl.rollout.servers.pool import Pool
-from megarl.rollout.servers.remote import Outcome, RemoteEngine
 from megarl.rollout.servers.sglang import SGLangEngine
+from megarl.rollout.weights.transport import Outcome
 from megarl.types import Prompt, Span
 
 THOUGHT = "so 5+2=7 is no good. Wait, 5+9=14 is not it either. Wait, 9+2=11 fits. Wait, "
@@ -34,14 +34,14 @@ ANSWER = " 11 </think>"
 def main(
     json: Annotated[Path | None, typer.Option(help="Write the rows to this file.")] = None,
     completions: Annotated[int, typer.Option(help="Completions in flight at once.")] = 4096,
-    endpoints: Annotated[int, typer.Option(help="Scripted HTTP servers that play the engines.")] = 16,
-    latency: Annotated[float, typer.Option(help="Seconds after which a server answers a request.")] = 2.0,
+    endpoints: Annotated[int, typer.Option(help="Scripted HTTP servers in place of engines.")] = 16,
+    latency: Annotated[float, typer.Option(help="Seconds until a server answers a request.")] = 2.0,
 ) -> None:
     """CPU milliseconds of the controller per completion (three thoughts, three probes, the last one accepted).
 
-    Rows: `direct` drives the completions over in-process engines that answer at once; `pool` puts the pool between
-    (`own_ms` is the difference: what routing, places, deadlines and retries cost); `http` is the whole, over real
-    connections to servers in another process, where the client's JSON and sockets come on top.
+    `direct`: in-process engines that answer at once. `pool`: the pool in front of them; `own_ms` is the difference, the
+    cost of routing, queues, timeouts and retries. `http`: real connections to servers in another process, which adds
+    JSON and sockets.
     """
     with _Endpoints(endpoints, latency) as addresses:
         rows = asyncio.run(_measure(completions, addresses))
@@ -57,72 +57,49 @@ async def _measure(completions: int, addresses: list[str]) -> list[dict[str, Any
     servers = Servers(concurrency=-(-completions // len(addresses)), addresses=addresses)
     vocabulary = Vocabulary(tokenizer)
 
-    def cost(engine: Any) -> Any:
-        return _cpu(lambda: groups.rollout(engine, prompts, settings, tokenizer, 0))
-
+    script = _Script(tokenizer)
+    pools = [
+        Pool([_Instant(script) for _ in addresses], _NoWeights(), servers),  # type: ignore[misc]
+        Pool(
+            [
+                SGLangEngine(f"e{i}", address, vocabulary, servers, vocab_size=len(tokenizer))
+                for i, address in enumerate(addresses)
+            ],
+            _NoWeights(),
+            servers,
+        ),
+    ]
+    await pools[1].start()
+    await rollout(_Instant(script), prompts, settings, tokenizer, 0)  # type: ignore[arg-type]  # warms caches
     rows: list[dict[str, Any]] = []
-
-    def row(way: str, count: int, requests: int, seconds: float, cpu: float, at_once: int, own: float | None) -> None:
+    for way, engine in (("direct", _Instant(script)), ("pool", pools[0]), ("http", pools[1])):
+        meter = _Meter(engine)
+        begun, cpu = time.perf_counter(), time.process_time()
+        groups = await rollout(meter, prompts, settings, tokenizer, 0)  # type: ignore[arg-type]
+        seconds, cpu = time.perf_counter() - begun, time.process_time() - cpu
+        found = [completion for group in groups for completion in group.completions]
+        assert len({(completion.prompt_uid, completion.index) for completion in found}) == len(found)
+        assert all(completion.exit_reason == "confident" and len(completion.probes) == 3 for completion in found)
         rows.append(
             {
                 "way": way,
                 "endpoints": len(addresses),
-                "completions": count,
-                "most_at_once": at_once,
-                "requests": requests,
+                "completions": len(found),
+                "most_at_once": meter.most_at_once,
+                "requests": meter.requests,
                 "seconds": seconds,
-                "cpu_ms_per_completion": 1000 * cpu / count,
-                "own_ms_per_completion": None if own is None else 1000 * own / count,
+                "cpu_ms_per_completion": 1000 * cpu / len(found),
+                "own_ms_per_completion": None,
             }
         )
-
-    script = _Script(tokenizer)
-    instant = _Instant(script)
-    await cost(instant)  # warms caches
-    instant.asked = instant.most_at_once = 0
-    (groups, seconds, direct) = await cost(instant)
-    count = _check(groups, script)
-    row("direct", count, instant.asked, seconds, direct, instant.most_at_once, None)
-
-    instants = [_Instant(script) for _ in addresses]
-    pool = Pool(instants, _NoWeights(), servers)  # type: ignore[arg-type]
-    (groups, seconds, pooled) = await cost(pool)
-    asked, at_once = sum(i.asked for i in instants), sum(i.most_at_once for i in instants)
-    row("pool", _check(groups, script), asked, seconds, pooled, at_once, pooled - direct)
-
-    engines: list[RemoteEngine] = [
-        SGLangEngine(f"e{i}", address, vocabulary, servers, vocab_size=len(tokenizer))
-        for i, address in enumerate(addresses)
-    ]
-    pool = Pool(engines, _NoWeights(), servers)
-    await pool.start()
-    meter = _Meter(pool)
-    (groups, seconds, whole) = await cost(meter)
-    await pool.close()
-    row("http", _check(groups, script), meter.asked, seconds, whole, meter.most_at_once, pooled - direct)
+    await pools[1].close()
+    for row in rows[1:]:
+        row["own_ms_per_completion"] = rows[1]["cpu_ms_per_completion"] - rows[0]["cpu_ms_per_completion"]
     return rows
 
 
-def _check(groups: Sequence[Any], script: _Script) -> int:
-    """Every completion exited at the third marker, each once; returns how many there are."""
-    found = [completion for group in groups for completion in group.completions]
-    assert len({(completion.prompt_uid, completion.index) for completion in found}) == len(found)
-    assert all(completion.exit_reason == "confident" and len(completion.probes) == 3 for completion in found)
-    return len(found)
-
-
-async def _cpu(work: Callable[[], Any]) -> tuple[Any, float, float]:
-    begun, cpu = time.perf_counter(), time.process_time()
-    result = await work()
-    return result, time.perf_counter() - begun, time.process_time() - cpu
-
-
 def _tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes, and one token for the end of the thought."""
-    core = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>")
+    tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["</think>"])
     return tokenizer
 
@@ -140,7 +117,7 @@ def _settings() -> Settings:
 
 
 class _Script:
-    """What every engine says: the thought, marker by marker; to the inducer an answer, sure only the third time."""
+    """What every engine generates: the thought, marker by marker, and an answer that is sure the third time."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.thought = tokenizer.encode(THOUGHT)
@@ -148,11 +125,10 @@ class _Script:
         self.end = tokenizer.eos_token_id
         self.inducer = tokenizer.encode("\nAnswer:")
         self.prompt = len(tokenizer.encode("Q: which pair makes 11? "))
-        text = THOUGHT
-        self.stops = [m.end() for m in re.finditer("Wait,", text)]  # bytes are tokens
+        self.stops = [m.end() for m in re.finditer("Wait,", THOUGHT)]  # bytes are tokens
 
-    def say(self, given: Sequence[int]) -> tuple[list[int], float]:
-        """Tokens after `given` up to the next marker (or the whole answer), and the log-prob of each."""
+    def after(self, given: Sequence[int]) -> tuple[list[int], float]:
+        """The tokens after `given` up to the next marker, or the whole answer; and the log-prob of each."""
         if list(given[-len(self.inducer) :]) == self.inducer:
             done = len(given) - len(self.inducer) - self.prompt
             return self.answer, 0.0 if done >= self.stops[1] else -1.0
@@ -163,24 +139,17 @@ class _Script:
         return (self.thought[at:stop], -0.5) if stop else ([self.end], 0.0)
 
 
-@dataclass(eq=False)
 class _Instant:
-    """An engine inside this process that answers at once, after one turn of the loop."""
+    """An engine in this process that answers after one turn of the event loop."""
 
-    script: _Script
-    asked: int = 0
-    most_at_once: int = 0
-    name: str = "instant"
-    server: None = None
-    _at_once: int = field(default=0)
+    name, server = "instant", None
+
+    def __init__(self, script: _Script) -> None:
+        self._script = script
 
     async def generate(self, token_ids: Sequence[int], sampling: Sampling, request_id: str) -> Generation:
-        self.asked += 1
-        self._at_once += 1
-        self.most_at_once = max(self.most_at_once, self._at_once)
         await asyncio.sleep(0)
-        self._at_once -= 1
-        tokens, logprob = self.script.say(token_ids)
+        tokens, logprob = self._script.after(token_ids)
         logprobs = [logprob] * len(tokens)
         if sampling.stop_words and len(tokens) > 5:
             return Generation(tokens, logprobs, "stop", "Wait", len(tokens) - 5, [Span(0, 0, len(tokens))])
@@ -189,27 +158,27 @@ class _Instant:
 
 
 class _Meter:
-    """Counts the requests of early exit on their way into the pool."""
+    """Counts the requests to an engine."""
 
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
-        self.asked = self.most_at_once = self._at_once = 0
+    def __init__(self, engine: Pool | _Instant) -> None:
+        self._engine = engine
+        self.requests = self.most_at_once = self._at_once = 0
 
     async def generate(self, token_ids: Sequence[int], sampling: Sampling, request_id: str) -> Generation:
-        self.asked += 1
+        self.requests += 1
         self._at_once += 1
         self.most_at_once = max(self.most_at_once, self._at_once)
         try:
-            return await self._pool.generate(token_ids, sampling, request_id)
+            return await self._engine.generate(token_ids, sampling, request_id)
         finally:
             self._at_once -= 1
 
 
 class _NoWeights:
-    async def send(self, version: int, tensors: Iterable, engines: Sequence[RemoteEngine]) -> Outcome:
+    async def send(self, version: int, tensors: Iterable[Any], engines: Sequence[Any]) -> Outcome:
         return Outcome()
 
-    async def resend(self, engine: RemoteEngine) -> bool:
+    async def resend(self, engine: Any) -> bool:
         return True
 
     async def close(self) -> None:
@@ -217,7 +186,7 @@ class _NoWeights:
 
 
 class _Endpoints:
-    """Scripted SGLang servers in a process of their own; gives their addresses."""
+    """Scripted SGLang servers in another process. `with` gives their addresses."""
 
     def __init__(self, count: int, latency: float) -> None:
         context = multiprocessing.get_context("spawn")
@@ -233,13 +202,13 @@ class _Endpoints:
         self._process.join()
 
 
-def _serve(count: int, latency: float, told: Connection) -> None:
+def _serve(count: int, latency: float, addresses_to: Connection) -> None:
     script = _Script(_tokenizer())
 
     async def generate(request: web.Request) -> web.Response:
         body = jsonlib.loads(await request.read())
         await asyncio.sleep(latency)
-        tokens, logprob = script.say(body["input_ids"])
+        tokens, logprob = script.after(body["input_ids"])
         tokens = tokens[: body["sampling_params"]["max_new_tokens"]]
         rows = [[logprob, token, None] for token in tokens]
         meta = {"finish_reason": {"type": "stop"}, "output_token_logprobs": rows, "weight_version": "default"}
@@ -247,7 +216,7 @@ def _serve(count: int, latency: float, told: Connection) -> None:
             body=jsonlib.dumps({"output_ids": tokens, "meta_info": meta}), content_type="application/json"
         )
 
-    async def nothing(request: web.Request) -> web.Response:
+    async def empty(request: web.Request) -> web.Response:
         return web.json_response({})
 
     async def serve() -> None:
@@ -255,14 +224,14 @@ def _serve(count: int, latency: float, told: Connection) -> None:
         for _ in range(count):
             app = web.Application()
             app.router.add_post("/generate", generate)
-            app.router.add_get("/v1/models", nothing)
-            app.router.add_get("/server_info", nothing)
+            app.router.add_get("/v1/models", empty)
+            app.router.add_get("/server_info", empty)
             runner = web.AppRunner(app, access_log=None)
             await runner.setup()
             site = web.TCPSite(runner, "127.0.0.1", 0, backlog=4096)
             await site.start()
             addresses.append(f"http://127.0.0.1:{runner.addresses[0][1]}")
-        told.send(addresses)
+        addresses_to.send(addresses)
         await asyncio.Event().wait()
 
     asyncio.run(serve())

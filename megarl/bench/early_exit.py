@@ -1,12 +1,11 @@
-"""What early exit costs on the `local` engine: wall time against plain generation of the same tokens, interleaved.
+"""What early exit costs on the `local` engine: time against plain generation of the same tokens, interleaved.
 
 The quick start's reasoner solves held-out problems, all at once, under the quick start's settings. `every` probes at
-every marker, of which this model writes one in nine tokens; large ones write one in some hundred, and `once` probes at
-a completion's first marker alone. `once_whole` does so without refusing trials early: every trial answer is decoded to
-its end. Each run is followed by two plain ones that make, request for request, as many tokens: `overhead` is against
-those of the completions, so that it holds the probes' own tokens; `machinery` against all that were decoded
-(completions, trial answers, and what was thrown away), so that it holds what stopping, forking, asking and going on
-cost, and not how often this model's thoughts have markers.
+every marker. This model writes one in nine tokens, large models write one in about a hundred: `once` therefore probes
+only at a completion's first marker. `once_whole` does so without ending rejected probes early. Each run is followed by
+two plain ones with the same number of tokens for each request. `overhead` compares with the tokens of the completions,
+so it includes the probes' tokens. `machinery` compares with all decoded tokens (completions, probes, discarded ones).
+It is the cost of stopping, branching, asking and continuing, whatever the number of markers.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from megarl.view import table
 
 CONFIG = Path("examples/quickstart/train.yaml")
 ONCE = ["rollout.early_exit.max_probes=1"]
-PROBES = {"every": [], "once": ONCE, "once_whole": [*ONCE, "rollout.early_exit.refuse_early=false"]}
+PROBES = {"every": [], "once": ONCE, "once_whole": [*ONCE, "rollout.early_exit.reject_early=false"]}
 
 
 def main(
@@ -44,9 +43,9 @@ def main(
     batch: Annotated[int, typer.Option(help="Completions at once.")] = 64,
     repeats: Annotated[int, typer.Option(help="Runs of each kind.")] = 15,
 ) -> None:
-    """Median overhead of each schedule, and what it was made of.
+    """Median overhead of each schedule, and what was generated.
 
-    `cpu_` figures are of processor time, for machines that are busy with something else.
+    `cpu_` figures count CPU time, for machines that are busy with something else.
     """
     if not CONFIG.is_file():
         raise UserError(f"early_exit: {CONFIG} does not exist; run this benchmark from the repository's root")
@@ -76,11 +75,11 @@ async def _measure(schedule: str, probes: str, batch: int, repeats: int) -> dict
         max_length=groups.longest_sequence(settings) + exits.max_probes * exits.probe_tokens + exits.probe_tokens,
     )
     seconds: dict[str, list[float]] = {"early": [], "same": [], "decoded": []}
-    cpu: dict[str, list[float]] = {"early": [], "same": [], "decoded": []}
+    cpu: dict[str, list[float]] = {name: [] for name in seconds}
     made: list[Completion] = []
 
     async def timed(name: str, work: Sequence[Coroutine[Any, Any, Completion]]) -> list[Completion]:
-        await engine.update_weights(0, weights.items())  # nothing of the run before is in the cache
+        await engine.update_weights(0, weights.items())  # empties the cache
         begun, cpu_begun = time.perf_counter(), time.process_time()
         found = await asyncio.gather(*work)
         seconds[name].append(time.perf_counter() - begun)
@@ -100,10 +99,9 @@ async def _measure(schedule: str, probes: str, batch: int, repeats: int) -> dict
             await timed(name, [plain(*job, n) for job, n in zip(jobs, lengths, strict=True)])
         if repeat:
             made += found
-        else:  # that warmed caches
-            for figures in (seconds, cpu):
-                for values in figures.values():
-                    values.clear()
+        else:  # a warm-up
+            for values in (*seconds.values(), *cpu.values()):
+                values.clear()
     await engine.close()
     return {
         "schedule": schedule,
@@ -124,7 +122,7 @@ def _overhead(taken: list[float], plain: list[float]) -> float:
 
 
 def _decoded(completion: Completion) -> int:
-    """Sampled tokens, kept or not, and those that were inserted."""
+    """How many tokens were sampled, kept or not, and inserted."""
     return len(completion) + completion.discarded_tokens + sum(len(p.token_ids) for p in completion.probes)
 
 

@@ -1,4 +1,4 @@
-"""`megarl bench gpu`: on one CUDA device with Transformer Engine, the learner against itself and the planner."""
+"""`megarl bench gpu`: on one CUDA device with Transformer Engine, compares the learner with itself and the planner."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import typer
 
 from megarl import config
 from megarl.bench.common import result
+from megarl.bench.common.learners import samples, split
 from megarl.bench.common.models import Sizes, write_model
-from megarl.bench.parity import samples, split
 from megarl.errors import UserError
 from megarl.models.config_json import read_shape
 from megarl.planner.hardware import GIB, GPUS
-from megarl.planner.job import sizes, software
+from megarl.planner.job import software
 from megarl.planner.layout import Layout
 from megarl.planner.memory import plan_memory
 from megarl.planner.steptime import step_time
@@ -29,11 +29,11 @@ from megarl.runtime.spawn import spawn
 from megarl.types import Batch, Sample
 from megarl.view import table
 
-DEADLINE = 500.0
+TIMEOUT = 500.0  # seconds
 RECIPES = ("tensorwise", "delayed", "blockwise", "mxfp8")
 STEPS = 50
 SPEED_STEPS = 8
-TOKENS = 8192  # of one row when speed is measured
+TOKENS = 8192  # of one row in the speed measurement
 MEDIUM: Sizes = {  # about a billion parameters
     "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 16, "num_attention_heads": 16,
     "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 32768, "initializer_range": 0.02,
@@ -53,23 +53,23 @@ def main(
 
 
 def measure() -> list[dict[str, Any]]:
-    """One row a check: `check`, `variant` and its figures. Raises UserError without a GPU and Transformer Engine."""
+    """One row per check: `check`, `variant` and its metrics. Raises UserError without a GPU or Transformer Engine."""
     if not device.transformer_engine():
         raise UserError("gpu: this benchmark needs a CUDA device and transformer-engine; run it where both are")
     with tempfile.TemporaryDirectory() as folder:
         small, medium = Path(folder, "small"), Path(folder, "medium")
-        # Fused attention takes heads of 64 or more.
+        # Fused attention needs a head size of at least 64.
         write_model(small, hidden_size=256, head_dim=64, num_attention_heads=4, num_key_value_heads=2)
         write_model(medium, **MEDIUM)
         return [*gradients(small), *curves(small), *speed(medium)]
 
 
 def gradients(folder: Path) -> list[dict[str, Any]]:
-    """Transformer Engine's layers, packed, against Megatron's own and against one sequence a row, all in bf16."""
-    base_loss, base = spawn(_gradients, 1, (folder, True, 3), DEADLINE)[0]
+    """Transformer Engine's layers, packed, against Megatron's own and against one sequence per row, all in bf16."""
+    base_loss, base = spawn(_gradients, 1, (folder, True, 3), TIMEOUT)[0]
     rows = []
     for variant, engine, size in (("local spec, packed", False, 3), ("TE spec, unpacked", True, 1)):
-        loss, found = spawn(_gradients, 1, (folder, engine, size), DEADLINE)[0]
+        loss, found = spawn(_gradients, 1, (folder, engine, size), TIMEOUT)[0]
         errors = [float((found[n] - g).norm() / g.norm().clamp(min=1e-12)) for n, g in base.items()]
         rows.append(
             {
@@ -84,11 +84,11 @@ def gradients(folder: Path) -> list[dict[str, Any]]:
 
 
 def curves(folder: Path) -> list[dict[str, Any]]:
-    """Losses of a noisy chain under each FP8 recipe that this GPU has, against bf16."""
+    """Losses on a noisy chain with each FP8 recipe that this GPU supports, against bf16."""
     wanted = [{"dtype": "bf16"}]
     blackwell = torch.cuda.get_device_capability() >= (10, 0)
     wanted += [{"dtype": "fp8", "recipe": r} for r in RECIPES if blackwell == (r == "mxfp8") or r in RECIPES[:2]]
-    ends = [statistics.mean(spawn(_losses, 1, (folder, precision), DEADLINE)[0][-5:]) for precision in wanted]
+    ends = [statistics.mean(spawn(_losses, 1, (folder, precision), TIMEOUT)[0][-5:]) for precision in wanted]
     return [
         {"check": "curve", "variant": p.get("recipe", "bf16"), "loss": end, "against_bf16": end / ends[0] - 1}
         for p, end in zip(wanted, ends, strict=True)
@@ -96,15 +96,15 @@ def curves(folder: Path) -> list[dict[str, Any]]:
 
 
 def speed(folder: Path) -> list[dict[str, Any]]:
-    """Tokens/s, MFU and peak memory of whole updates, each with the planner's prediction beside it."""
-    shape = sizes(read_shape(folder))
+    """Tokens/s, MFU and peak memory of whole updates, with the planner's predictions."""
+    shape = read_shape(folder)
     name = torch.cuda.get_device_name().lower()
     card = next((card for key, card in GPUS.items() if key.split("-")[0] in name), GPUS["h100"])
     rows = []
     for precision in ({"dtype": "bf16"}, {"dtype": "fp8", "recipe": "tensorwise"}):
         for recompute in ("none", "full"):
             parallel = {"recompute": recompute}
-            seconds, peak = spawn(_speed, 1, (folder, precision, parallel), DEADLINE)[0]
+            seconds, peak = spawn(_speed, 1, (folder, precision, parallel), TIMEOUT)[0]
             chosen = _settings(folder, precision, parallel)
             layout = Layout(gpus=1, global_batch=4, sequence=TOKENS, attended=1024)
             stack = replace(software(chosen), dp_overlap=False)
@@ -126,7 +126,7 @@ def speed(folder: Path) -> list[dict[str, Any]]:
 
 
 def chain(step: int, tokens: int = 16) -> Batch:
-    """Eight sequences of a noisy chain: the successor of t is 5 t + 3 with probability 0.7, else any token."""
+    """Eight sequences of a noisy chain: the token after t is 5 t + 3 with probability 0.7, else any."""
     rng = np.random.default_rng(step)
     ids = rng.integers(0, tokens, (8, 65))
     for t in range(64):
@@ -156,7 +156,7 @@ def _learner(chosen: config.Settings) -> Any:
     from megarl.learner.learner import Learner
     from megarl.learner.parallel import start
 
-    world = start(chosen.parallel, chosen.precision, chosen.seed, DEADLINE)
+    world = start(chosen.parallel, chosen.precision, chosen.seed, TIMEOUT)
     return Learner(chosen, world, total_updates=1000)
 
 
@@ -164,7 +164,7 @@ def _gradients(folder: Path, engine: bool, size: int) -> tuple[float, dict[str, 
     from megarl.learner.learner import sft_objective
 
     if not engine:
-        device.transformer_engine = lambda: False  # type: ignore[assignment]  # in a process of its own
+        device.transformer_engine = lambda: False  # type: ignore[assignment]  # this process has no other use
     learner = _learner(_settings(folder, {"dtype": "bf16"}))
     loss = learner.accumulate(split(samples(), 1, size), sft_objective)["loss"]
     return loss, {name: gradient.float().cpu().clone() for name, gradient in learner.named_gradients()}
@@ -178,7 +178,7 @@ def _losses(folder: Path, precision: dict[str, Any]) -> list[float]:
 
 
 def _speed(folder: Path, precision: dict[str, Any], parallel: dict[str, Any]) -> tuple[float, int]:
-    """(median seconds of an update, peak bytes allocated)."""
+    """(median seconds of an update, peak bytes allocated)"""
     from megarl.learner.learner import sft_objective
 
     learner = _learner(_settings(folder, precision, parallel))

@@ -1,4 +1,4 @@
-"""One batch, many ways to split it: the gradient is the same for any layout, row capacity, micro-batches and order."""
+"""One batch, split many ways: the gradient is the same for any layout, row capacity, micro-batches and order."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ import typer
 from megarl.algorithms.loss import policy_loss
 from megarl.algorithms.presets import Switches
 from megarl.bench.common import result
+from megarl.bench.common.learners import TIMEOUT, new_learner, settings
 from megarl.bench.common.models import Sizes, write_model
-from megarl.bench.parity import LAYOUTS, settings
+from megarl.bench.parity import LAYOUTS
 from megarl.runtime.spawn import spawn
 from megarl.types import Batch, Sample
 
-DEADLINE = 300.0
 VOCAB = 126
 SIZES: Sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "head_dim": 8}
-BATCHES = 4  # different batches and losses; the draws go round
+BATCHES = 4  # different batches and losses, taken in turn
 PLAIN = Switches("grpo", "token", "token_mean", 1.0, 0.2, 0.2, dynamic_sampling=False, old_logprobs="recompute")
 
 
@@ -35,7 +35,7 @@ class Draw:
     layout: str
     ranks: int
     parallel: dict[str, Any]
-    capacity: int  # positions a row may hold
+    capacity: int  # largest number of positions in a row
     batch: int
     rows: tuple[tuple[int, ...], ...]  # samples of each micro-batch, before they are dealt to the data-parallel ranks
 
@@ -49,16 +49,16 @@ def main(
 
 
 def measure(draws: list[Draw]) -> list[dict[str, Any]]:
-    """One row a draw."""
+    """One row per draw."""
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         write_model(model, tied=True, **SIZES)
         batches = sorted({d.batch for d in draws})
-        references = dict(zip(batches, spawn(_references, 1, (model, batches), DEADLINE)[0], strict=True))
+        references = dict(zip(batches, spawn(_references, 1, (model, batches), TIMEOUT)[0], strict=True))
         rows = []
         for ranks in sorted({d.ranks for d in draws}):
             group = [d for d in draws if d.ranks == ranks]
-            rows += spawn(_differences, ranks, (model, group, references), DEADLINE)[0]
+            rows += spawn(_differences, ranks, (model, group, references), TIMEOUT)[0]
     return sorted(rows, key=lambda row: row["draw"])
 
 
@@ -123,22 +123,13 @@ def difference(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) 
     return max((found[name] - g).abs().max().item() / g.abs().max().item() for name, g in wanted.items())
 
 
-def new_learner(model: Path, parallel: dict[str, Any]) -> Any:
-    """A learner on the ranks of this process's group."""
-    from megarl.learner.learner import Learner
-    from megarl.learner.parallel import start
-
-    chosen = settings(model, parallel)
-    return Learner(chosen, start(chosen.parallel, chosen.precision, chosen.seed, DEADLINE), total_updates=1)
-
-
 def one_by_one(number: int) -> list[list[int]]:
-    """Every sample of batch `number` in a row of its own."""
+    """Each sample of batch `number` in its own row."""
     return [[i] for i in range(len(batch(number)[0]))]
 
 
 def _references(model: Path, batches: list[int]) -> list[dict[str, torch.Tensor]]:
-    learner = new_learner(model, {})
+    learner = new_learner(settings(model))
     return [gradient(learner, number, one_by_one(number)) for number in batches]
 
 
@@ -147,7 +138,7 @@ def _differences(
 ) -> list[dict[str, Any]]:
     found = []
     for d in draws:
-        learner = new_learner(model, d.parallel)
+        learner = new_learner(settings(model, d.parallel))
         here = gradient(learner, d.batch, [list(row) for row in d.rows])
         learner.world.release()
         found.append(

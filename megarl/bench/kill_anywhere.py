@@ -1,4 +1,4 @@
-"""`kill -9` of any process of a run, at random moments and inside saves; resumed, nothing is lost or repeated."""
+"""`kill -9` of any process of a run, at random moments and inside saves: nothing is lost or repeated on resuming."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from megarl.runtime import spawn as ranks
 from megarl.train import train
 from megarl.view import table
 
-VICTIMS = {"rank": 0.3, "controller": 0.3, "grader": 0.15, "job": 0.25}  # and how often each is chosen
+VICTIMS = {"rank": 0.3, "controller": 0.3, "grader": 0.15, "job": 0.25}  # with the probability of each
 MOMENTS = {"start": 0.15, "step": 0.4, "save": 0.45}
-DEADLINE = 900.0  # seconds for one attempt
-MEASURED = ("seconds_", "memory_")  # metrics that no two runs share
+TIMEOUT = 900.0  # seconds for one attempt
+MEASURED = ("seconds_", "memory_")  # metrics that differ between any two runs
 PROMPTS = 10  # over more than one epoch
 SMALL = [
     "steps=6",
@@ -47,7 +47,7 @@ SMALL = [
 
 @dataclass
 class Tally:
-    """What was done to one run until it came to its end."""
+    """What happened to one run until it finished."""
 
     kills: Counter[str] = field(default_factory=Counter)  # by victim
     inside_saves: int = 0  # of the kills
@@ -56,21 +56,21 @@ class Tally:
 
 def main(
     json: Annotated[Path | None, typer.Option(help="Write the rows to this file.")] = None,
-    kills: Annotated[int, typer.Option(min=1, help="Kills in all, over as many runs as it takes.")] = 50,
-    seed: Annotated[int, typer.Option(help="Of the moments and the victims.")] = 0,
+    kills: Annotated[int, typer.Option(min=1, help="Kills in total, over as many runs as needed.")] = 50,
+    seed: Annotated[int, typer.Option(help="Seed of the moments and the victims.")] = 0,
     config: Annotated[Path, typer.Option(help="Settings of the run, made small.")] = training_runs.QUICKSTART,
     overrides: Annotated[str, typer.Option(help="Settings of every run, separated by spaces.")] = "",
     runs: Annotated[Path, typer.Option(help="Where the runs go; finished ones are not repeated.")] = Path(
         "runs/bench/kill_anywhere"
     ),
 ) -> None:
-    """A run that nobody touches, then runs of the same settings under fire, each resumed until it is done.
+    """Train an untouched run, then runs of the same settings that are killed and resumed until they finish.
 
-    The job is killed as a node's death would: every rank and grader at once. `lost` and `repeated` are prompts of the
-    final ledger against the data's order; `differing` counts steps whose metrics (timings and memory aside) or ledger
-    differ in any bit from the untouched run's.
+    `job` kills every rank and grader at once, as the death of a node does. `lost` and `repeated` compare the prompts of
+    the final ledger with the data's order. `differing` counts the steps whose metrics (except timings and memory) or
+    ledger differ in any bit from the untouched run's.
     """
-    ranks.PRELOAD.append("megarl.train")  # the many starts take seconds
+    ranks.PRELOAD.append("megarl.train")  # makes the many starts shorter
     problems = _problems(config, runs)
     chosen = [*SMALL, f"data.train=[{problems}]", *overrides.split()]
     untouched = training_runs.settings(config, runs / "untouched", 0, chosen)
@@ -90,7 +90,7 @@ def main(
 
 
 def _problems(config: Path, runs: Path) -> Path:
-    """The first few of the training problems, as a file of their own."""
+    """The first few training problems, in a file."""
     runs.mkdir(parents=True, exist_ok=True)
     source = training_runs.settings(config, runs, 0, []).data.train[0]
     lines = source.read_text().splitlines(keepends=True)[:PROMPTS]
@@ -102,14 +102,14 @@ def _problems(config: Path, runs: Path) -> Path:
 def _train_under_fire(
     settings: Settings, reference: list[dict[str, Any]], most: int, generator: np.random.Generator
 ) -> Tally:
-    """Train to the end through at most `most` kills."""
+    """Train to the end in spite of at most `most` kills."""
     tally = Tally()
     while True:
         gun = Gun(settings, reference, most, generator, tally)
         gun.start()
         failure = None
         try:
-            ranks.spawn(train, settings.parallel.model_ranks, (settings, True), DEADLINE)
+            ranks.spawn(train, settings.parallel.model_ranks, (settings, True), TIMEOUT)
         except RunError as e:
             failure = e
         finally:
@@ -122,7 +122,7 @@ def _train_under_fire(
 
 
 class Gun(threading.Thread):
-    """Kills once in one attempt at a run, and graders, whose death the run survives, as often as they are chosen."""
+    """Kills once in one attempt at a run, and graders, whose death the run survives, any number of times."""
 
     def __init__(
         self,
@@ -134,7 +134,7 @@ class Gun(threading.Thread):
     ) -> None:
         super().__init__(name="gun", daemon=True)
         self.settings, self.most, self.generator, self.tally = settings, most, generator, tally
-        self.fatal = False  # whether it killed what the run cannot do without
+        self.fatal = False  # whether it killed something that the run needs
         self._over = threading.Event()
         self._began = time.time()
         self._step_seconds = median(line["seconds_total"] for line in reference)
@@ -152,7 +152,7 @@ class Gun(threading.Thread):
         self.join()
 
     def _await_moment(self, moment: str) -> None:
-        """Until a random time in the start, in one of the next steps, or in one of the next saves."""
+        """Wait until a random time in the start, in one of the next steps, or in one of the next saves."""
         ahead = int(self.generator.integers(1, 4))
         if moment == "start":
             self._pause(4 * self._step_seconds)
@@ -181,7 +181,7 @@ class Gun(threading.Thread):
             "job": everyone | graders,
         }[victim]
         if not chosen:
-            return  # not there yet, or no longer
+            return  # not started yet, or ended
         if victim != "job":
             chosen = {sorted(chosen)[int(self.generator.integers(len(chosen)))]}
         saving = self._saving()
@@ -194,7 +194,7 @@ class Gun(threading.Thread):
             self.fatal = False
 
     def _saving(self) -> bool:
-        """Whether a checkpoint is being written; what an earlier kill left half-written does not count."""
+        """Whether a checkpoint is being written; one that an earlier kill left half-written does not count."""
         with contextlib.suppress(FileNotFoundError):  # committed as we look
             halves = (self.settings.run / "checkpoints").glob(".step_*.partial")
             return any(half.stat().st_mtime > self._began for half in halves)
@@ -205,7 +205,7 @@ class Gun(threading.Thread):
 
 
 def _processes(run: Path) -> tuple[set[int], set[int], set[int]]:
-    """Ids of the run's ranks, of its graders, and of the rank that is its controller ({} until it has the run)."""
+    """Process ids of the run's ranks, its graders, and its controller (empty until it has opened the run)."""
     found: set[int] = set()
     graders: set[int] = set()
     servers = {child.pid for child in psutil.Process().children()}
@@ -245,7 +245,7 @@ def _row(number: int, tally: Tally) -> dict[str, Any]:
 
 
 def _account(killed: Settings, untouched: Settings) -> dict[str, int]:
-    """The finished run's prompts and figures, against the data's order and the run that nobody touched."""
+    """The finished run's prompts and metrics against the data's order and the untouched run."""
     ledger, position = _records(killed)
     audit = ledger.audit(EpochOrder(PROMPTS, killed.seed, killed.data.shuffle), position)
     metrics = [
@@ -253,7 +253,7 @@ def _account(killed: Settings, untouched: Settings) -> dict[str, int]:
         for run in (killed.run, untouched.run)
     ]
     return {
-        "prompts": audit.taken,
+        "prompts": audit.num_drawn,
         "lost": audit.lost,
         "repeated": audit.repeated,
         "missing_steps": audit.missing_steps,
@@ -262,7 +262,7 @@ def _account(killed: Settings, untouched: Settings) -> dict[str, int]:
 
 
 def _records(settings: Settings) -> tuple[Ledger, int]:
-    """The ledger of the finished run, and the prompts that it took."""
+    """The ledger of the finished run, and the number of prompts that it took."""
     folder = atomic.folder_of(settings.run / "checkpoints", settings.steps)
     with np.load(folder / STATE, allow_pickle=False) as state:
         return Ledger.load(folder), int(state["position"])

@@ -1,10 +1,10 @@
-"""Useful tokens a second of a full training step at tp1 against plain transformers + torch.optim.AdamW, interleaved.
+"""Useful tokens per second of a training step at tp1, against plain transformers + torch.optim.AdamW.
 
-Both train the same float32 model on the same sequences, in one process: forward, loss, backward, clipping, update.
-`packed` work is rows of up to 1,024 tokens, made by the learner's own packing; transformers gets the same rows with
-position ids that restart, its own form of packing. `padded` work is micro-batches of as many sequences as fit the same
-room when each is filled up to the longest; the learner gets the filling as sequences that train nothing. Useful tokens
-are those of prompts and responses. That both compute the same is checked: the losses of all first steps are equal.
+Both train the same float32 model on the same sequences in one process: forward, loss, backward, clipping, update.
+`packed` work is rows of up to 1,024 tokens, made by the learner's packing. transformers gets the same rows with
+position ids that restart, which is its form of packing. `padded` work is micro-batches in which each sequence is padded
+to the longest of all. The learner gets the padding as sequences that train nothing. Useful tokens are those of prompts
+and responses. The losses of all first steps must be equal, so both compute the same.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ import torch.nn.functional as F
 import typer
 
 from megarl.bench.common import result
+from megarl.bench.common.learners import settings
 from megarl.bench.common.models import Sizes, write_model
-from megarl.bench.parity import settings
 from megarl.config import Settings
 from megarl.data.packing import pack
 from megarl.runtime.spawn import spawn
 from megarl.types import Batch, Sample
 
-DEADLINE = 3600.0
+TIMEOUT = 3600.0
 SIZES: Sizes = {
     "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "head_dim": 32,
     "initializer_range": 0.02,
 }  # fmt: skip
-ROOM = 1024  # tokens of a row, or of a padded micro-batch
+ROOM = 1024  # tokens per row or padded micro-batch
 LEARNING_RATE = 1e-4
 PROMPT = 24
 
 Rows = list[list[Sample]]
-Step = Callable[[], float]  # one training step; its loss
+Step = Callable[[], float]  # one training step; returns its loss
 
 
 def main(
@@ -47,18 +47,18 @@ def main(
     sequences: Annotated[int, typer.Option(help="Sequences of a step.")] = 32,
     repeats: Annotated[int, typer.Option(help="Timed steps of each trainer and kind of work.")] = 5,
 ) -> None:
-    """Median useful tokens a second, the spread, and the ratios to transformers and of packed to padded work.
+    """Median useful tokens per second, their spread, and the ratios to transformers and of packed to padded work.
 
-    Ratios are medians over the repeats; `cpu_ratio` is of processor time, for machines that are busy otherwise.
+    Ratios are medians over the repeats. `cpu_ratio` is the ratio of processor time, for machines that are busy.
     """
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder), tied=True, **SIZES)
-        rows = spawn(_measure, 1, (Path(folder), sequences, repeats), DEADLINE)[0]
+        rows = spawn(_measure, 1, (Path(folder), sequences, repeats), TIMEOUT)[0]
     result.publish("learner", rows, json, threads=torch.get_num_threads(), sequences=sequences, room=ROOM)
 
 
 def draw(count: int, seed: int = 0) -> list[Sample]:
-    """Prompts of 24 tokens; responses log-normal around 110 tokens, 16 to 480; every one with a weight of its own."""
+    """Prompts of 24 tokens; responses log-normal around 110 tokens, from 16 to 480; each with its own weight."""
     rng = np.random.default_rng(seed)
     lengths = np.clip(rng.lognormal(np.log(110), 0.8, count), 16, 480).astype(int)
     ids = [rng.integers(0, SIZES["vocab_size"], PROMPT + n).astype(np.int32) for n in lengths]
@@ -70,7 +70,7 @@ def packed(samples: list[Sample]) -> Rows:
 
 
 def padded(samples: list[Sample]) -> Rows:
-    """In the order given, as many to a micro-batch as leave room for the longest of all."""
+    """Micro-batches in the order given, of as many samples as fit if each has the length of the longest."""
     size = ROOM // max(s.input_length for s in samples)
     return [samples[i : i + size] for i in range(0, len(samples), size)]
 
@@ -79,16 +79,16 @@ def _measure(folder: Path, count: int, repeats: int) -> list[dict[str, Any]]:
     from megarl.learner.parallel import start
 
     chosen = settings(folder, {}, optimizer={"lr": LEARNING_RATE, "decay": "constant"})
-    world = start(chosen.parallel, chosen.precision, chosen.seed, DEADLINE)
+    world = start(chosen.parallel, chosen.precision, chosen.seed, TIMEOUT)
     samples = draw(count)
     tokens = sum(s.input_length for s in samples)
     ways: dict[tuple[str, str], Step] = {
         ("megarl", "packed"): _megarl(chosen, world, packed(samples)),
         ("transformers", "packed"): _transformers(folder, [_as_row(row) for row in packed(samples)]),
-        ("megarl", "padded"): _megarl(chosen, world, [_filled(row) for row in padded(samples)]),
+        ("megarl", "padded"): _megarl(chosen, world, [filled(row) for row in padded(samples)]),
         ("transformers", "padded"): _transformers(folder, [_as_matrix(row) for row in padded(samples)]),
     }
-    losses = {way: step() for way, step in ways.items()}  # warms caches, too
+    losses = {way: step() for way, step in ways.items()}  # also warms the caches
     if max(losses.values()) - min(losses.values()) > 1e-4:
         raise AssertionError(f"the trainers do not compute the same: {losses}")
     seconds: dict[tuple[str, str], list[float]] = {way: [] for way in ways}
@@ -134,8 +134,8 @@ def _megarl(chosen: Settings, world: Any, rows: Rows) -> Step:
     return lambda: learner.train_step(batch, sft_objective)["loss"]
 
 
-def _filled(row: list[Sample]) -> list[Sample]:
-    """Every sequence filled up to the micro-batch's longest, by one that trains nothing."""
+def filled(row: list[Sample]) -> list[Sample]:
+    """Each sequence followed by one that trains nothing and fills it up to the micro-batch's longest."""
     longest = max(s.input_length for s in row)
     found = []
     for sample in row:
@@ -183,13 +183,13 @@ def _columns(sample: Sample) -> dict[str, torch.Tensor]:
 
 
 def _as_row(row: list[Sample]) -> dict[str, torch.Tensor]:
-    """One row, [1, t]; transformers sees from the positions where a sequence begins."""
+    """One row, [1, t]; transformers finds where a sequence begins from the positions."""
     parts = [_columns(sample) for sample in row]
     return {name: torch.cat([part[name] for part in parts])[None] for name in parts[0]}
 
 
 def _as_matrix(row: list[Sample]) -> dict[str, torch.Tensor]:
-    """One micro-batch, [sequences, longest], filled up at the right."""
+    """One micro-batch, [sequences, longest], padded at the right."""
     parts = [_columns(sample) for sample in row]
 
     def stacked(tensors: Iterator[torch.Tensor]) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""`megarl bench memory`: the planner's peak memory of CPU ranks against what the operating system measured.
+"""The planner's peak memory of CPU ranks against what the operating system measured.
 
-Two updates of a small model in float32 under several layouts. Measured is the peak of a rank's resident memory over
-its value before the learner was built; planned is the sum of the planner's parts for that rank's pipeline stage.
+A small model makes two updates in float32 under several layouts. Measured is the peak of a rank's resident memory minus
+its value before the learner was built. Planned is the sum of the planner's parts for that rank's pipeline stage.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ import typer
 
 from megarl.bench.common import result
 from megarl.bench.common.choice import chosen
+from megarl.bench.common.learners import settings
 from megarl.bench.common.models import Sizes, write_model
-from megarl.bench.parity import settings
 from megarl.config import Parallel
 from megarl.models.config_json import read_shape
-from megarl.planner.job import recomputed, sizes
+from megarl.planner.job import recomputed
 from megarl.planner.layout import Layout, Software
 from megarl.planner.memory import plan_memory
 from megarl.runtime.spawn import spawn
 from megarl.types import Batch, Sample
 
-DEADLINE = 400.0
+TIMEOUT = 400.0
 TOKENS = 1024  # of a row
-ROWS = 2  # of a data-parallel rank
+ROWS = 2  # per data-parallel rank
 UPDATES = 2  # the first makes the optimizer's state
 MODEL: Sizes = {
     **{"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 8},
@@ -62,7 +62,7 @@ def main(
 
 
 def compare(layouts: list[str]) -> list[dict[str, Any]]:
-    """One row a layout and pipeline stage: MiB planned and measured (the fullest rank's), and the relative error."""
+    """One row per layout and pipeline stage: MiB planned, MiB measured on the fullest rank, and the relative error."""
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -71,19 +71,11 @@ def compare(layouts: list[str]) -> list[dict[str, Any]]:
             ranks, sizes_ = LAYOUTS[layout]
             wanted = planned(folder, Parallel(**sizes_), ranks)
             found: dict[int, float] = {}
-            for stage, peak in spawn(_measure, ranks, (folder, sizes_), DEADLINE):
+            for stage, peak in spawn(_measure, ranks, (folder, sizes_), TIMEOUT):
                 found[stage] = max(found.get(stage, 0.0), peak)
             for stage, peak in sorted(found.items()):
-                error = wanted[stage] / peak - 1
-                rows.append(
-                    {
-                        "layout": layout,
-                        "stage": stage,
-                        "planned_mib": wanted[stage],
-                        "measured_mib": peak,
-                        "error": error,
-                    }
-                )
+                sizes_mib = {"planned_mib": wanted[stage], "measured_mib": peak}
+                rows.append({"layout": layout, "stage": stage, **sizes_mib, "error": wanted[stage] / peak - 1})
     return rows
 
 
@@ -104,18 +96,18 @@ def planned(folder: Path, parallel: Parallel, ranks: int) -> list[float]:
         chunked_loss=True,
         cpu=True,
     )
-    return [sum(stage.parts.values()) / MIB for stage in plan_memory(sizes(read_shape(folder)), layout, software)]
+    return [sum(stage.parts.values()) / MIB for stage in plan_memory(read_shape(folder), layout, software)]
 
 
 def _measure(folder: Path, parallel: dict[str, Any]) -> tuple[int, float]:
-    """Runs on every rank: its pipeline stage, and the MiB by which its resident memory grew at most."""
+    """Runs on every rank; returns its pipeline stage and the most MiB that its resident memory grew by."""
     from megarl.learner.learner import Learner, sft_objective
     from megarl.learner.parallel import start
 
-    # Larger blocks come from the system and go back to it at once; by default glibc's bound grows with use.
+    # Larger blocks return to the system at once; by default glibc's bound grows with use.
     ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 1 << 16)
     chosen = settings(folder, parallel)
-    world = start(chosen.parallel, chosen.precision, chosen.seed, DEADLINE)
+    world = start(chosen.parallel, chosen.precision, chosen.seed, TIMEOUT)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from now
     before = _status("VmRSS")
     learner = Learner(chosen, world, total_updates=UPDATES)
@@ -138,7 +130,7 @@ def _batches(replicas: int) -> Iterator[Batch]:
 
 
 def _status(name: str) -> float:
-    """MiB of this process that the system reports under `name`."""
+    """The MiB that the system reports for this process under `name`."""
     found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     assert found is not None, name
     return int(found[1]) / 1024

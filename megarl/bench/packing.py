@@ -1,10 +1,10 @@
-"""`megarl bench packing`: density and time of every packing strategy, against peers' rules, and the balance over ranks.
+"""Density and time of every packing strategy against peers' rules, and the balance over ranks.
 
-Lengths are drawn from two shapes that rollouts have: log-normal, and bimodal (short answers beside long thoughts, the
-longest cut off at the row's capacity). `density` gives every row the room of the method's longest: a rule that overruns
-the token budget pays for the memory it takes. `density_of_budget` is against the capacity, overrun or not;
-`density_by_step` is `density` when 1,024 sequences are packed at a time, as in a training step. Everything runs on one
-core: where `cpu_seconds` is far below `seconds`, the machine was busy with something else.
+Lengths have two distributions that rollouts have: log-normal, and bimodal (short answers beside long thoughts, cut off
+at the row's capacity). `density` gives every row the size of the method's longest, so a rule that exceeds the token
+budget pays for the memory it takes. `density_of_budget` is tokens over capacity, exceeded or not. `density_by_step` is
+`density` when 1,024 sequences are packed at a time, as in a training step. Everything runs on one core. Where
+`cpu_seconds` is far below `seconds`, the machine was busy with something else.
 """
 
 from __future__ import annotations
@@ -22,21 +22,14 @@ import typer
 from megarl.bench.common.result import publish
 from megarl.data.balance import Cost, balance, imbalance
 from megarl.data.packing import density, first_fit, pack
+from megarl.models.shape import ModelShape
 
-STEP = 1024  # sequences of one training step
+STEP = 1024  # sequences per training step
 Rows = list[np.ndarray]
 
-# Qwen3-8B, for the ratio of attention to the rest.
+# For the ratio of attention to the rest.
 QWEN3_8B = Cost.of_model(
-    {
-        "hidden_size": 4096,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "intermediate_size": 12288,
-        "vocab_size": 151936,
-    }
+    ModelShape(layers=36, hidden=4096, heads=32, kv_groups=8, head_dim=128, ffn=12288, vocab=151936)
 )
 
 
@@ -48,7 +41,7 @@ def main(
     ranks: Annotated[int, typer.Option(help="Data-parallel ranks.")] = 8,
     seed: Annotated[int, typer.Option(help="Seed of the lengths.")] = 0,
 ) -> None:
-    """Pack the same lengths by every method; then deal dense rows to data-parallel ranks, at several batch sizes."""
+    """Pack the same lengths by every method, then deal dense rows to data-parallel ranks at several batch sizes."""
     results: list[dict[str, Any]] = []
     for distribution, draw in DISTRIBUTIONS.items():
         lengths = draw(np.random.default_rng(seed), sequences, capacity)
@@ -70,7 +63,7 @@ def log_normal(rng: np.random.Generator, n: int, capacity: int) -> np.ndarray:
 
 
 def bimodal(rng: np.random.Generator, n: int, capacity: int) -> np.ndarray:
-    """Seven tenths around 1,200 tokens of 16,384; the others around 9,000, some of which run into the limit."""
+    """70% around 1,200 tokens of 16,384; the others around 9,000, some of which reach the limit."""
     short, long = rng.lognormal(np.log(0.073 * capacity), 0.5, n), rng.lognormal(np.log(0.55 * capacity), 0.35, n)
     return _whole(np.where(rng.random(n) < 0.7, short, long), capacity)
 
@@ -100,7 +93,7 @@ def _methods(capacity: int, window: int) -> dict[str, Callable[[np.ndarray], Row
 
 
 def first_fit_arrival(lengths: np.ndarray, capacity: int) -> Rows:
-    """First fit by token budget, in order of arrival: every row stays open to the end."""
+    """First fit by token budget in order of arrival; every row stays open to the end."""
     return [np.array(row) for row in first_fit(list(range(len(lengths))), lengths.tolist(), capacity)]
 
 
@@ -115,9 +108,9 @@ def verl_dynamic(lengths: np.ndarray, capacity: int) -> Rows:
 def largest_differencing(lengths: np.ndarray, k: int) -> Rows:
     """Partition into k sets of nearly equal sums (Karmarkar and Karp, 1982).
 
-    A candidate is k sums in decreasing order and the k sets' names: a sequence's index, -1 for the empty set, or the
-    name that `unions` gives to the union of two others. The two candidates of largest spread are merged, the largest
-    set of one with the smallest of the other, until one is left.
+    A candidate has k sums in decreasing order and the names of the k sets. A name is a sequence's index, -1 for the
+    empty set, or what `unions` calls the union of two others. The two candidates of largest spread are merged, the
+    largest set of one with the smallest of the other, until one is left.
     """
     unions: list[tuple[int, int]] = []
     heap = []
@@ -197,7 +190,3 @@ def _balance(lengths: np.ndarray, count: int, capacity: int, window: int, ranks:
         seconds.append(time.perf_counter() - begun)
         worst = max(worst, imbalance(dealt, batch, QWEN3_8B))
     return {"sequences": count, "dp_imbalance": worst, "seconds": statistics.median(seconds)}
-
-
-if __name__ == "__main__":
-    typer.run(main)

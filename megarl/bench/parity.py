@@ -7,25 +7,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
 
-from megarl import config
 from megarl.bench.common import result
 from megarl.bench.common.choice import chosen
+from megarl.bench.common.learners import TIMEOUT, new_learner, per_expert, samples, settings, split
 from megarl.bench.common.models import Family, write_model
 from megarl.runtime.spawn import spawn
-from megarl.types import Batch, Sample
-
-DEADLINE = 240.0
-LENGTHS = (7, 33, 5, 60, 21)  # response tokens
-PROMPT = 6
+from megarl.types import Sample
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table: a layout on `ranks` ranks, and the model and packing it is tried with."""
+    """One row of the table: a layout on `ranks` ranks, a model and a packing."""
 
     layout: str
     ranks: int
@@ -47,7 +42,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "cp2": (2, {"cp": 2}),
     "dp2": (2, {"distributed_optimizer": False}),
     "dp2 distributed optimizer": (2, {}),
-    "dp2 distributed optimizer, overlap": (2, {"overlap": True}),
+    "dp2 distributed optimizer, overlap": (2, {"overlap_grad_reduce": True}),
     "tp2+sp full recompute": (2, {"tp": 2, "recompute": "full"}),
     "tp4+sp": (4, {"tp": 4}),
     "pp4": (4, {"pp": 4}),
@@ -56,13 +51,13 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2·pp2·vpp2+sp": (4, {"tp": 2, "pp": 2, "vpp": 2}),
     "tp2·cp2+sp": (4, {"tp": 2, "cp": 2}),
     "pp2·cp2": (4, {"pp": 2, "cp": 2}),
-    "pp2·dp2 overlap": (4, {"pp": 2, "overlap": True}),
+    "pp2·dp2 overlap": (4, {"pp": 2, "overlap_grad_reduce": True}),
     "tp2·dp2": (4, {"tp": 2}),
 }
 EXPERT_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp1": (1, {}),
     "ep2": (2, {"ep": 2}),
-    "ep2, overlap": (2, {"ep": 2, "overlap": True}),
+    "ep2, overlap": (2, {"ep": 2, "overlap_grad_reduce": True}),
     "ep2·tp2·etp1+sp": (2, {"ep": 2, "tp": 2, "etp": 1}),
     "ep2·tp2+sp": (4, {"ep": 2, "tp": 2}),
     "ep2·pp2": (4, {"ep": 2, "pp": 2}),
@@ -93,8 +88,12 @@ def main(
 
 
 def compare(wanted: list[Case]) -> list[dict[str, Any]]:
-    """One row a case: `dloss`, `dgrad` (largest absolute differences), `relgrad` (largest, per tensor, over the
-    tensor's largest entry), `dnorm` (relative, of the gradient norm that clipping uses), `gradient` (largest entry)."""
+    """One row per case.
+
+    `dloss` and `dgrad` are the largest absolute differences; `gradient` is the largest entry of the reference.
+    `relgrad` is the largest difference of a tensor over the tensor's largest entry.
+    `dnorm` is the relative difference of the gradient norm that clipping uses.
+    """
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         references = {}
@@ -105,21 +104,9 @@ def compare(wanted: list[Case]) -> list[dict[str, Any]]:
                 references[key] = path, reference(write_model(path, case.family, case.tied), samples())
         for ranks in sorted({case.ranks for case in wanted}):
             group = [case for case in wanted if case.ranks == ranks]
-            results = spawn(
-                _measure, ranks, ([(case, references[case.family, case.tied]) for case in group],), DEADLINE
-            )
-            rows += results[0]
+            work = [(case, references[case.family, case.tied]) for case in group]
+            rows += spawn(_measure, ranks, (work,), TIMEOUT)[0]
     return rows
-
-
-def samples(seed: int = 0, vocab: int = 510) -> list[Sample]:
-    """Random sequences with random weights."""
-    rng = np.random.default_rng(seed)
-    total = sum(LENGTHS)
-    return [
-        Sample(rng.integers(0, vocab, PROMPT + n).astype(np.int32), PROMPT, float(rng.uniform(0.2, 0.4)) / total)
-        for n in LENGTHS
-    ]
 
 
 def reference(model: Any, samples: list[Sample]) -> tuple[float, dict[str, torch.Tensor]]:
@@ -131,49 +118,19 @@ def reference(model: Any, samples: list[Sample]) -> tuple[float, dict[str, torch
         loss = loss - sample.scale * logprobs[sample.response_start - 1 :].sum()
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}  # tied weights appear once
-    return loss.item(), _per_expert(gradients)
-
-
-def _per_expert(gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """transformers stacks the experts' matrices in memory; in its files, as in our map, each has a name of its own."""
-    found = {}
-    for name, gradient in gradients.items():
-        prefix, stacked, matrix = name.partition(".experts.")
-        if not stacked:
-            found[name] = gradient
-            continue
-        for i, one in enumerate(gradient):
-            parts = {"gate_proj": 0, "up_proj": 1} if matrix == "gate_up_proj" else {matrix: 0}
-            for part, piece in zip(parts, one.chunk(len(parts)), strict=True):
-                found[f"{prefix}.experts.{i}.{part}.weight"] = piece
-    return found
-
-
-def settings(folder: Path, parallel: dict[str, Any], **more: Any) -> config.Settings:
-    """Of a learner for the model in `folder`, in float32."""
-    tree = {"run": folder / "run", "model": {"path": folder}, "data": {"train": []}, "parallel": parallel}
-    return config.parse({**tree, "precision": {"dtype": "fp32"}, **more})
-
-
-def split(samples: list[Sample], replicas: int, size: int) -> Batch:
-    """A batch of rows of `size` samples each, dealt out to the data-parallel ranks."""
-    rows = [list(range(i, min(i + size, len(samples)))) for i in range(0, len(samples), size)]
-    rows += [[]] * (-len(rows) % replicas)
-    return Batch(samples, [rows[r::replicas] for r in range(replicas)], len(samples), 1.0)
+    return loss.item(), per_expert(gradients)
 
 
 def _measure(cases: list[tuple[Case, tuple[Path, tuple[float, dict[str, torch.Tensor]]]]]) -> list[dict[str, Any]]:
     """Runs on every rank: the rows of `cases`, complete on rank 0."""
-    from megarl.learner.learner import Learner, sft_objective
-    from megarl.learner.parallel import start
+    from megarl.learner.learner import sft_objective
 
     rows = []
     for case, (folder, (loss, gradients)) in cases:
-        chosen = settings(folder, case.parallel)
-        world = start(chosen.parallel, chosen.precision, chosen.seed, DEADLINE)
-        learner = Learner(chosen, world, total_updates=1)
+        learner = new_learner(settings(folder, case.parallel))
+        world = learner.world
         batch = split(samples(), world.dp_size, 2 if case.packed else 1) if world.is_controller else None
-        figures = learner.accumulate(batch, sft_objective)
+        metrics = learner.accumulate(batch, sft_objective)
         found = {name: tensor.clone() for name, tensor in learner.named_gradients()}
         world.release()
         if not world.is_controller:
@@ -188,10 +145,10 @@ def _measure(cases: list[tuple[Case, tuple[Path, tuple[float, dict[str, torch.Te
                 "family": case.family,
                 "tied": case.tied,
                 "packed": case.packed,
-                "dloss": abs(figures["loss"] - loss),
+                "dloss": abs(metrics["loss"] - loss),
                 "dgrad": max(errors.values()),
                 "relgrad": max(errors[name] / wanted.abs().max().item() for name, wanted in gradients.items()),
-                "dnorm": abs(figures["grad_norm"] / exact - 1),
+                "dnorm": abs(metrics["grad_norm"] / exact - 1),
                 "gradient": max(wanted.abs().max().item() for wanted in gradients.values()),
             }
         )

@@ -1,10 +1,10 @@
-"""`megarl bench report`: size of the report of 10,000 rollouts, and the time to write and to open it in Chromium.
+"""`megarl bench report`: the size of a report of 10,000 rollouts, and the time to write it and open it in Chromium.
 
-The runs are synthetic, written by the trainer's own code: 50 prompts a step, 8 completions a prompt, response lengths
-log-normal around `tokens`, every token with its log-prob, origin and weight version. `open_seconds` is from the order
-to open until the curves, the tables and the newest step's group stand: the median over `repeats` fresh loads from disk
-in a headless Chromium that runs already. `step_seconds` is from picking another step until its group stands. `shown` is
-below `rollouts` where the page's budget leaves steps out, which it says.
+The runs are synthetic and written by the trainer's code: 50 prompts per step, 8 completions per prompt, log-normal
+response lengths around `tokens`, and a log-prob, origin and weight version for every token. `open_seconds`: until the
+curves, the tables and the newest step's group are shown, as the median of `repeats` fresh loads from disk in a running
+headless Chromium. `step_seconds`: from the choice of another step until its group is shown. `shown` is below `rollouts`
+if the page leaves steps out to limit its size, and says so.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from megarl.bench.common.synthetic import write
 from megarl.errors import UserError
 from megarl.run.directory import rollouts_file
 
-GROUPS, PER_GROUP = 50, 8  # of a step
-# What a reader does next: an earlier step, by the viewer's own list.
+GROUPS, PER_GROUP = 50, 8  # per step, completions per group
+# Choose an earlier step in the viewer's list.
 PICK = """
 const steps = document.querySelector("#v-step");
 steps.value = arguments[0];
 steps.dispatchEvent(new Event("change"));
 """
-STANDS = """
+SHOWN = """
 const prompt = document.querySelector(".prompt pre");
 return prompt && prompt.textContent.startsWith(arguments[0]) && document.querySelectorAll(".completion .t").length > 0;
 """
@@ -41,14 +41,14 @@ NOTICES = "return [...document.querySelectorAll('.notice')].map((n) => n.textCon
 
 def main(
     json: Annotated[Path | None, typer.Option(help="Write the result here.")] = None,
-    rollouts: Annotated[int, typer.Option(min=800, help="Rollouts of a run, at least two steps' 800.")] = 10_000,
+    rollouts: Annotated[int, typer.Option(min=800, help="Rollouts per run: at least two steps' 800.")] = 10_000,
     tokens: Annotated[str, typer.Option(help="Typical response lengths, one run each.")] = "100,200,1000",
-    repeats: Annotated[int, typer.Option(min=1, help="How often each page is opened.")] = 5,
-    model: Annotated[Path, typer.Option(help="Whose vocabulary is used.")] = Path("examples/quickstart/reasoner"),
+    repeats: Annotated[int, typer.Option(min=1, help="How often to open each page.")] = 5,
+    model: Annotated[Path, typer.Option(help="Whose vocabulary to use.")] = Path("examples/quickstart/reasoner"),
 ) -> None:
-    """Write a synthetic run for each length, its report, and open that in Chromium at both widths."""
+    """For each length, write a synthetic run and its report, and open the report in Chromium at both widths."""
     if not (model / "tokenizer.json").is_file():
-        raise UserError(f"model: {model} holds no tokenizer.json; run this benchmark from the repository's root")
+        raise UserError(f"model: {model} has no tokenizer.json; run this benchmark from the repository's root")
     steps = rollouts // (GROUPS * PER_GROUP)
     results = []
     with TemporaryDirectory() as scratch, chromium(Path(scratch) / "profile") as browser:
@@ -59,7 +59,7 @@ def main(
 
 
 def measure(browser: Any, run: Path, repeats: int, rollouts: int) -> dict[str, Any]:
-    """The page of a run of so many rollouts, written and opened: MB are 10^6 bytes."""
+    """Write and open the page of a run with `rollouts` rollouts. MB are 10^6 bytes."""
     began = time.monotonic()
     page = report.write([run])
     written = time.monotonic() - began
@@ -67,7 +67,7 @@ def measure(browser: Any, run: Path, repeats: int, rollouts: int) -> dict[str, A
     first = int(browser.execute_script("return document.querySelector('#v-step').options[0].value"))
     began = time.monotonic()
     browser.execute_script(PICK, first)
-    wait(lambda: browser.execute_script(STANDS, f"problem {first}."))
+    wait(lambda: browser.execute_script(SHOWN, f"problem {first}."))
     step_seconds = time.monotonic() - began
     left_out = re.search(r"rollouts shown: ([\d,]+) completions", browser.execute_script(NOTICES))
     return {

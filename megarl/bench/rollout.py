@@ -1,8 +1,8 @@
-"""Tokens a second of the rollout engines on mixed lengths, in one run, interleaved; transformers' `generate` is 1.0.
+"""Tokens a second of the rollout engines on mixed lengths, in one run, interleaved. transformers' `generate` is 1.0.
 
-Every request has a response length of its own; no engine may stop before it or go on after it, so that all make the
-same number of tokens. megarl's engines return the log-prob of every token, `generate` returns none. As many requests
-are made at once as the batch is large: an engine that drops finished rows from its batch gains by it.
+Each request has its own response length, at which every engine must end: all make the same number of tokens. megarl's
+engines return the log-prob of every token, `generate` returns none. All requests of a batch are made at once, so an
+engine gains if it drops finished rows from its batch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -35,30 +35,25 @@ from megarl.rollout.servers import factory
 from megarl.rollout.servers.pool import Pool
 from megarl.view import table
 
-WIDER: Sizes = {  # a random model in which the matrix products dominate
-    "hidden_size": 384,
-    "intermediate_size": 1024,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "vocab_size": 2048,
-    "initializer_range": 0.02,
-}
-SERVERS = ("sglang", "vllm")  # each in a process of its own
+# A random model in which the matrix products dominate.
+WIDER = Sizes(
+    hidden_size=384, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=2,
+    head_dim=64, vocab_size=2048, initializer_range=0.02,
+)  # fmt: skip
+SERVERS = ("sglang", "vllm")  # each in its own process
 REASONER = Path("examples/quickstart/reasoner")
 
 
 @dataclass(frozen=True)
 class Work:
-    """One batch of requests: token ids of the prompts, and how many tokens each response must have."""
+    """One batch of requests: token ids of the prompts, and the length of each response."""
 
     prompts: list[list[int]]
     lengths: list[int]
     vocabulary: int
 
     def shifted(self, by: int) -> list[list[int]]:
-        """Other prompts of the same lengths: what an engine still has in its cache is of no use to them."""
+        """Other prompts of the same lengths, which share nothing with an engine's cache."""
         return [[3 + (t - 3 + by) % (self.vocabulary - 3) for t in p] for p in self.prompts]
 
     @property
@@ -84,18 +79,17 @@ def main(
 ) -> None:
     """Median tokens a second of each engine, its spread, and the ratio to transformers' `generate`.
 
-    `ratio` is the median, over the repeats, of the two times that were taken one after the other; `cpu_ratio` that of
-    the processor time that this process used for them, for machines that are busy with something else (servers are
-    processes of their own, so they have none).
+    `ratio` is the median over the repeats, each of which times the engines one after the other. `cpu_ratio` is the same
+    of this process's CPU time, for machines that are busy with something else. Servers run in other processes and have
+    none.
     """
     names = chosen(engines, [*ENGINES, *SERVERS], "engines")
     rows: list[dict[str, Any]] = []
     for model in chosen(models, MODELS, "models"):
         with (
             tempfile.TemporaryDirectory() as scratch,
-            MODELS[model](Path(scratch)) as folder,
             asyncio.Runner() as runner,
-            _Servers(runner, folder) as servers,
+            closing(_Servers(runner, folder := MODELS[model](Path(scratch)))) as servers,
         ):
             for size in _sizes(batches):
                 rows += _measure(model, folder, names, size, repeats, runner, servers)
@@ -126,7 +120,7 @@ def _measure(
 ) -> list[dict[str, Any]]:
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     work = draw(reference.config.vocab_size, size)
-    passes = max(1, 16 // size)  # small batches several times, for a time that can be measured
+    passes = max(1, 16 // size)  # of small batches several, for a time long enough to measure
     seconds: dict[str, list[float]] = {name: [] for name in names}
     cpu: dict[str, list[float]] = {name: [] for name in names}
     runs = {
@@ -166,7 +160,7 @@ def _ratio(reference: list[float] | None, taken: list[float]) -> float | None:
     return statistics.median(a / b for a, b in zip(reference, taken, strict=True)) if reference else None
 
 
-# The engines: each a function of (event loop, model folder, transformers' model, work) → a function that does the work.
+# Each engine is a function of (event loop, model folder, transformers' model, work) → a function that does the work.
 
 
 def _local(runner: asyncio.Runner, folder: Path, model: Any, work: Work) -> Run:
@@ -177,18 +171,16 @@ def _local(runner: asyncio.Runner, folder: Path, model: Any, work: Work) -> Run:
 
 
 def by_contract(runner: asyncio.Runner, engine: Engine) -> Run:
-    """Does the work on any engine that keeps the contract, all requests at once."""
+    """Does the work on any `Engine`, all requests at once."""
     turns = count()
 
     async def everything(work: Work) -> None:
         turn = next(turns)
-        requests = zip(work.shifted(turn), work.lengths, strict=True)
-        found = await asyncio.gather(
-            *(
-                engine.generate(prompt, Sampling(max_tokens=length, seed=turn), f"{turn}/{i}|0")
-                for i, (prompt, length) in enumerate(requests)
-            )
-        )
+        jobs = [
+            engine.generate(prompt, Sampling(max_tokens=length, seed=turn), f"{turn}/{i}|0")
+            for i, (prompt, length) in enumerate(zip(work.shifted(turn), work.lengths, strict=True))
+        ]
+        found = await asyncio.gather(*jobs)
         assert [len(g.token_ids) for g in found] == [len(g.logprobs) for g in found] == work.lengths
 
     return lambda work: runner.run(everything(work))
@@ -224,7 +216,7 @@ def _transformers(runner: asyncio.Runner, folder: Path, model: Any, work: Work) 
 
 
 class _Servers:
-    """Real servers of one model, one of each kind, started when first asked for. A context manager."""
+    """Real servers of one model, one of each kind, started on first use."""
 
     def __init__(self, runner: asyncio.Runner, folder: Path) -> None:
         self._runner, self._folder = runner, folder
@@ -234,50 +226,39 @@ class _Servers:
     def pool(self, kind: str) -> Pool:
         if kind not in self._pools:
             flags = [] if (self._folder / "tokenizer.json").exists() else ["--skip-tokenizer-init"]
-            settings = parse(
-                {
-                    "run": self._scratch.name,
-                    "model": {"path": str(self._folder)},
-                    "data": {"train": []},
-                    "precision": {"dtype": "fp32"},
-                    "rollout": {"engine": kind, "servers": {"flags": flags}},
-                }
-            )
+            model = {"model": {"path": str(self._folder)}, "precision": {"dtype": "fp32"}, "data": {"train": []}}
+            rollout = {"engine": kind, "servers": {"flags": flags}}
+            settings = parse({"run": self._scratch.name, **model, "rollout": rollout})
             pool = factory.build(settings, Vocabulary(_NoTokenizer()))  # type: ignore[arg-type]
             self._runner.run(pool.start())
             self._pools[kind] = pool
         return self._pools[kind]
 
-    def __enter__(self) -> _Servers:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         for pool in self._pools.values():
             self._runner.run(pool.close())
         self._scratch.cleanup()
 
 
 class _NoTokenizer:
-    """Requests without stops never ask for text."""
+    """Requests without stops need no text."""
 
     eos_token_id = None
 
 
-@contextmanager
-def _reasoner(scratch: Path) -> Any:
+def _reasoner(scratch: Path) -> Path:
     if not REASONER.is_dir():
         raise UserError(f"--models: {REASONER} does not exist; run this benchmark from the repository's root")
-    yield REASONER
+    return REASONER
 
 
-@contextmanager
-def _wider(scratch: Path) -> Any:
+def _wider(scratch: Path) -> Path:
     write_model(scratch, **WIDER)
-    yield scratch
+    return scratch
 
 
 ENGINES: dict[str, Callable[[asyncio.Runner, Path, Any, Work], Run]] = {
     "local": _local,
     "transformers": _transformers,
 }
-MODELS: dict[str, Callable[[Path], AbstractContextManager[Path]]] = {"reasoner": _reasoner, "wider": _wider}
+MODELS: dict[str, Callable[[Path], Path]] = {"reasoner": _reasoner, "wider": _wider}

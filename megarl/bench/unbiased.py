@@ -1,9 +1,9 @@
-"""`megarl bench unbiased`: dynamic pruning keeps the expected gradient, shown by enumeration.
+"""Dynamic pruning keeps the expected gradient, shown by enumeration.
 
-A small batch of a real causal LM's policy loss (importance ratio, clip, truncated importance sampling, KL and entropy
-inside) is pruned in every way that the draws can fall. The gradients, weighted by the probabilities of these ways, are
-summed and compared with the unpruned gradient: `max_rel_bias` is the largest difference over the largest entry. All
-draws, weights, advantages, denominators and losses are the ones that training uses (megarl/algorithms).
+A small batch of a causal LM is pruned in every possible way. Its policy loss has an importance ratio, clipping,
+truncated importance sampling, KL and entropy. The gradients, weighted by the probabilities of these ways, are summed
+and compared with the unpruned gradient: `max_rel_bias` is the largest difference over the largest entry. All draws,
+weights, advantages, denominators and losses are those that training uses (megarl/algorithms).
 
 Rows that are expected to be biased check the harness, and show what each usual mistake costs.
 """
@@ -32,18 +32,18 @@ from megarl.errors import RunError
 from megarl.types import MicroBatch
 
 TOLERANCE = {"fp64": 1e-12, "fp32": 1e-6}
-BIASED = 1e-2  # what a biased estimator must exceed
+BIASED = 1e-2  # a biased estimator must exceed this
 RATES = {"prompts": 0.5, "completions": 0.6}
 
 Estimator = Literal[
     "horvitz_thompson",  # what training does
     "proportional",  # the same with `pruning.selection: proportional`
-    "zero_variance_dropped",  # groups of equal rewards dropped too: exact without KL and entropy, biased with them
-    "deterministic",  # the lowest are dropped: the ablation
-    "unweighted",  # kept samples count as they are
-    "kept_count_denominator",  # weighted, divided by what was kept
-    "weighted_kept_denominator",  # weighted, divided by the weighted count of what was kept
-    "unweighted_kl",  # the weight on the advantage, not on the whole term
+    "zero_variance_dropped",  # groups of equal rewards are dropped too: exact without KL and entropy only
+    "deterministic",  # the lowest are dropped: an ablation
+    "unweighted",  # kept samples have weight 1
+    "kept_count_denominator",  # weighted, divided by the number kept
+    "weighted_kept_denominator",  # weighted, divided by the weighted number kept
+    "unweighted_kl",  # the weight multiplies the advantage only, not the whole term
     "advantages_recomputed",  # from the kept completions
 ]
 ESTIMATORS: tuple[str, ...] = get_args(Estimator)
@@ -134,7 +134,7 @@ def cases() -> list[Case]:
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """The case's row: its largest relative bias, over every pruning that its draws can make."""
+    """The case's row: its largest relative bias over every pruning that its draws can make."""
     problem = Problem(case.dtype)
     everything = Pruned(1.0, np.ones(problem.size), problem.advantages(case))
     unpruned = problem.gradient(everything, replace(case, estimator="horvitz_thompson"))
@@ -159,7 +159,7 @@ def measure(case: Case) -> dict[str, Any]:
 
 
 def as_expected(row: dict[str, Any]) -> bool:
-    """Whether a row that should be unbiased is so to rounding, and one that should not is clearly biased."""
+    """Whether an unbiased case is unbiased to rounding, and a biased one clearly biased."""
     if row["expected_unbiased"]:
         return row["max_rel_bias"] <= TOLERANCE[row["dtype"]]
     return row["max_rel_bias"] > BIASED
@@ -167,7 +167,7 @@ def as_expected(row: dict[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class Pruned:
-    """One way that the draws can fall: weights [N] (0 = dropped) and advantages [N] of all completions."""
+    """One outcome of the draws: weights [N] (0 = dropped) and advantages [N] of all completions."""
 
     probability: float
     weights: np.ndarray
@@ -175,7 +175,7 @@ class Pruned:
 
 
 def prunings(problem: Problem, case: Case) -> Iterator[Pruned]:
-    """Every way that a step's draws can fall, in the order of a step: prompts, advantages, completions."""
+    """Every outcome of a step's draws, in the order of a step: prompts, advantages, completions."""
     selection: Selection = "random_low"
     if case.estimator in ("deterministic", "proportional"):
         selection = case.estimator
@@ -215,7 +215,7 @@ def prunings(problem: Problem, case: Case) -> Iterator[Pruned]:
 def outcomes(assign: Callable[..., np.ndarray], size: int, draw: Draw) -> list[tuple[float, np.ndarray]]:
     """All results of `assign(uniform=[size])` with their probabilities.
 
-    A Bernoulli draw depends on each number's side of a threshold of its own, a fixed-size one on the numbers' order.
+    A Bernoulli draw depends on which side of its own threshold each number lies, a fixed-size one on their order.
     """
     found: dict[bytes, tuple[float, np.ndarray]] = {}
     if draw == "bernoulli":
@@ -232,7 +232,7 @@ def outcomes(assign: Callable[..., np.ndarray], size: int, draw: Draw) -> list[t
 
 
 def threshold(assign: Callable[..., np.ndarray], size: int, i: int) -> float:
-    """The number below which the i-th is dropped, found by bisection and not from its weight."""
+    """The number below which the i-th is dropped, found by bisection instead of from its weight."""
     below, above = 0.0, 1.0
     for _ in range(60):
         middle = (below + above) / 2
@@ -245,10 +245,10 @@ def threshold(assign: Callable[..., np.ndarray], size: int, i: int) -> float:
 
 @dataclass
 class Problem:
-    """Four prompts of four completions with what a step knows of them, and a model whose log-probs have moved on.
+    """Four prompts of four completions, and a model whose log-probs have changed since the rollout.
 
-    One group has all rewards different, one a single success, one halves (equal |advantages|: a tie, nobody is low),
-    one equal rewards (zero variance). The history makes the first two prompts low, the fourth was never visited.
+    One group has different rewards, one has a single success, one has two (equal |advantages|, so none is low), and one
+    has equal rewards (zero variance). The history makes the first two prompts low; the fourth was never visited.
     """
 
     dtype: str
@@ -294,7 +294,7 @@ class Problem:
         self.model = self.model.to(self.number)
 
     def advantages(self, case: Case, of_prompt: np.ndarray | None = None) -> np.ndarray:
-        """Advantages [N] of the groups whose prompts survived, 0 for the others."""
+        """Advantages [N] of the groups whose prompts were kept, 0 for the others."""
         of_prompt = np.ones(len(self.rewards)) if of_prompt is None else of_prompt
         alive = np.flatnonzero(of_prompt)
         values = advantages([self.rewards[i] for i in alive], case.switches.advantage, keep=1 / of_prompt[alive])
@@ -304,7 +304,7 @@ class Problem:
         return np.concatenate(result)
 
     def gradient(self, pruned: Pruned, case: Case) -> np.ndarray:
-        """The gradient of the step's loss by all parameters, float64, as `case.estimator` would have it."""
+        """The gradient of the step's loss by all parameters, float64, as `case.estimator` computes it."""
         kept = np.flatnonzero(pruned.weights)
         if not len(kept):
             return np.zeros(sum(p.numel() for p in self.model.parameters()))
@@ -325,12 +325,12 @@ class Problem:
             switches.aggregation, self.lengths[kept], weights, total_sequences, total_tokens, switches.constant
         )
         logprobs, entropy = self.model(self.tokens[kept])
-        micro = self._row(kept, scale, values)
+        micro = self.row(kept, scale, values)
         loss, _ = policy_loss(logprobs.flatten(), entropy.flatten(), micro, within_row(micro.sequence), switches)
         gradients = torch.autograd.grad(loss, list(self.model.parameters()))
         return torch.cat([g.flatten() for g in gradients]).double().numpy()
 
-    def _row(self, kept: np.ndarray, scale: np.ndarray, values: np.ndarray) -> MicroBatch:
+    def row(self, kept: np.ndarray, scale: np.ndarray, values: np.ndarray) -> MicroBatch:
         """The kept completions as one row, each padded to the same width."""
         width = self.learned.shape[1]
 

@@ -1,4 +1,4 @@
-"""Seconds and GB/s to bring a model's weights into a real server, by every way that it takes, verified."""
+"""Seconds and GB/s to send a model's weights to a real server by each of its transports, verified."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from typing import Annotated, Any
 import torch
 import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast
 
 from megarl.bench.common import result
+from megarl.bench.common.models import write_model
 from megarl.config import parse
 from megarl.rollout.detokenize import Vocabulary
 from megarl.rollout.servers import factory
-from megarl.rollout.servers.remote import Transport
-from megarl.rollout.weights.broadcast import DistributedTransport
+from megarl.rollout.weights.broadcast import BroadcastTransport
 from megarl.rollout.weights.disk import DiskTransport
-from megarl.rollout.weights.shared_memory import TensorTransport
+from megarl.rollout.weights.shared_memory import SharedMemoryTransport
+from megarl.rollout.weights.transport import Transport
 
 SIZES = {"1M": (128, 2), "30M": (512, 8), "120M": (1024, 8)}  # hidden size, layers
 
@@ -30,11 +31,14 @@ SIZES = {"1M": (128, 2), "30M": (512, 8), "120M": (1024, 8)}  # hidden size, lay
 def main(
     json: Annotated[Path | None, typer.Option(help="Write the rows to this file.")] = None,
     engines: Annotated[str, typer.Option(help="Comma-separated: sglang, vllm.")] = "sglang,vllm",
-    sizes: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(SIZES)}.")] = "1M,30M",
-    repeats: Annotated[int, typer.Option(help="Updates a way; the median is reported.")] = 3,
+    sizes: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(SIZES)}.")] = "1M,30M",
+    repeats: Annotated[int, typer.Option(help="Updates per transport. The median is reported.")] = 3,
 ) -> None:
-    """One server at a time on this machine. `moved` is what left the trainer against the model's size; the seconds
-    hold the whole update: cast, transport, loading, and the comparison of what arrived with what was sent."""
+    """One server at a time on this machine.
+
+    `moved` is the share of the model's bytes that left the trainer. The seconds include the cast, the transport, the
+    loading, and the check of what arrived.
+    """
     rows: list[dict[str, Any]] = []
     for engine in engines.split(","):
         for size in sizes.split(","):
@@ -60,7 +64,7 @@ async def _measure(engine: str, size: str, folder: Path, repeats: int) -> list[d
     await pool.start()
     try:
         version = 0
-        for mode, transport in _ways(engine, folder):
+        for mode, transport in _transports(engine, folder):
             seconds, moved = [], 0
             for _ in range(repeats):
                 version += 1
@@ -91,37 +95,31 @@ async def _measure(engine: str, size: str, folder: Path, repeats: int) -> list[d
     return rows
 
 
-def _ways(engine: str, folder: Path) -> Iterator[tuple[str, Transport]]:
+def _transports(engine: str, folder: Path) -> Iterator[tuple[str, Transport]]:
     yield "disk", DiskTransport(folder / "weights", folder / "model", torch.bfloat16)
     if engine == "sglang":
-        yield "tensor", TensorTransport(torch.bfloat16)
-        yield "distributed", DistributedTransport(torch.bfloat16)
+        yield "tensor", SharedMemoryTransport(torch.bfloat16)
+        yield "distributed", BroadcastTransport(torch.bfloat16)
 
 
-def _model(folder: Path, hidden: int, layers: int) -> tuple[PreTrainedTokenizerFast, Qwen3ForCausalLM]:
-    """A random Qwen3 of a size, on disk and in memory."""
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, and one for the end of the text."""
     core = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>")
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>")
+
+
+def _model(folder: Path, hidden: int, layers: int) -> tuple[PreTrainedTokenizerFast, torch.nn.Module]:
+    """A random Qwen3 in bfloat16, in `folder` and in memory."""
+    tokenizer = byte_tokenizer()
     tokenizer.save_pretrained(folder)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden,
-        intermediate_size=3 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 32,
-        num_key_value_heads=hidden // 64,
-        head_dim=32,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
-    torch.manual_seed(0)
-    model = Qwen3ForCausalLM(config).bfloat16()
-    model.save_pretrained(folder)
-    return tokenizer, model
+    model = write_model(
+        folder, tied=True, vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden,
+        num_hidden_layers=layers, num_attention_heads=hidden // 32, num_key_value_heads=hidden // 64, head_dim=32,
+        max_position_embeddings=2048, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+    )  # fmt: skip
+    return tokenizer, model.bfloat16()
 
 
 if __name__ == "__main__":

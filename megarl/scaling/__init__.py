@@ -1,5 +1,5 @@
-"""Scaling studies: many small runs or predictions described in one YAML file, and the law through their results.
+"""`megarl scaling`: studies of many small runs or predictions, described in one YAML file, and the law they follow.
 
-study.py reads a study, cells.py measures or predicts one cell and remembers it, law.py fits, table.py and plot.py show.
-Called by tools/scaling.py; uses the trainer as the benchmarks do, and the planner.
+study reads a study, cells measures or predicts one cell and remembers it, law fits, table and plot show, command is the
+command line. Called by the command line only. It uses the trainer as the benchmarks do, and the planner.
 """

@@ -1,4 +1,4 @@
-"""A figure against what varies, as one SVG picture: points with error bars, the fitted law and its band."""
+"""A metric against what varies, as one SVG picture: points with error bars, the fitted law and its band."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ COLORS = ("#3a6ea8", "#b5611a", "#23776b", "#8a5aa8", "#7f6a10", "#c2476a")  # r
 LABEL = 44  # pixels that a number below the axis takes
 
 
-def laws(study: Study, rows: Rows, figure: str) -> dict[str, Law]:
-    """The law of each line, through every cell (not through means); none where the figure is the summary's alone."""
+def laws(study: Study, rows: Rows, metric: str) -> dict[str, Law]:
+    """The law of each line, through every cell and not through means. A metric of the summary alone has no law."""
     found = {}
     for name, line in lines(study, rows).items():
-        there = [row for row in line if row.get(figure) is not None and row.get("fits", 1)]
-        law = fit(np.array([row[study.x] for row in there]), np.array([row[figure] for row in there]))
+        there = [row for row in line if row.get(metric) is not None and row.get("fits", 1)]
+        law = fit(np.array([row[study.x] for row in there]), np.array([row[metric] for row in there]))
         if law is not None:
             found[name] = law
     return found
 
 
-def svg(study: Study, rows: Rows, points: Rows, figure: str) -> str:
-    """The picture's source, which refers to nothing outside itself. `rows` are cells, `points` their summary.
+def svg(study: Study, rows: Rows, points: Rows, metric: str) -> str:
+    """The picture's source, which refers to no other file. `rows` are cells, `points` their summary.
 
-    An axis is logarithmic where all that is on it is positive. Raises UserError when no point has the figure.
+    An axis is logarithmic if all its values are positive. Raises UserError when no point has the metric.
     """
-    shown = {name: [r for r in line if r.get(figure) is not None] for name, line in lines(study, points).items()}
+    shown = {name: [r for r in line if r.get(metric) is not None] for name, line in lines(study, points).items()}
     xs = sorted({float(row[study.x]) for line in shown.values() for row in line})
     if not xs:
-        raise UserError(f"y: no point has a {figure} of all its seeds")
-    found = laws(study, rows, figure)
+        raise UserError(f"y: no point has {metric} for all its seeds")
+    found = laws(study, rows, metric)
     labels = [": ".join(part for part in (name, str(found.get(name, ""))) if part) for name in shown]
     top = TOP + LINE * sum(map(bool, labels))
     x = _Axis(xs, LEFT, WIDTH - RIGHT)
-    ends = [v for line in shown.values() for row in line for v in _bar(row, figure)]
+    ends = [v for line in shown.values() for row in line for v in _bar(row, metric)]
     bands = [v for law in found.values() for v in np.concatenate(law.band(np.array([xs[0], xs[-1]])))]
     inside = [v for v in bands if min(ends) / 2 < v < 2 * max(ends)]  # a band wider than that may leave the picture
     y = _Axis([*ends, *inside], HEIGHT - BOTTOM, top)
-    body = [_text(LEFT, 22, f"{study.name}: {figure.replace('_', ' ')} ({study.how})", 'font-size="14"')]
+    body = [_text(LEFT, 22, f"{study.name}: {metric.replace('_', ' ')} ({study.how})", 'font-size="14"')]
     for value in _apart(xs, x):
         body.append(_text(x(value), HEIGHT - BOTTOM + 18, _short(value), 'text-anchor="middle"'))
     body.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 10, study.x, 'text-anchor="middle"'))
@@ -59,10 +59,10 @@ def svg(study: Study, rows: Rows, points: Rows, figure: str) -> str:
         if name in found and line:
             body += _law(found[name], x, y, np.geomspace(line[0][study.x], line[-1][study.x], 40), color)
         for row in line:
-            low, high = _bar(row, figure)
+            low, high = _bar(row, metric)
             here = x(row[study.x])
             body.append(f'<path d="M{here:.1f} {y(low):.1f}V{y(high):.1f}" stroke="{color}" stroke-width="2"/>')
-            body.append(f'<circle cx="{here:.1f}" cy="{y(row[figure]):.1f}" r="4" fill="{color}"/>')
+            body.append(f'<circle cx="{here:.1f}" cy="{y(row[metric]):.1f}" r="4" fill="{color}"/>')
         body.append(_text(LEFT, TOP + 4 + LINE * i, label, f'fill="{color}"'))
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif"'
     frame = f'<clipPath id="frame"><rect x="{LEFT}" y="{top}" width="{WIDTH - LEFT - RIGHT}"'
@@ -72,7 +72,7 @@ def svg(study: Study, rows: Rows, points: Rows, figure: str) -> str:
 
 
 class _Axis:
-    """Positions of numbers, with a little room at both ends; logarithmic when all of them are positive."""
+    """Positions of numbers, with a little room at both ends. Logarithmic if all of them are positive."""
 
     def __init__(self, values: Sequence[float], start: float, end: float) -> None:
         self.logarithmic = min(values) > 0
@@ -83,7 +83,7 @@ class _Axis:
 
     def __call__(self, value: float) -> float:
         if self.logarithmic:
-            value = max(value, np.exp(self.low - 9))  # a band that goes to 0 leaves the picture, and no more
+            value = max(value, np.exp(self.low - 9))  # a band that goes to 0 leaves the picture
         return float(self.start + (self._scaled(value) - self.low) / (self.high - self.low) * (self.end - self.start))
 
     def ticks(self) -> list[float]:
@@ -109,7 +109,7 @@ def _round(low: float, high: float) -> list[float]:
 
 
 def _short(value: float) -> str:
-    """300k, 2.4M, 57M from a hundred thousand on."""
+    """300k, 2.4M, 57M; plain below a hundred thousand."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if value >= max(size, 1e5):
             return f"{value / size:.{0 if value >= 10 * size else 1}f}{letter}"
@@ -117,7 +117,7 @@ def _short(value: float) -> str:
 
 
 def _apart(values: Sequence[float], axis: _Axis) -> list[float]:
-    """Those whose labels do not touch."""
+    """The values whose labels do not touch."""
     found: list[float] = []
     for value in values:
         if not found or axis(value) - axis(found[-1]) >= LABEL:
@@ -125,9 +125,9 @@ def _apart(values: Sequence[float], axis: _Axis) -> list[float]:
     return found
 
 
-def _bar(row: dict[str, Any], figure: str) -> tuple[float, float]:
-    """Ends of the mean's 95 % interval over seeds. A positive figure's stays positive, for a logarithm's sake."""
-    value, error = row[figure], row.get(f"{figure}_error") or 0.0
+def _bar(row: dict[str, Any], metric: str) -> tuple[float, float]:
+    """Ends of the mean's 95% interval over seeds. That of a positive metric stays positive, for the logarithm."""
+    value, error = row[metric], row.get(f"{metric}_error") or 0.0
     half = error * student(row["seeds"] - 1) if error else 0.0
     return (max(value - half, value / 10) if value > 0 else value - half), value + half
 

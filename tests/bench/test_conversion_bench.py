@@ -10,6 +10,8 @@ import pytest
 
 from checkpoints_conv import bench as conversion
 
+pytestmark = pytest.mark.slow
+
 SMALL = {
     "hidden_size": 64,
     "intermediate_size": 128,

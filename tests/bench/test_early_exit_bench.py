@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 
 def test_schedules_and_refusals_change_nothing_but_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bench: Callable[..., None]

@@ -10,7 +10,7 @@ import pytest
 
 from megarl.bench.kill_anywhere import VICTIMS
 
-pytestmark = [pytest.mark.e2e, pytest.mark.parallel]
+pytestmark = [pytest.mark.e2e, pytest.mark.parallel, pytest.mark.slow]
 
 
 def test_nothing_is_lost_or_repeated(

@@ -10,6 +10,8 @@ import pytest
 
 from megarl.bench import learner
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parallel
 def test_trainers_compute_the_same(tmp_path: Path, bench: Callable[..., None]) -> None:
@@ -24,12 +26,12 @@ def test_trainers_compute_the_same(tmp_path: Path, bench: Callable[..., None]) -
     assert all(row["ratio"] > 0 and row["over_padded"] > 0 for row in rows)
 
 
-def test_rows_hold_every_sequence_once_and_filling_trains_nothing() -> None:
+def test_rows_have_every_sequence_once_and_filling_trains_nothing() -> None:
     samples = learner.draw(20)
     for rows in (learner.packed(samples), learner.padded(samples)):
         assert sorted(id(s) for row in rows for s in row) == sorted(map(id, samples))
     for row in learner.padded(samples):
-        filled = learner._filled(row)
+        filled = learner.filled(row)
         longest = max(s.input_length for s in row)
         assert sum(s.input_length for s in filled) == len(row) * longest <= learner.ROOM
         assert sum(s.scale > 0 for s in filled) == len(row)

@@ -10,6 +10,8 @@ import pytest
 
 from megarl.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parallel
 def test_one_rank_takes_the_memory_that_was_planned(tmp_path: Path, bench: Callable[..., None]) -> None:
@@ -22,5 +24,5 @@ def test_one_rank_takes_the_memory_that_was_planned(tmp_path: Path, bench: Calla
 
 
 def test_an_unknown_layout_is_refused(bench: Callable[..., None]) -> None:
-    with pytest.raises(UserError, match=r"--layout: 'tp3' is none of tp1, .*did you mean 'tp"):
+    with pytest.raises(UserError, match=r"--layout: 'tp3' is not one of tp1, .*did you mean 'tp"):
         bench("memory", "--layout", "tp3")

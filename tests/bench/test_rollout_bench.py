@@ -11,6 +11,8 @@ import pytest
 from megarl.bench import rollout
 from megarl.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 
 def test_engines_do_the_same_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bench: Callable[..., None]) -> None:
     """Two requests of the quick start's model: both engines make as many tokens, and the file says how fast.

@@ -43,7 +43,7 @@ def test_the_lesson_begins_as_recorded(tmp_path: Path) -> None:
         [f"run={tmp_path / 'run'}", f"data.train=[{lesson}]", f"steps={FIRST}", "optimizer.warmup_steps=50",
          "optimizer.decay=constant"],
     )  # fmt: skip
-    spawn(sft, 2, (given,), deadline=240.0)
+    spawn(sft, 2, (given,), timeout=240.0)
     losses = [json.loads(line)["nll"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     curve = recorded()
     assert losses == pytest.approx([curve[step] for step in range(1, FIRST + 1)], abs=2e-3)

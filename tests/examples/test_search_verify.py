@@ -2,9 +2,9 @@
 that taught responses are what the tokenizer can say, and that the shipped files are what the commands write. Says
 nothing about what a model learns from them (test_sft.py, and the README's figures)."""
 
-import asyncio
 import json
 import random
+from contextlib import closing
 from itertools import permutations
 from pathlib import Path
 
@@ -149,10 +149,8 @@ TOKENIZER = AutoTokenizer.from_pretrained(FOLDER / "reasoner")
 def test_the_grader_runs_in_worker_processes_by_its_import_path() -> None:
     """From the repository's root, as the README starts it; other working directories need PYTHONPATH."""
 
-    async def verdicts() -> list[str]:
-        with Graders("examples.quickstart.search_verify:grade", workers=1, timeout=30.0) as graders:
-            right, wrong = "</think> \\boxed{ 9 + 2 }", "</think> \\boxed{ 9 + 5 }"
-            grades = await graders.grade_many([(right, "5 2 9 7 -> 11"), (wrong, "5 2 9 7 -> 11"), (right, "11")])
-            return [grade.verdict for grade in grades]
-
-    assert asyncio.run(verdicts()) == ["right", "wrong", "error"]
+    right, wrong = "</think> \\boxed{ 9 + 2 }", "</think> \\boxed{ 9 + 5 }"
+    pairs = [(right, "5 2 9 7 -> 11"), (wrong, "5 2 9 7 -> 11"), (right, "11")]
+    with closing(Graders("examples.quickstart.search_verify:grade", workers=1, timeout=30.0)) as graders:
+        futures = [graders.submit(*pair) for pair in pairs]
+        assert [future.result(60).verdict for future in futures] == ["right", "wrong", "error"]

@@ -18,8 +18,8 @@ def test_an_exact_law_is_found_with_a_band_of_no_width() -> None:
     assert high == pytest.approx(3.0 * X**0.7)
 
 
-def test_the_interval_holds_the_true_exponent_in_95_of_100_samples() -> None:
-    """2,000 samples of 5 points with noise in the logarithm: .95 ± .016 (three standard errors), exponent and band."""
+def test_the_interval_covers_the_true_exponent_in_95_of_100_samples() -> None:
+    """2,000 samples of 5 points with noise in the logarithm: 0.95 ± 0.016 (three standard errors)."""
     random, inside, covered = np.random.default_rng(0), 0, 0
     for _ in range(2000):
         law = fit(X, 2.0 * X**-0.5 * np.exp(random.normal(0, 0.2, len(X))))

@@ -1,50 +1,33 @@
-"""A study does each cell once, whatever interrupts it; its mistakes are named; Slurm gets what is missing.
+"""A study does each cell once, whatever interrupts it, and its mistakes are named.
 
-Not proven here: a real Slurm (the array's task is run by hand); training cells (examples/scaling has one such study).
+Not proven here: training cells (tests/docs runs the studies of examples/scaling).
 """
 
 from __future__ import annotations
 
 import csv
-import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
-import yaml
-from typer.testing import CliRunner
 
-from megarl import bench
+from megarl.bench.common import training_runs
 from megarl.errors import UserError
 from megarl.models.config_json import read_shape
-from megarl.models.families import parameters
 from megarl.scaling import cells, plot, study, table
+from tests.support.studies import LINE, SOME, TRAINED, Tool, write
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES, RESULTS = ROOT / "examples" / "scaling", ROOT / "docs" / "results"
 SVG = "{http://www.w3.org/2000/svg}"
-TRAINED = {
-    "name": "tiny", "how": "local", "base": "examples/quickstart/train.yaml", "skip": 0, "y": ["grad_norm"],
-    "settings": {
-        "steps": 1, "parallel.tp": 1, "data.eval": [], "checkpoint.every": 0, "batch.prompts_per_step": 2,
-        "rollout.max_response_tokens": 24,
-    },
-    "vary": {"batch.completions_per_prompt": [2, 4]}, "x": "batch.completions_per_prompt",
-}  # fmt: skip
-SOME = {
-    "name": "some", "how": "predicted", "base": "examples/scaling/qwen3_32b/run.yaml", "x": "gpus", "y": ["mfu"],
-    "vary": {"gpus": [32, 64, 128, 256]},
-}  # fmt: skip
 KILLED = """
-import os, signal, sys
-import scaling
+import os, signal
+from megarl import cli
 from megarl.scaling import cells
 plan, begun = cells.plan, []
 def killed(*arguments):
@@ -53,39 +36,18 @@ def killed(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     return plan(*arguments)
 cells.plan = killed
-scaling.app()
+cli.main()
 """
-DEADLINE = 280.0
+TIMEOUT = 280.0
 
 
-@pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """tools/scaling.py in this process, from the repository's root; what it prints."""
-    monkeypatch.chdir(ROOT)
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    app = importlib.import_module("scaling").app
-
-    def call(*arguments: object) -> str:
-        done = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
-        assert done.exit_code == 0, done.output
-        return done.output
-
-    return call
-
-
-def write(folder: Path, tree: dict) -> Path:
-    file = folder / "study.yaml"
-    file.write_text(yaml.safe_dump(tree))
-    return file
-
-
-def test_a_killed_study_does_only_what_is_missing(tmp_path: Path, tool: Callable[..., str]) -> None:
+def test_a_killed_study_does_only_what_is_missing(tmp_path: Path, tool: Tool) -> None:
     """Killed (SIGKILL) amid the third of four cells; started again, it does the other two alone: what was done keeps
     its time. Not shown: a training run cut amid its steps, which is resumed as any run (tests/e2e)."""
     file, out = write(tmp_path, SOME), tmp_path / "out"
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tools'}"}
-    begun = subprocess.run([sys.executable, "-c", KILLED, "run", str(file), "--out", str(out)], cwd=ROOT,
-                           env=environment, capture_output=True, timeout=DEADLINE)  # fmt: skip
+    words = [sys.executable, "-c", KILLED, "scaling", "run", str(file), "--out", str(out)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    begun = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, timeout=TIMEOUT)
     assert begun.returncode == -signal.SIGKILL, begun.stderr
     done = {cell: cell.stat().st_mtime_ns for cell in (out / "cells").glob("*.json")}
     assert len(done) == 2
@@ -95,29 +57,22 @@ def test_a_killed_study_does_only_what_is_missing(tmp_path: Path, tool: Callable
     assert len(list(csv.DictReader((out / "results.csv").open()))) == 4
 
 
-def test_the_figures_of_a_run_leave_evaluation_and_warm_up_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Arithmetic on made-up metrics; that cells train for real, examples/scaling/group_size.yaml shows."""
-    line = {
-        "seconds_total": 10.0, "seconds_evaluation": 6.0, "seconds_rollout": 2.0, "seconds_train": 1.0,
-        "seconds_logprobs": 1.0, "tokens_generated": 400, "tokens_trained": 100, "reward": 0.5, "response_tokens": 9.0,
-        "packing_density": 0.9, "effective_sample_size": 8.0, "grad_norm": 1.0,
-    }  # fmt: skip
-    metrics = [{"step": 0, "eval/accuracy": 0.1}, {**line, "step": 1, "seconds_total": 99.0}, {**line, "step": 2},
-               {**line, "step": 3, "grad_norm": 3.0, "eval/accuracy": 0.7}]  # fmt: skip
-    trainer = SimpleNamespace(trained=lambda settings, ranks: metrics)
-    monkeypatch.setitem(sys.modules, "megarl.bench.common.training_runs", trainer)
-    monkeypatch.setattr(bench, "_study", trainer, raising=False)
+def test_a_runs_metrics_leave_out_evaluation_and_warm_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arithmetic on made-up metrics; examples/scaling/group_size.yaml shows that cells train for real."""
+    metrics = [{"step": 0, "eval/accuracy": 0.1}, {**LINE, "step": 1, "seconds_total": 99.0}, {**LINE, "step": 2},
+               {**LINE, "step": 3, "grad_norm": 3.0, "eval/accuracy": 0.7}]  # fmt: skip
+    monkeypatch.setattr(training_runs, "trained", lambda settings, ranks: metrics)
     monkeypatch.chdir(ROOT)
     wanted = study.Study.model_validate(TRAINED | {"skip": 1})
-    figures = cells.do(wanted, 0, tmp_path)
+    found = cells.do(wanted, 0, tmp_path)
     expected = {"step_seconds": 4.0, "tokens_per_second": 100.0, "train_tokens_per_second": 50.0, "accuracy": 0.7}
-    assert {key: figures[key] for key in expected} == pytest.approx(expected)
-    assert figures["rollout_tokens_per_second"] == 200.0 and figures["grad_norm"] == 2.0
+    assert {key: found[key] for key in expected} == pytest.approx(expected)
+    assert (found["rollout_tokens_per_second"], found["grad_norm"], found["sync_seconds"]) == (200.0, 2.0, 0.5)
     assert cells.missing(wanted, tmp_path) == [1]
 
 
-def test_a_prediction_to_1024_gpus_is_plotted_with_its_law(tmp_path: Path, tool: Callable[..., str]) -> None:
-    """The committed study, made anew: the same figures and laws, SVG that parses, efficiency at most 1."""
+def test_a_prediction_to_1024_gpus_is_plotted_with_its_law(tmp_path: Path, tool: Tool) -> None:
+    """The committed study, made anew: the same metrics and laws, SVG that parses, efficiency at most 1."""
     tool("run", EXAMPLES / "to_1024_gpus.yaml", "--out", tmp_path, "--json", tmp_path / "made.json")
     made = json.loads((tmp_path / "made.json").read_text())
     committed = json.loads((RESULTS / "scaling_to_1024_gpus.json").read_text())
@@ -125,10 +80,10 @@ def test_a_prediction_to_1024_gpus_is_plotted_with_its_law(tmp_path: Path, tool:
     for ours, theirs in zip(made["rows"], committed["rows"], strict=True):
         assert ours.pop("precision.dtype") == theirs.pop("precision.dtype")
         assert ours == pytest.approx(theirs, rel=1e-6), committed["command"]
-    for figure, lines in committed["laws"].items():
+    for metric, lines in committed["laws"].items():
         for line, law in lines.items():
-            assert made["laws"][figure][line] == pytest.approx(law, rel=1e-6)
-        ElementTree.parse(tmp_path / f"made_{figure}.svg")
+            assert made["laws"][metric][line] == pytest.approx(law, rel=1e-6)
+        ElementTree.parse(tmp_path / f"made_{metric}.svg")
     assert {row["gpus"]: row["efficiency"] for row in made["rows"]}[32] == 1.0
     assert all(row["efficiency"] <= 1.0 + 1e-9 for row in made["rows"])
 
@@ -138,13 +93,13 @@ def test_cells_made_otherwise_are_refused(other: dict, tmp_path: Path, monkeypat
     """Where they are kept makes no difference, nor does a setting that was added since, at its default."""
     monkeypatch.chdir(ROOT)
     wanted = study.Study.model_validate(SOME)
-    figures = cells.do(wanted, 0, tmp_path / "here")
+    metrics = cells.do(wanted, 0, tmp_path / "here")
     with pytest.raises(UserError, match="other settings"):
         cells.do(wanted.model_copy(update=other), 0, tmp_path / "here")
     [file] = (tmp_path / "here" / "cells").iterdir()
     kept = json.loads(file.read_text())
     del kept["made"]["settings"]["heartbeat_timeout"]
-    file.write_text(json.dumps(kept | {"figures": figures | {"mfu": 0.123}}))  # not made again
+    file.write_text(json.dumps(kept | {"metrics": metrics | {"mfu": 0.123}}))  # not made again
     (tmp_path / "here").rename(tmp_path / "there")
     assert cells.do(wanted, 0, tmp_path / "there")["mfu"] == 0.123
 
@@ -158,7 +113,7 @@ def test_what_cannot_run_is_refused_before_the_first_cell_runs(tmp_path: Path, m
 
 
 def test_the_summary_has_standard_errors_over_seeds() -> None:
-    """A figure that a seed lacks (an accuracy it never reached) has no mean."""
+    """A metric that a seed lacks (an accuracy it never reached) has no mean."""
     wanted = study.Study.model_validate(TRAINED | {"seeds": [0, 1]})
     rows = [
         {"batch.completions_per_prompt": g, "seed": seed, "grad_norm": g + 2.0 * seed, "seconds_to_target": seconds}
@@ -169,7 +124,7 @@ def test_the_summary_has_standard_errors_over_seeds() -> None:
     assert [r["seconds_to_target"] for r in found] == [None, 9.0]
 
 
-def test_zero_and_negative_figures_are_plotted_without_a_law() -> None:
+def test_zero_and_negative_metrics_are_plotted_without_a_law() -> None:
     """Pruning rates start at 0, rewards may be negative: linear axes; error bars are Student's, of two seeds 12.7."""
     wanted = study.Study.model_validate(TRAINED | {"seeds": [0, 1], "vary": {"pruning.prompts": [0, 0.5]},
                                                    "x": "pruning.prompts", "y": ["reward"]})  # fmt: skip
@@ -193,32 +148,12 @@ def test_models_are_told_apart_by_their_parameters(tmp_path: Path, monkeypatch: 
     for number in range(2):
         cells.do(wanted, number, tmp_path)
     points = table.summary(wanted, cells.results(wanted, tmp_path))
-    count = {width: parameters(read_shape(Path(f"examples/scaling/sizes/h{width}"))) for width in (128, 256)}
+    count = {width: read_shape(Path(f"examples/scaling/sizes/h{width}")).parameters() for width in (128, 256)}
     assert [point["parameters"] for point in points] == [count[128], count[256]]
     assert 200_000 < count[128] < count[256] / 3
     assert ">300k<" in plot.svg(wanted, cells.results(wanted, tmp_path), points, "mfu") and count[128] == 300_288
     with pytest.raises(ValueError, match="model.path"):
         study.Study.model_validate(SOME | {"x": "parameters"})
-
-
-def test_slurm_gets_an_array_of_what_is_missing(
-    tmp_path: Path, tool: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`sbatch` is replaced by one that writes its arguments down; the task that it was given does the missing cell."""
-    file, out = write(tmp_path, SOME), tmp_path / "out"
-    wanted = study.read(file)
-    for number in (0, 2):
-        cells.do(wanted, number, out)
-    stub = tmp_path / "sbatch"
-    stub.write_text(f'#!/bin/sh\nfor a in "$@"; do echo "$a" >> {tmp_path}/asked; done\necho Submitted batch job 1\n')
-    stub.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert "2 cells" in tool("submit", file, "--out", out, "--sbatch", "--partition cpu")
-    asked = (tmp_path / "asked").read_text().splitlines()
-    assert "--array=1,3%4" in asked and "--partition" in asked
-    line = next(a for a in asked if a.startswith("--wrap=")).removeprefix("--wrap=")
-    subprocess.run(["sh", "-c", line], env=os.environ | {"SLURM_ARRAY_TASK_ID": "3"}, check=True, timeout=DEADLINE)
-    assert cells.missing(wanted, out) == [1]
 
 
 @pytest.mark.parametrize(
@@ -230,8 +165,11 @@ def test_slurm_gets_an_array_of_what_is_missing(
         ({"hwo": "local"}, ["hwo"]),
         ({"y": ["grad_nrom"]}, ["y", "'grad_norm'"]),
         ({"y": ["seconds_to_target"]}, ["target"]),
-        ({"vary": {"precision.dtype": ["fp32"]}, "x": "precision.dtype"}, ["x", "fp32", "no number"]),
+        ({"vary": {"precision.dtype": ["fp32"]}, "x": "precision.dtype"}, ["x", "fp32", "not a number"]),
         ({"settings": {"seed": 3}}, ["seed", "seeds"]),
+        ({"how": "slurm", "vary": {"nodes": [2]}, "x": "nodes"}, ["script"]),
+        ({"how": "slurm", "script": "slurm/train_qwen3_4b.sh"}, ["slurm study varies nodes"]),
+        ({"vary": {"nodes": [2]}, "x": "nodes"}, ["others vary gpus"]),
         ({"vary": {}, "points": [{"gpus": 1}, {"parallel.tp": 2}], "x": "gpus"}, ["x", "gpus", "every point"]),
     ],
 )

@@ -1,1 +1,1 @@
-"""What several benchmarks share: results, models, training runs, a browser, made-up runs, names given to options."""
+"""What several benchmarks share: results, models, learners, runs, learning curves, a browser, option values."""

@@ -1,4 +1,4 @@
-"""A headless Chromium and how long a page takes in it: for the report's benchmark and tests. Nothing is downloaded."""
+"""A headless Chromium, and the time a page takes in it; for the report's benchmark and tests. Downloads nothing."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ FLAGS = (
 
 @contextmanager
 def chromium(profile: Path) -> Iterator[Any]:
-    """Chromium through its driver, with its console and its network log; raises UserError where it is not installed."""
+    """Chromium with its console and network logs; raises UserError if it is not installed."""
     try:
         from selenium import webdriver
     except ImportError:
-        raise UserError("selenium is not installed; `pip install 'megarl[dev]'` brings it") from None
+        raise UserError("selenium is not installed; run `pip install 'megarl[dev]'`") from None
     needed = ("chromium", "chromedriver")
     found = {name: place for name in needed if (place := shutil.which(name))}
     if missing := [name for name in needed if name not in found]:
@@ -43,7 +43,7 @@ def chromium(profile: Path) -> Iterator[Any]:
 
 
 def opened(browser: Any, page: Path, width: int = DESKTOP, scheme: str = "light") -> float:
-    """Open a report and wait until curves, tables and the newest step's group stand; the seconds it took."""
+    """Open a report, wait until its curves, tables and newest group are drawn, and return the seconds it took."""
     screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width == PHONE}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
     features = {"prefers-color-scheme": scheme, "prefers-reduced-motion": "reduce"}  # clicks must not chase a scroll
@@ -59,10 +59,10 @@ def opened(browser: Any, page: Path, width: int = DESKTOP, scheme: str = "light"
 
 
 def wait(condition: Callable[[], Any], seconds: float = 20.0) -> Any:
-    """The first true value of `condition`, which is asked 50 times a second; raises RunError after `seconds`."""
+    """The first true value of `condition`, called 50 times a second; raises RunError after `seconds`."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         if found := condition():
             return found
         time.sleep(0.02)
-    raise RunError(f"the page did not get there in {seconds:g} s")
+    raise RunError(f"the page was not ready after {seconds:g} s")

@@ -1,4 +1,4 @@
-"""Tiny models in Hugging Face's layout, for benchmarks and tests that need real weights and no download."""
+"""Tiny models in Hugging Face's layout, for benchmarks and tests that need weights but no download."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def write_model(
 ) -> Any:
     """Write a random model of `family` to `folder` and return transformers' float32 model of it.
 
-    Norms and biases are random too, so that a forgotten one shows. `sizes` override config.json's entries.
+    Norms and biases are random too, so that a missing one shows. `sizes` override the entries of config.json.
     """
     torch.manual_seed(seed)
     model = _model(family, {**SIZES, "tie_word_embeddings": tied, **sizes}).float()

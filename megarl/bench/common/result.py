@@ -12,26 +12,22 @@ from typing import Any
 
 import torch
 
+from megarl.run.atomic import write_text
 from megarl.view.table import show_rows
 
 
-def publish(
-    name: str, rows: list[dict[str, Any]], file: Path | None = None, program: str = "megarl", **extra: Any
-) -> None:
+def publish(name: str, rows: list[dict[str, Any]], file: Path | None = None, **extra: Any) -> None:
     """Print `rows` as a table; write `{"command", "commit", "machine", "rows", **extra}` to `file` when given."""
     show_rows(name, rows)
     if file is None:
         return
-    command = " ".join([program, *sys.argv[1:]])
+    command = " ".join(["megarl", *sys.argv[1:]])
     result = {"command": command, "commit": _commit(), "machine": machine(), "rows": rows, **extra}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    partial.replace(file)
+    write_text(file, json.dumps(result, indent=1) + "\n")
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on; nothing that identifies the host."""
+    """The machine that measured; nothing that identifies the host."""
     return {
         "cpu": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),

@@ -1,4 +1,4 @@
-"""Synthetic run directories, made by the trainer's own writer: any number of rollouts, of any length and text."""
+"""Synthetic run directories, written by the trainer's writer: any number of rollouts of any length and text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megarl.data.ledger import Entry, Fate, Ledger
 from megarl.rollout.early_exit.metrics import summarise
 from megarl.run import atomic, provenance
 from megarl.run.directory import RunDirectory
-from megarl.types import Completion, Group, Origin, Probe, Prompt, Span
+from megarl.types import Completion, Origin, Probe, Prompt, ScoredCompletion, ScoredGroup, Span
 
 REASONS = ("plain", "think_end", "confident", "budget")
 
@@ -30,8 +30,8 @@ def settings(folder: Path, model: Path, steps: int) -> config.Settings:
     return config.parse(tree)
 
 
-def completion(prompt: Prompt, index: int, tokens: int, words: list[int], rng: np.random.Generator) -> Completion:
-    """Random words of a vocabulary, as frequent as words are; a probe, and `closing` inserted after early exits."""
+def completion(prompt: Prompt, index: int, tokens: int, words: list[int], rng: np.random.Generator) -> ScoredCompletion:
+    """Random words with the frequencies of natural words, a probe, and inserted tokens after early exits."""
     n = max(12, int(rng.lognormal(np.log(tokens), 0.4)))
     ids = np.array(words, dtype=np.int32)[np.minimum(rng.zipf(1.3, n), len(words)) - 1]
     reason = REASONS[int(rng.integers(len(REASONS)))]
@@ -43,9 +43,12 @@ def completion(prompt: Prompt, index: int, tokens: int, words: list[int], rng: n
     probes = [Probe(4, tuple(words[:3]), float(rng.random()), False)]
     if reason == "confident":
         probes.append(Probe(n - 8, tuple(words[:3]), 0.97, True))
-    return Completion(
-        prompt.uid, index, ids, origin, logprobs, "stop", [Span(0, 0, n // 2), Span(1, n // 2, n)], reason, probes,
-        text="text", verdict="right" if right else "wrong", score=float(right), formatted=True,
+    made = Completion(
+        prompt.uid, index, ids, origin, logprobs, "stop", (Span(0, 0, n // 2), Span(1, n // 2, n)), reason,
+        tuple(probes), text="text",
+    )  # fmt: skip
+    return ScoredCompletion(
+        made, "right" if right else "wrong", score=float(right), formatted=True,
         steps=int(rng.integers(1, 9)), reward=float(right), advantage=float(rng.normal()),
         weight=0.0 if rng.random() < 0.3 else 1.0,
     )  # fmt: skip
@@ -55,8 +58,10 @@ def write(
     folder: Path, model: Path, steps: int, groups: int, per_group: int = 8, tokens: int = 60,
     question: str = "what is one and one?", answer: str = "42",
 ) -> Path:  # fmt: skip
-    """A finished run of `steps * groups * per_group` rollouts, of about `tokens` tokens each, out of the vocabulary of
-    the model at `model`. The same arguments make the same rollouts."""
+    """A finished run of `steps * groups * per_group` rollouts of about `tokens` tokens each.
+
+    The tokens are from the vocabulary of the model at `model`. The same arguments make the same rollouts.
+    """
     rng = np.random.default_rng(0)
     known = set(json.loads((model / "tokenizer.json").read_text())["model"]["vocab"].values())
     words = sorted(known)[:4000]
@@ -69,17 +74,17 @@ def write(
         for g in range(groups):
             text = f"problem {step}.{g}: {question}"
             prompt = Prompt(f"{step:04d}{g:04d}", (1, 2, 3), text, answer, f"train.jsonl:{g + 1}")
-            made.append(Group(prompt, [completion(prompt, i, tokens, words, rng) for i in range(per_group)]))
+            made.append(ScoredGroup(prompt, [completion(prompt, i, tokens, words, rng) for i in range(per_group)]))
         run.rollouts(step, made)
         completions = [c for group in made for c in group.completions]
-        figures = {
+        metrics = {
             "reward": float(np.mean([c.reward for c in completions])),
             "accuracy": float(np.mean([c.score for c in completions])),
-            "response_tokens": float(np.mean([len(c) for c in completions])),
+            "response_tokens": float(np.mean([len(c.completion) for c in completions])),
             "verdict_right": sum(c.verdict == "right" for c in completions),
             "verdict_wrong": sum(c.verdict == "wrong" for c in completions),
             **summarise(made),
-            "tokens_generated": sum(map(len, completions)),
+            "tokens_generated": sum(len(c.completion) for c in completions),
             "completions_dropped": sum(c.weight == 0 for c in completions),
             "grad_norm": float(rng.exponential()),
             "mismatch_mean": 1e-6 * (1 + float(rng.random())),
@@ -88,8 +93,8 @@ def write(
             **{f"seconds_{name}": float(rng.random()) for name in ("rollout", "reward", "train", "sync", "total")},
         }
         if step == steps:
-            figures |= {"eval/accuracy": 0.75, "eval/response_tokens": 61.25, "eval/completions": 100}
-        run.metrics(step, figures)
+            metrics |= {"eval/accuracy": 0.75, "eval/response_tokens": 61.25, "eval/completions": 100}
+        run.metrics(step, metrics)
         entries = [Entry(g, step // 3, Fate.TRAINED, per_group, per_group - 1) for g in range(groups)]
         ledger.record_step(step, step - 1, [*entries, Entry(groups + step, step // 3, Fate.PRUNED)])
     run.close()

@@ -1,4 +1,4 @@
-"""Real training runs, side by side: what is finished already is not run again."""
+"""Real training runs of a study. A finished run is not repeated."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def settings(base: Path, run: Path, seed: int, overrides: list[str]) -> Settings
 
 
 def trained(wanted: Settings, ranks: int | None = None) -> list[dict[str, Any]]:
-    """The metrics of the finished run of these settings; trained now unless it is there. A half-done one is resumed.
+    """The metrics of the finished run of these settings. It is trained now if absent, and resumed if half-done.
 
     `ranks`: default one copy of the model.
     """
@@ -40,8 +40,8 @@ def trained(wanted: Settings, ranks: int | None = None) -> list[dict[str, Any]]:
 
 
 def taught(wanted: Settings, ranks: int) -> list[dict[str, Any]]:
-    """As `trained`, for supervised fine-tuning: the figures of every update. A half-done one is begun anew."""
-    made = wanted.run / "settings.yaml"  # written when it is done
+    """Like `trained`, for supervised fine-tuning: the metrics of every update. A half-done run starts anew."""
+    made = wanted.run / "settings.yaml"  # written at the end
     if made.is_file() and config.load(made) != wanted:
         raise UserError(f"run: {wanted.run} was made with other settings; remove it or name another folder")
     if not made.is_file():
@@ -54,8 +54,10 @@ def taught(wanted: Settings, ranks: int) -> list[dict[str, Any]]:
 def evaluated(
     wanted: Settings, temperatures: list[float], after_training: bool = True, name: str = "evaluation"
 ) -> list[dict[str, Any]]:
-    """Held-out figures at each temperature, of the run's newest checkpoint or of the model it starts from; kept in a
-    file of this name."""
+    """Held-out metrics at each temperature, of the run's newest checkpoint or of the model it starts from.
+
+    They are kept in a file `name` of the run directory.
+    """
     file = wanted.run / f"{name}_{'after' if after_training else 'before'}.json"
     if file.is_file():
         rows = json.loads(file.read_text())
@@ -68,12 +70,12 @@ def evaluated(
 
 
 def forget(run: Path) -> None:
-    """Remove a run of a study, to measure it anew."""
+    """Remove a run of a study so that it is measured again."""
     shutil.rmtree(run, ignore_errors=True)
 
 
 def _state(wanted: Settings) -> str:
-    """new, begun, done, or other: the folder holds a run of other settings."""
+    """new, begun, done, or other (the folder has a run of other settings)."""
     if not (wanted.run / "metrics.jsonl").is_file():
         return "new"
     try:  # parsed, so that a setting added since then has its default

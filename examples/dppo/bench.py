@@ -1,9 +1,8 @@
-"""Seconds to GRPO's accuracy with dynamic pruning and packing, part by part (arXiv 2603.04135): examples/dppo."""
+"""Seconds to GRPO's accuracy with dynamic pruning and packing, part by part (arXiv 2603.04135)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
 from typing import Annotated, Any
@@ -12,6 +11,7 @@ import typer
 
 from megarl.bench.common import result, training_runs
 from megarl.bench.common.choice import chosen
+from megarl.bench.common.curve import learning_curve, reached
 from megarl.view import table
 
 # What peers run: dense rows by token budget (as dense as dynamic batching gets), every group trained.
@@ -31,7 +31,7 @@ METHODS = {
     "completions": [*SMALLER, "pruning.completions={rate}"],
     "dppo": [*SMALLER, *BOTH, LONGEST],
     "dppo_refilled": [*STRONG, *BOTH],
-    # Ours; every completion has a chance of its own, so that the draws are independent.
+    # Ours. Every completion has its own chance, so the draws are independent.
     "proportional": [*SMALLER, *BOTH, LONGEST, "pruning.selection=proportional", "pruning.sampling=bernoulli"],
 }
 RATES = {
@@ -48,9 +48,9 @@ EXAMPLE = Path("examples/dppo/train.yaml")
 def main(
     json: Annotated[Path | None, typer.Option(help="Write the rows to this file.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds per method.")] = 3,
-    first_seed: Annotated[int, typer.Option(min=0, help="The first of them; the others follow it.")] = 0,
+    first_seed: Annotated[int, typer.Option(min=0, help="The first seed; the others follow it.")] = 0,
     methods: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(METHODS),
-    rates: Annotated[str, typer.Option(help="Pruning rates, comma-separated, instead of each method's own.")] = "",
+    rates: Annotated[str, typer.Option(help="Pruning rates, comma-separated; default: each method's.")] = "",
     every: Annotated[int, typer.Option(min=1, help="Steps between evaluations.")] = 4,
     overrides: Annotated[str, typer.Option(help="Settings of every run, separated by spaces.")] = "",
     config: Annotated[Path, typer.Option(help="Settings that the methods vary.")] = EXAMPLE,
@@ -58,7 +58,7 @@ def main(
         "runs/bench/dppo"
     ),
 ) -> None:
-    """Train every method with every seed; seconds, evaluation apart, to GRPO's final held-out accuracy.
+    """Train every method with every seed. Print the seconds, without evaluation, to GRPO's final held-out accuracy.
 
     Accuracies are means over the last three evaluations.
     """
@@ -66,7 +66,7 @@ def main(
     wanted = ["grpo", *(name for name in wanted if name != "grpo")]
     asked = [float(rate) for rate in rates.split(",") if rate]
     rows = []
-    for seed in range(first_seed, first_seed + seeds):  # a seed's methods side by side: one mood of the machine
+    for seed in range(first_seed, first_seed + seeds):  # a seed's methods run side by side: the machine's load changes
         target = None
         for method, rate in variants(wanted, asked):
             switches = [text.format(rate=rate) for text in METHODS[method]]
@@ -97,48 +97,22 @@ def main(
 
 
 def variants(methods: Sequence[str], rates: Sequence[float] = ()) -> list[tuple[str, float]]:
-    """(method, rate) pairs, of `rates` or each method's own; methods that prune nothing have one, of rate 0."""
+    """(method, rate) pairs, from `rates` or each method's own. A method that prunes nothing has one, of rate 0."""
     return [(m, rate) for m in methods for rate in ((rates or RATES[m]) if m in RATES else [0.0])]
 
 
 def smooth(curve: Sequence[dict[str, float]], window: int = 3) -> list[dict[str, float]]:
-    """Each accuracy the mean of the last `window`: a lucky evaluation is not the target reached."""
+    """Replace each accuracy by the mean of the last `window`, so that one lucky evaluation does not reach a target."""
     values = [point["accuracy"] for point in curve]
     return [{**point, "accuracy": mean(values[max(0, i + 1 - window) : i + 1])} for i, point in enumerate(curve)]
 
 
-def reached(curve: Sequence[dict[str, float]], target: float) -> dict[str, float] | None:
-    """Where the accuracy first gets to `target`, between two evaluations in proportion; None = never."""
-    if curve and curve[0]["accuracy"] >= target:
-        return curve[0]
-    for before, after in pairwise(curve):
-        if after["accuracy"] >= target:
-            share = (target - before["accuracy"]) / (after["accuracy"] - before["accuracy"])
-            return {key: before[key] + share * (after[key] - before[key]) for key in after}
-    return None
-
-
-def learning_curve(metrics: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
-    """Each evaluation, the one before training first: held-out accuracy, and the seconds and tokens spent until then.
-
-    Evaluation's and checkpoints' own seconds are left out.
-    """
-    curve, seconds, rollout, generated, trained = [], 0.0, 0.0, 0, 0.0
-    for line in metrics:
-        if line["step"]:
-            seconds += line["seconds_total"] - line.get("seconds_evaluation", 0.0) - line.get("seconds_checkpoint", 0.0)
-            rollout += line["seconds_rollout"]
-            generated += line["tokens_generated"]
-            trained += line["tokens_trained"]
-        if "eval/accuracy" in line:
-            spent = {"seconds": seconds, "rollout": rollout, "generated": generated, "trained": trained}
-            curve.append({"accuracy": line["eval/accuracy"], **spent})
-    return curve
-
-
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per method and rate, means over seeds, and how many seeds reached the target; `speedup` is GRPO's seconds to it
-    over the method's, of the same seed: median and range. `over_strong`: the same against the strongest baseline."""
+    """Per method and rate: means over seeds, and how many seeds reached the target.
+
+    `speedup` is GRPO's seconds to the target over the method's with the same seed: median and range.
+    `over_strong` is the same against the strongest baseline.
+    """
     seconds = {(row["method"], row["rate"], row["seed"]): row["seconds_to_target"] for row in rows}
     result = []
     for method, rate in dict.fromkeys((row["method"], row["rate"]) for row in rows):

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from megarl.bench import precision
+from examples.precision import bench as precision
 from megarl.errors import UserError
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parallel
@@ -55,7 +57,7 @@ def test_seeds_are_compared_in_pairs() -> None:
 
 
 def test_an_unknown_precision_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--precisions: 'mxfp9' is none of"):
+    with pytest.raises(UserError, match="--precisions: 'mxfp9' is not one of"):
         precision.main(precisions="mxfp9", runs=tmp_path)
 
 

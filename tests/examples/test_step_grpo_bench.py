@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megarl.bench import step_grpo
+from examples.step_grpo import bench as step_grpo
 from megarl.bench.common import training_runs
 
 VALIDATION = "data.eval=[examples/quickstart/problems/validation.jsonl]"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megarl.bench import dppo
+from examples.dppo import bench as dppo
+from megarl.bench.common.curve import learning_curve, reached
 
 
 def test_time_to_an_accuracy_lies_between_two_evaluations() -> None:
@@ -17,11 +18,11 @@ def test_time_to_an_accuracy_lies_between_two_evaluations() -> None:
         | {"eval/accuracy": 0.6},
         {**line, "step": 3, "eval/accuracy": 0.8},
     ]
-    curve = dppo.learning_curve(metrics)
+    curve = learning_curve(metrics)
     assert [(point["accuracy"], point["seconds"]) for point in curve] == [(0.5, 0.0), (0.6, 20.0), (0.8, 30.0)]
-    there = dppo.reached(curve, 0.7)
+    there = reached(curve, 0.7)
     assert there == pytest.approx({"accuracy": 0.7, "seconds": 25.0, "rollout": 10.0, "generated": 250, "trained": 125})
-    assert dppo.reached(curve, 0.5)["seconds"] == 0 and dppo.reached(curve, 0.9) is None
+    assert reached(curve, 0.5)["seconds"] == 0 and reached(curve, 0.9) is None
 
 
 def test_a_lucky_evaluation_is_smoothed() -> None:

@@ -1,16 +1,15 @@
-"""`megarl bench precision`: each precision teaches and trains the quick start's reasoner as bf16 does.
+"""Each precision teaches and trains the quick start's reasoner as bf16 does (README.md).
 
-First supervised fine-tuning from random weights on the quick start's lesson, the same demonstrations in the same order
-for all: the loss where the lesson's first half ends, and where it ends, each over a tenth of the updates. Then
-reinforcement learning from the shipped reasoner: accuracy on the held-out problems at temperature 1, where learning
-shows most. FP8 is emulated on a CPU, and there the engine computes in bf16 (under fp32 in float32).
+First comes supervised fine-tuning from random weights, on the quick start's lesson: the loss at half and at the end of
+the lesson, each over a tenth of the updates. Then comes reinforcement learning from the shipped reasoner: accuracy on
+the held-out problems at temperature 1, where learning shows most. On a CPU, FP8 is emulated and the engine computes in
+bf16 (under fp32 in float32).
 
-What two trainings differ by although their arithmetic is the same is measured too: `bf16_again` is bf16 from other
-random weights on the same demonstrations, and in reinforcement learning with other draws. A precision that differs from
-bf16 by no more than that has not been told apart from it. In the lesson's second half chance is large: the loss drops
-by a tenth within some forty updates, in one run early and in another not before the end. Losses are averaged over
-seeds, each against bf16's of the same seed; accuracies are compared by their standard error over problems, to which the
-same chance adds.
+`bf16_again` measures how far two trainings with the same arithmetic differ: it starts from other random weights and
+samples with other seeds. A precision that differs from bf16 by no more than that is not distinguishable from it. In the
+lesson's second half chance is large: the loss drops by a tenth within some forty updates, early in one run and at the
+end in another. Losses are averaged over seeds, each against bf16's of the same seed. Accuracies are compared by their
+standard error over problems; the same chance comes on top.
 """
 
 from __future__ import annotations
@@ -36,10 +35,10 @@ PRECISIONS = {
     "fp32": "{dtype: fp32}",
     **{recipe: f"{{dtype: fp8, recipe: {recipe}}}" for recipe in ("delayed", "tensorwise", "blockwise", "mxfp8")},
 }
-OTHER_SEEDS = 1000  # where those of AGAIN begin; the lesson is the reference's
+OTHER_SEEDS = 1000  # the first seed of AGAIN; its lesson is the reference's
 LESSON = Path("examples/quickstart/sft.yaml")
 LESSON_RANKS = 2  # data parallel
-LESSON_DEADLINE = 300.0  # seconds to write the demonstrations
+LESSON_TIMEOUT = 300.0  # seconds to write the demonstrations
 WARM = ["evaluation.temperature=1.0", "evaluation.every=0", "checkpoint.every=0"]
 Row = dict[str, Any]
 
@@ -50,13 +49,13 @@ def main(
     sft_steps: Annotated[int, typer.Option(min=1, help="Updates of supervised fine-tuning.")] = 400,
     rl_steps: Annotated[int, typer.Option(min=0, help="Steps of reinforcement learning; 0 leaves it out.")] = 16,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of supervised fine-tuning: 0, 1, …")] = 2,
-    rl_seeds: Annotated[int, typer.Option(min=0, help="So many of them for reinforcement learning too.")] = 1,
+    rl_seeds: Annotated[int, typer.Option(min=0, help="Seeds of reinforcement learning: the first of them.")] = 1,
     overrides: Annotated[str, typer.Option(help="Settings of every run, separated by spaces.")] = "",
     runs: Annotated[Path, typer.Option(help="Where the runs go; finished ones are not repeated.")] = Path(
         "runs/bench/precision"
     ),
 ) -> None:
-    """Teach and train in every precision; the loss over bf16's, and the difference of accuracies in standard errors."""
+    """Teach and train in every precision; print losses over bf16's, and differences of accuracy with their errors."""
     wanted = chosen(precisions, PRECISIONS, "precisions")
     wanted = [REFERENCE, *(name for name in wanted if name != REFERENCE)]
     rows: list[Row] = []
@@ -72,7 +71,7 @@ def main(
 
 
 def teach(precision: str, seed: int, steps: int, runs: Path, overrides: Sequence[str]) -> Row:
-    """The lesson, `steps` updates long: losses halfway and at the end, nats a response token."""
+    """Fine-tune for `steps` updates: losses halfway and at the end, in nats per response token."""
     lesson = runs / f"lesson-{steps}-{seed}" / "lesson.jsonl"
     settings = training_runs.settings(
         LESSON,
@@ -117,8 +116,10 @@ def train(precision: str, seed: int, steps: int, runs: Path, overrides: Sequence
 
 
 def summary(rows: Sequence[Row]) -> list[Row]:
-    """Per precision: losses over bf16's of the same seed, their mean and extremes over seeds; and accuracy minus bf16's
-    with that difference's error, over the seeds that were trained."""
+    """Per precision, over seeds: losses over bf16's of the same seed (mean and extremes), and accuracy minus bf16's.
+
+    Accuracies are those of the seeds that were trained by reinforcement learning, with the difference's standard error.
+    """
     groups = {name: [row for row in rows if row["precision"] == name] for name in PRECISIONS}
     bases = {row["seed"]: row for row in groups[REFERENCE]}
     result = []
@@ -151,9 +152,9 @@ def _seed(precision: str, seed: int) -> int:
 
 
 def _lesson(folder: Path, count: int, seed: int) -> None:
-    """Write `count` demonstrations, by the quick start's own command: `examples` is in the working directory only."""
+    """Write `count` demonstrations with the quick start's command, which finds `examples` in the working directory."""
     command = [sys.executable, "-m", "examples.quickstart.make_problems", str(folder)]
-    subprocess.run([*command, "--lesson", str(count), "--seed", str(seed)], check=True, timeout=LESSON_DEADLINE)
+    subprocess.run([*command, "--lesson", str(count), "--seed", str(seed)], check=True, timeout=LESSON_TIMEOUT)
 
 
 def _standard_error(share: float, count: int) -> float:

@@ -28,14 +28,14 @@ METHODS: dict[str, list[str] | None] = {
     "all_sample_mean": [*EXITS, "reward.shaping=step_aware", "reward.step_mean=all"],
     "exit_half": [*EXITS, "reward.shaping=step_aware", "rollout.early_exit.exit_fraction=0.5"],  # ours
 }
-SHARED = [  # by all methods
+SHARED = [  # settings of all methods
     "evaluation.every=0",
     "pruning.completions=0",
-    "rollout.max_response_tokens=256",  # as in evaluation; under a tighter limit GRPO alone becomes brief
+    "rollout.max_response_tokens=256",  # as in evaluation; under a tighter limit, GRPO alone becomes brief
 ]
 TEMPERATURES = [0.6, 1.0]
 HELDOUT = Path("examples/quickstart/problems/heldout.jsonl")
-LONGER = Path("examples/step_grpo/problems/longer.jsonl")  # beside HELDOUT, and only there: nothing is chosen on it
+LONGER = Path("examples/step_grpo/problems/longer.jsonl")  # evaluated with HELDOUT only: nothing is chosen on it
 AVERAGED = ["accuracy", "tokens", "accuracy_t1", "tokens_t1", "rollout_tokens"]
 AVERAGED += ["accuracy_longer", "tokens_longer", "accuracy_longer_t1", "tokens_longer_t1"]
 
@@ -50,7 +50,7 @@ def main(
         "runs/bench/step_grpo"
     ),
 ) -> None:
-    """Train and evaluate every method with every seed; accuracy, response tokens and their spread."""
+    """Train and evaluate every method with every seed; print accuracy, response tokens and their spread."""
     wanted = chosen(methods, METHODS, "methods")
     rows = []
     for name in wanted:
@@ -61,7 +61,7 @@ def main(
 
 
 def measure(method: str, seed: int, base: Path, runs: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """One row: the held-out figures after training with a method and a seed, and what the rollouts cost."""
+    """One row: held-out metrics after training with a method and a seed, and the cost of the rollouts."""
     switches = METHODS[method]
     settings = training_runs.settings(
         base, runs / f"{method}-{seed}", seed, [*SHARED, *overrides, *(switches or PLAIN)]
@@ -79,25 +79,25 @@ def measure(method: str, seed: int, base: Path, runs: Path, overrides: Sequence[
     if settings.data.eval == [HELDOUT]:
         settings.data.eval = [LONGER]
         evaluations["_longer"] = training_runs.evaluated(settings, TEMPERATURES, switches is not None, "longer")
-    figures: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
     for problems, (cool, warm) in evaluations.items():
-        figures |= {
+        metrics |= {
             f"accuracy{problems}": cool["eval/accuracy"],
             f"tokens{problems}": cool["eval/response_tokens"],
             f"steps{problems}": cool["eval/steps_per_response"],
             f"accuracy{problems}_t1": warm["eval/accuracy"],
             f"tokens{problems}_t1": warm["eval/response_tokens"],
         }
-    return {"method": method, "seed": seed, **figures, **cost}
+    return {"method": method, "seed": seed, **metrics, **cost}
 
 
 _LAST_CHECK = re.compile(r"= (\d+) (yes|no)\s*$")
 
 
 def confident_exits(run: Path) -> dict[str, int]:
-    """Exits by confidence over a run's saved rollouts, split by whether the last check before them found the answer.
+    """Count exits by confidence in a run's saved rollouts, by whether the last check before them found the answer.
 
-    Found: its sum is the problem's target and its verdict "yes". Right: the graded answer of the whole response.
+    Found: the check's sum is the problem's target and its verdict "yes". Right: the graded answer is right.
     """
     counts = {"exits_found": 0, "exits_found_right": 0, "exits_not_found": 0, "exits_not_found_right": 0}
     for file in sorted((run / "rollouts").glob("step_*.jsonl")):
@@ -114,7 +114,7 @@ def confident_exits(run: Path) -> dict[str, int]:
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and standard deviation over seeds; shares are of vanilla's response tokens and GRPO's rollout tokens."""
+    """Mean and standard deviation over seeds; shares are over vanilla's response tokens and GRPO's rollout tokens."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(row["method"], []).append(row)
