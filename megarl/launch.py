@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,50 +13,69 @@ from rich.console import Console
 from megarl import config, report
 from megarl.algorithms import presets, steps
 from megarl.config import Settings
-from megarl.data.prompts import read_prompts
-from megarl.errors import RunError, Stopped, UserError, nearest
+from megarl.data.files import check_exists
+from megarl.data.prompts import first_answers, read_prompts
+from megarl.errors import RunError, Stopped, UserError
 from megarl.learner import parallel, precision, router
+from megarl.models import hub
 from megarl.models.config_json import read_shape
 from megarl.models.families import rules
 from megarl.models.files.hf import HfWeights
 from megarl.models.shape import ModelShape
 from megarl.models.tokenizer import load_tokenizer
 from megarl.planner.fitting import fitting
+from megarl.rewards.workers import Graders
 from megarl.rollout.early_exit import plan
 from megarl.rollout.servers import flags
 from megarl.run import provenance, trackers
+from megarl.run.directory import read_metrics
 from megarl.runtime.spawn import spawn
 from megarl.view.summary import summary
 from megarl.view.table import show, show_rows
 
+MADE_UP = "Let me guess.\n</think>\n\n\\boxed{0}"
+"""A response to try the reward function on."""
 
-def train(settings: Settings, nproc: int | None, resume: bool, dry_run: bool) -> None:
-    """Check what can be checked without loading weights, then run: as this rank of torchrun/srun, or spawning ranks."""
+
+def train(
+    settings: Settings, nproc: int | None = None, resume: bool = False, dry_run: bool = False
+) -> list[dict[str, Any]]:
+    """Check what can be checked without loading weights, then train; the run's metrics, one object a step.
+
+    Starts `nproc` ranks (default: one copy of the model), or runs as this rank of torchrun or srun. Every rank but
+    the first returns [], and so does a dry run, which stops after the checks. Raises UserError for a mistake in the
+    settings, RunError when the run fails, Stopped when it was asked to leave and has saved.
+    """
     world_size = _world_size(settings, nproc)
+    locate(settings)
     shape = preflight(settings, world_size, resume)
+    reward = try_reward(settings, settings.data.train)
     sizes = derived(settings, shape, world_size)
     if dry_run:
         fits = fitting(settings, shape, world_size)
         found = {"weights": weights(settings, shape), "memory, on GPUs": fits}
-        show(sizes | prompts(settings) | found | {"engine flags": flags.checked(settings)})
-        return
+        show(sizes | prompts(settings) | found | {"reward": reward, "engine flags": flags.checked(settings)})
+        return []
     from megarl.train import train as run
 
     try:
         finished = _start(run, (settings, resume), world_size, sizes)
-    finally:  # a run that failed is looked at too
+    finally:  # a failed run gets its report too
         controller = parallel.launch_info().rank == 0
         if controller and (settings.run / "metrics.jsonl").exists():
             report.at_end(settings.run)
     if not finished:
         raise Stopped
-    if controller:
-        Console(stderr=True, highlight=False).print(summary(settings.run), soft_wrap=True)
+    if not controller:
+        return []
+    Console(stderr=True, highlight=False).print(summary(settings.run), soft_wrap=True)
+    return read_metrics(settings.run)
 
 
 def sft(settings: Settings, nproc: int | None, dry_run: bool) -> None:
     """As `train`, for supervised fine-tuning."""
     world_size = _world_size(settings, nproc)
+    locate(settings)
     shape = preflight(settings, world_size, resume=False)
     sizes = derived(settings, shape, world_size)
     sizes = {name: sizes[name] for name in ("model", "layout", "precision", "rows", "steps", "run")}
@@ -68,15 +88,24 @@ def sft(settings: Settings, nproc: int | None, dry_run: bool) -> None:
     _start(run, (settings,), world_size, sizes)
 
 
-def evaluate(settings: Settings, trained: bool, temperatures: list[float], nproc: int | None) -> None:
-    """As `train`, for evaluation; prints a table."""
+def evaluate(
+    settings: Settings, trained: bool = False, temperatures: list[float] | None = None, nproc: int | None = None
+) -> list[dict[str, Any]]:
+    """As `train`, for evaluation; prints and returns one row a temperature (default: `evaluation.temperature`).
+
+    `trained` takes the weights from the newest checkpoint of `settings.run`; else from `settings.model.path`.
+    """
     world_size = _world_size(settings, nproc)
+    locate(settings)
     preflight(settings, world_size, resume=True)
+    try_reward(settings, settings.data.eval)
     from megarl.evaluate import evaluate as run
 
-    rows = _start(run, (settings, trained, temperatures), world_size, {})
+    wanted = temperatures or [settings.evaluation.temperature]
+    rows: list[dict[str, Any]] = _start(run, (settings, trained, wanted), world_size, {})
     if rows:
         show_rows("held-out problems", rows)
+    return rows
 
 
 def replay(run: Path, step: int, overrides: list[str] | None, nproc: int | None) -> None:
@@ -86,8 +115,8 @@ def replay(run: Path, step: int, overrides: list[str] | None, nproc: int | None)
     settings = config.load(run / "config.yaml", [*(overrides or []), f"run={run}"])
     if settings.rollout.replay_routing:
         raise UserError(
-            f"rollout.replay_routing: true: {run} does not record its rollouts' experts, so that no step can be "
-            "replayed bit by bit; add rollout.replay_routing=false to replay it through the learner's own routers"
+            f"rollout.replay_routing: true, but {run} does not record the experts of its rollouts; add "
+            "rollout.replay_routing=false to replay the step with the learner's routers, which is not bit by bit"
         )
     start = recorded.find(run, step)
     ranks = provenance.read(run).get("ranks", settings.parallel.model_ranks)
@@ -95,12 +124,12 @@ def replay(run: Path, step: int, overrides: list[str] | None, nproc: int | None)
     parallel.check(settings.parallel, read_shape(settings.model.path))
     parallel.check_ranks(settings.parallel, world_size)
     if start < step - 1:
-        print(f"the checkpoint of step {step - 1} is gone: replaying the steps {start + 1} to {step}", file=sys.stderr)
+        print(f"replaying steps {start + 1} to {step}: step {step - 1} has no checkpoint", file=sys.stderr)
     rows = _start(recorded.replay, (settings, step, start), world_size, {})
     if not rows:
         return
     show_rows(f"step {step}, replayed from {f'the checkpoint of step {start}' if start else 'the start'}", rows)
-    differing = [row["figure"] for row in rows if not row["equal"]]
+    differing = [row["metric"] for row in rows if not row["equal"]]
     if differing and not overrides and world_size == ranks:
         raise RunError(f"replay: step {step} differs from its record in {', '.join(differing)}")
 
@@ -112,21 +141,27 @@ def _world_size(settings: Settings, nproc: int | None) -> int:
 
 
 def _start(run: Callable[..., Any], arguments: tuple[Any, ...], world_size: int, sizes: dict[str, Any]) -> Any:
-    """Run on every rank; what rank 0 returned, or this rank under a launcher."""
+    """Run on every rank. Returns what rank 0 returned or, under a launcher, what this rank did."""
     if parallel.under_launcher():
         return run(*arguments)
     show(sizes)
     return spawn(run, world_size, arguments)[0]
 
 
+def locate(settings: Settings) -> None:
+    """Replace Hub ids by files in the cache, in place, so that every rank reads the same. Raises UserError."""
+    settings.model.path = hub.model(settings.model.path, settings.model.weights == "pretrained")
+    settings.data.train = [file for each in settings.data.train for file in hub.data(each, "data.train")]
+    settings.data.eval = [file for each in settings.data.eval for file in hub.data(each, "data.eval")]
+
+
 def preflight(settings: Settings, world_size: int, resume: bool) -> ModelShape:
-    """Every refusal that needs no weights. Raises UserError; writes nothing."""
+    """Every check that needs no weights. Raises UserError; writes nothing."""
     if not (settings.model.path / "config.json").is_file():
-        raise UserError(f"model.path: {settings.model.path} holds no config.json")
+        raise UserError(f"model.path: {settings.model.path} has no config.json")
     for name, files in (("train", settings.data.train), ("eval", settings.data.eval)):
         for file in files:
-            if not file.is_file():
-                raise UserError(f"data.{name}: {file} does not exist{_near(file)}")
+            check_exists(file, f"data.{name}")
     shape = read_shape(settings.model.path)
     parallel.check(settings.parallel, shape)
     router.check(settings, shape)
@@ -137,14 +172,31 @@ def preflight(settings: Settings, world_size: int, resume: bool) -> ModelShape:
     steps.check_shaping(settings.reward, settings.rollout.max_response_tokens)
     plan.check(settings.rollout, load_tokenizer(settings.model.path))
     if not resume and (settings.run / "metrics.jsonl").exists():
-        raise UserError(
-            f"run: {settings.run} already holds a run; pass --resume to go on with it, or name another folder"
-        )
+        raise UserError(f"run: {settings.run} already has a run; add --resume to continue it, or name another folder")
     return shape
 
 
+def try_reward(settings: Settings, files: list[Path]) -> str:
+    """Grade a made-up response to the first problems of `files`, as the controller does; what came of it, in words.
+
+    Raises UserError if the function cannot be imported, takes other arguments, or gives no verdict at all.
+    """
+    answers = first_answers(files, 3) if parallel.launch_info().rank == 0 else []
+    if not answers:
+        return "not tried"
+    function = settings.reward.function
+    try:
+        with closing(Graders(function, workers=1, timeout=settings.reward.timeout)) as graders:
+            grades = [grade.result() for grade in [graders.submit(MADE_UP, answer) for answer in answers]]
+    except RunError as e:
+        raise UserError(f"reward.function: '{function}': {e}") from None
+    if all(grade.verdict in ("error", "timeout") for grade in grades):
+        raise UserError(f"reward.function: '{function}' fails on a made-up response: {grades[0].message}")
+    return f"{function}: {', '.join(grade.verdict for grade in grades)} for a made-up response"
+
+
 def derived(settings: Settings, shape: ModelShape, world_size: int) -> dict[str, Any]:
-    """What the settings amount to."""
+    """The sizes that follow from the settings, in words."""
     b, p = settings.batch, settings.parallel
     dp = world_size // p.model_ranks
     per_step = b.prompts_per_step * b.completions_per_prompt
@@ -172,7 +224,7 @@ def derived(settings: Settings, shape: ModelShape, world_size: int) -> dict[str,
 
 
 def weights(settings: Settings, shape: ModelShape) -> str:
-    """Where the first weights come from. Raises UserError unless the files hold what the map of names says."""
+    """Where the first weights come from. Raises UserError unless the files have exactly the model's tensors."""
     if settings.model.weights == "random":
         return "drawn from the seed"
     files = HfWeights(settings.model.path)
@@ -181,15 +233,10 @@ def weights(settings: Settings, shape: ModelShape) -> str:
 
 
 def prompts(settings: Settings) -> dict[str, str]:
-    """Read the data as a run would; what became of its rows. Raises UserError for the first that is malformed."""
+    """Read the data as a run would, and count its rows. Raises UserError for the first malformed row."""
     tokenizer, found = load_tokenizer(settings.model.path), {}
     for name in ("train", "eval"):
         if files := getattr(settings.data, name):
             _, report = read_prompts(files, tokenizer, settings.data, setting=f"data.{name}")
             found[f"data.{name}"] = str(report)
     return found
-
-
-def _near(file) -> str:
-    siblings = [f.name for f in file.parent.iterdir() if f.is_file()] if file.parent.is_dir() else []
-    return nearest(file.name, siblings) if siblings else ""

@@ -1,9 +1,9 @@
 """Every setting: typed, documented where it is declared, checked before anything is loaded.
 
-One YAML file plus `key=value` overrides (`rollout.early_exit.enabled=true`). Unknown keys are refused.
+A YAML file with a recipe and includes, plus `key=value` overrides. Unknown keys are refused.
 
-data.py, learner.py, rollout.py and algorithm.py hold the groups of settings, settings.py all of them; section.py says
-what a group is, checks.py what must fit together, reading.py how YAML becomes settings.
+Files: data, learner, rollout, algorithm (the groups) · settings (all of them, and the checks across groups) · section
+(what a group is) · reading (YAML to settings and back) · aliases (names elsewhere) · docs (`megarl settings`).
 """
 
 from megarl.config.algorithm import KL, Algorithm, Pruning, Reward

@@ -10,84 +10,98 @@ from megarl.config.section import Fraction, Natural, Positive, Rate, Section
 
 
 class Reward(Section):
+    """How responses are graded, and what is added to correctness."""
+
     function: str = "megarl.rewards.math:grade"
-    """`package.module:function(response: str, answer: str) -> bool | float | Verdict`."""
+    """The grader, as `package.module:function`. It takes `(response: str, answer: str)` and returns a bool, a number,
+    or `right`, `wrong`, `timeout` or `error`. The dry run tries it."""
     workers: Positive = 2
-    """Grader processes."""
+    """Grader processes. Raise it when `seconds_reward` is a large part of a step."""
     timeout: Annotated[float, Field(gt=0)] = 10.0
-    """Seconds a verdict may take before its worker is killed."""
+    """Seconds for one verdict. After that the worker is killed and the verdict is `timeout`."""
     shaping: Literal["none", "step_aware", "length_penalty", "overlong"] = "none"
-    """Step-GRPO's step-aware reward, a linear length penalty, or DAPO's soft overlong punishment."""
+    """What is added to correctness. `step_aware` is Step-GRPO's, `length_penalty` is linear, `overlong` is DAPO's soft
+    punishment."""
     alpha: Fraction = 0.9
-    """Share of correctness against format: R = alpha * acc + (1 - alpha) * fmt. 1 = correctness alone."""
+    """Weight of correctness: R = alpha * acc + (1 - alpha) * fmt. Set 1 to reward correctness alone."""
     beta: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
-    """Strength of the step-aware term."""
+    """Strength of the step-aware term. 0 turns it off."""
     step_mean: Literal["correct", "all"] = "correct"
-    """Over which completions of the group the mean step count is taken."""
-    markers: list[str] = ["Wait"]
-    """Step markers counted by the reward; the rollout has its own list."""
+    """Which completions of a group count for the mean number of steps. `correct` is the paper's, `all` is an
+    ablation."""
     length_penalty: Annotated[float, Field(ge=0.0)] = 0.0
-    """Reward taken off per response token (shaping = length_penalty)."""
+    """Reward subtracted per response token. Only read with `shaping: length_penalty`."""
     overlong_buffer: Natural = 4096
-    """Tokens before the limit over which the overlong punishment grows from 0 to 1 (shaping = overlong)."""
+    """Length in tokens of the zone before the budget where the punishment grows from 0 to 1. Only read with `shaping:
+    overlong`."""
 
 
 class KL(Section):
+    """The KL divergence from the starting model."""
+
     coef: Annotated[float, Field(ge=0.0)] = 0.0
-    """0 = no reference model is kept."""
+    """Weight of the KL term. With 0, no reference model is loaded."""
     estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Of the KL divergence from a token's log-probs: log ratio, half its square, or the unbiased one >= 0."""
+    """Estimate from a token's log-probs. `k1` is the log ratio, `k2` half its square, `k3` the unbiased one that is
+    never negative."""
     apply_to: Literal["loss", "reward"] = "loss"
-    """A term of the loss, or taken off the reward of a completion."""
+    """`loss` adds a term to the loss. `reward` subtracts it from each completion's reward."""
 
 
 class Algorithm(Section):
-    """Switches of the one loss function. A preset fills what is not set; see algorithms/presets.py."""
+    """The loss. A preset sets the switches below, and each one set here overrides the preset. See
+    algorithms/presets.py."""
 
     preset: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp"] = "grpo"
-    """The algorithm: a row of algorithms/presets.py."""
+    """The algorithm, by name."""
     advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp"] | None = None
-    """Group-normalised; group-centred; leave-one-out; centred in the group and normalised over the batch."""
+    """`grpo` normalises over the group. `dr_grpo` only subtracts the group's mean. `rloo` leaves one out.
+    `reinforce_pp` centres in the group and normalises over the batch. Default: the preset's."""
     ratio: Literal["token", "sequence", "cispo"] | None = None
-    """Importance ratio: per token (PPO), per sequence (GSPO), or clipped weight with stop-gradient (CISPO)."""
+    """Importance ratio per token (PPO), per sequence (GSPO), or as a clipped weight without gradient (CISPO). Default:
+    the preset's."""
     aggregation: Literal["token_mean", "sequence_mean", "constant"] | None = None
-    """What the summed loss is divided by."""
+    """What the summed loss is divided by: tokens, sequences, or `loss_divisor`. Default: the preset's."""
     loss_divisor: Positive | None = None
-    """Divisor of `constant` aggregation, in tokens; default: the response budget."""
+    """Divisor of `aggregation: constant`, in tokens. Default: `rollout.max_response_tokens`."""
     clip_low: Annotated[float, Field(ge=0.0)] | None = None
-    """Lower clip: the ratio is held above 1 - clip_low."""
+    """The ratio is clipped below 1 - clip_low. Default: the preset's."""
     clip_high: Annotated[float, Field(ge=0.0)] | None = None
-    """Upper clip: the ratio is held below 1 + clip_high."""
+    """The ratio is clipped above 1 + clip_high. Default: the preset's. Raise it to keep exploration alive."""
     dual_clip: Annotated[float, Field(gt=1.0)] | None = None
-    """Bound on the loss of negative advantages (off when unset)."""
+    """Bound on the loss of negative advantages, e.g. 3. Default: no bound."""
     tis_cap: Annotated[float, Field(gt=0.0)] | None = None
-    """Truncated importance sampling between rollout and training log-probs (off when unset)."""
+    """Cap of the importance weight between rollout and training log-probs, e.g. 2. Default: no such weight.
+    `async_steps` needs it."""
     entropy_coef: Annotated[float, Field(ge=0.0)] = 0.0
-    """Strength of the entropy bonus; 0 = off."""
+    """Weight of the entropy bonus. 0 turns it off."""
     kl: KL = KL()
     dynamic_sampling: bool | None = None
-    """DAPO: leave out groups whose rewards are all equal and draw further prompts in their place."""
+    """Replace groups whose rewards are all equal by fresh prompts, as DAPO does. Default: the preset's."""
     old_logprobs: Literal["auto", "recompute", "rollout"] = "auto"
-    """Denominator of the ratio. `auto`: the policy's own when a step has one update, else recomputed."""
+    """Log-probs under the ratio. `auto` recomputes them only when a step has several updates. `rollout` takes the
+    engine's."""
 
 
 class Pruning(Section):
-    """DPPO, dynamic pruning policy optimization (arXiv 2603.04135). Rates of 0 switch it off."""
+    """DPPO, dynamic pruning policy optimization (arXiv 2603.04135). Rates of 0 turn it off."""
 
     prompts: Rate = 0.0
-    """r_q: chance that a prompt of below-mean history is left out before the rollout."""
+    """r_q: chance to skip a prompt whose past advantages are below the mean. It needs data that is read more than
+    once."""
     completions: Rate = 0.0
-    """r_o: chance that a completion of below-mean |advantage| is left out before training."""
+    """r_o: chance to drop a completion whose |advantage| is below its group's mean. It saves training time, not rollout
+    time."""
     sampling: Literal["bernoulli", "fixed"] = "bernoulli"
-    """Independent draws, or exactly floor(rate * n) of the low class."""
+    """`bernoulli` draws each one independently. `fixed` drops exactly floor(rate * n) of the low ones."""
     selection: Literal["random_low", "proportional", "deterministic"] = "random_low"
-    """`proportional` keeps the low ones with chance score / mean score, at least 1 - rate: less added variance.
-    `deterministic` drops the lowest: an ablation, biased."""
+    """Which low ones go. `random_low` gives all the same chance. `proportional` keeps one with chance score / mean, at
+    least 1 - rate, which adds less variance. `deterministic` drops the lowest: an ablation, biased."""
     drop_zero_variance: bool = True
-    """Leave out groups whose rewards are all equal when there is no KL or entropy term (exact then)."""
+    """Drop groups whose rewards are all equal. This happens only without KL and entropy terms, where it is exact."""
     refill: bool = True
-    """Draw further prompts for the pruned ones, so that each step rolls out prompts_per_step."""
+    """Draw fresh prompts for the skipped ones, so that each step rolls out `batch.prompts_per_step`."""
     until_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """No pruning after this share of the run."""
+    """Prune only during this share of the run. With 1, prune to the end."""
     min_effective: Fraction = 0.25
     """Warn when the effective sample size falls below this share of the kept samples."""

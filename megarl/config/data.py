@@ -11,31 +11,35 @@ from megarl.config.section import Positive, Section
 
 
 class Data(Section):
+    """The problems. Columns are found by name, e.g. `problem` or `prompt`, and `answer`."""
+
     train: list[Path]
-    """JSONL, JSON or Parquet files of problems, in the hub's layouts."""
+    """JSONL, JSON or Parquet files of problems. `hf://datasets/OWNER/NAME/FILE` is read from the Hugging Face Hub; FILE
+    may contain `*`."""
     eval: list[Path] = []
-    """Held-out problems."""
+    """Held-out problems, in the same formats. Default: no evaluation."""
     chat_template: Literal["auto", "none"] = "auto"
-    """`auto` applies the tokenizer's chat template when it has one; `none` tokenises the prompt as it is."""
+    """`auto` applies the tokenizer's chat template if it has one. `none` tokenizes the prompt as it is."""
     system_prompt: str | None = None
-    """Prepended as a system message when the chat template is used."""
+    """System message before every prompt. It needs a chat template. Default: the data's own, if any."""
     max_prompt_tokens: Positive = 2048
-    """Longer prompts are left out, and counted."""
+    """Prompts with more tokens are skipped and counted."""
     shuffle: bool = True
-    """A new order every epoch, from the seed."""
+    """Shuffle every epoch, from the seed. With false, prompts come in the files' order."""
 
 
 class Batch(Section):
-    """The three sizes. Everything else is derived from them and printed at start."""
+    """The three sizes of a step and the size of a row. Everything else follows from them and is printed at start."""
 
     prompts_per_step: Positive = 512
     """Prompts rolled out per step."""
     completions_per_prompt: Annotated[int, Field(ge=2)] = 8
-    """Group size G."""
+    """Completions per prompt, the group size G."""
     prompts_per_update: Positive | None = None
-    """Prompts per optimizer update; default: all of the step (exactly on-policy)."""
+    """Prompts per optimizer update; it must divide `prompts_per_step`. Default: all of them, which is exactly
+    on-policy."""
     tokens_per_row: Positive = 16384
-    """Capacity of one packed row, and so of one micro-batch, in tokens."""
+    """Tokens in one packed row, and so in one micro-batch. Lower it when training runs out of memory."""
 
     @property
     def updates_per_step(self) -> int:
@@ -43,7 +47,10 @@ class Batch(Section):
 
 
 class Packing(Section):
+    """How sequences are packed into rows."""
+
     strategy: Literal["dense", "none", "sorted", "first_fit"] = "dense"
-    """`dense`: Dense Prompt Packing; `none`: one sequence a row; `sorted` and `first_fit`: decreasing length."""
+    """`dense` is DPPO's packing. `none` puts one sequence in a row. `sorted` and `first_fit` go by decreasing
+    length."""
     window: Positive = 256
-    """Pending items that dense packing looks at."""
+    """Sequences that dense packing chooses from. Larger windows fill rows better."""

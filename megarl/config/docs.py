@@ -1,25 +1,38 @@
-"""Every setting with its type, default and documentation, read from config/: `megarl settings`."""
+"""Every setting with its type, default and documentation, and every recipe, for `megarl settings`."""
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
+import yaml
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
-from megarl.config import Section, Settings
+from megarl.config import Section, Settings, reading
 from megarl.errors import UserError, nearest
 
 REQUIRED = object()
 PREFACE = """\
 # Settings
 
-One YAML file and `key=value` overrides. An unknown key is refused, and the nearest known one named. This page is what
-`megarl settings` prints, read from [megarl/config](../megarl/config); `megarl settings NAME` prints a part of it.
+A run has one YAML file, plus `key=value` overrides on the command line. An unknown key is refused, and the message
+names the right one, also for names of TRL, verl, slime, NeMo-RL, OpenRLHF, AReaL and prime-rl. Two more keys of a YAML
+file start from other settings:
+
+- `recipe: step_grpo+dppo` starts from shipped ones ([megarl/recipes](../megarl/recipes)). `megarl settings --recipe
+  NAME` prints one.
+- `include: [base.yaml]` starts from other files, relative to this one.
+
+A file wins over its includes, later includes win over earlier ones, and all win over the recipe. Sections merge; lists
+are replaced. The run directory's `config.yaml` has the result, complete.
+
+This page is the output of `megarl settings`, made from [megarl/config](../megarl/config). `megarl settings NAME` prints
+one section or setting.
 
 """
 _BOUNDS: dict[type, Sequence[tuple[str, str]]] = {
@@ -32,7 +45,7 @@ _BOUNDS: dict[type, Sequence[tuple[str, str]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One setting. `default` is `REQUIRED` where there is none."""
+    """One setting. `default` is `REQUIRED` if it has none."""
 
     key: str  # dotted, as in an override
     kind: str  # its type in words, bounds included
@@ -61,7 +74,7 @@ def groups(section: type[Section] = Settings, key: str = "") -> Iterator[Group]:
 
 
 def text(value: Any) -> str:
-    """A value as one writes it in YAML."""
+    """A value as it stands in YAML."""
     if isinstance(value, tuple | list):
         return "[" + ", ".join(text(v) for v in value) + "]"
     if value is None or isinstance(value, bool):
@@ -72,7 +85,7 @@ def text(value: Any) -> str:
 
 
 def markdown(below: str | None = None) -> str:
-    """The reference; with `below`, of that section or setting alone. Raises UserError for an unknown name."""
+    """The reference, or only the section or setting `below`. Raises UserError for an unknown name."""
     found = [g for g in groups() if below is None or f"{g.key}.".startswith(f"{below}.")]
     if not found:
         found = [
@@ -84,6 +97,24 @@ def markdown(below: str | None = None) -> str:
         names = [name for g in groups() for name in (g.key, *(s.key for s in g.settings))]
         raise UserError(f"settings: there is none called '{below}'{nearest(str(below), names)}")
     return "\n".join(_chapter(g) for g in found)
+
+
+def recipe(name: str) -> str:
+    """The settings of a recipe as YAML, each with the first sentence of its documentation. Raises UserError."""
+    meanings = {s.key: s.doc.partition(". ")[0].removesuffix(".") for g in groups() for s in g.settings}
+
+    def lines(tree: dict[str, Any], prefix: str, indent: str) -> Iterator[str]:
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                yield f"{indent}{key}:"
+                yield from lines(value, f"{prefix}{key}.", indent + "  ")
+            else:
+                style = '"' if isinstance(value, str) and "\n" in value else None
+                written = yaml.safe_dump([value], default_flow_style=True, default_style=style, width=math.inf)
+                written = written.strip()[1:-1]
+                yield f"{indent}{key}: {written}  # {meanings[prefix + key]}"
+
+    return "\n".join([f"# recipe: {name}", *lines(reading.recipe(name), "", "")]) + "\n"
 
 
 def _chapter(group: Group) -> str:
@@ -111,7 +142,7 @@ def _setting(key: str, field: FieldInfo) -> Setting:
 
 
 def _kind(annotation: Any, metadata: Any = ()) -> str:
-    """Types as a reader of YAML knows them."""
+    """A type in the words of YAML."""
     bounds = ", ".join(f"{sign} {getattr(m, name):g}" for m in metadata for sign, name in _BOUNDS.get(type(m), ()))
     origin, arguments = get_origin(annotation), get_args(annotation)
     if hasattr(annotation, "__metadata__"):  # Annotated inside an Optional

@@ -1,7 +1,8 @@
-"""From a YAML file and `key=value` overrides to settings, and back; mistakes are told one line each."""
+"""From YAML files and `key=value` overrides to settings, and back. Each mistake is reported on one line."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
@@ -9,77 +10,160 @@ from typing import Any, get_args
 import yaml
 from pydantic import ValidationError
 
+from megarl.config import aliases
 from megarl.config.settings import Settings
 from megarl.errors import UserError, nearest
 
+RECIPES = Path(__file__).parents[1] / "recipes"
+COMPOSING = ("recipe", "include")  # keys of a YAML file that name further files
 
-def load(path: Path, overrides: list[str] | None = None) -> Settings:
-    """Read a YAML file, apply `key=value` overrides and validate; relative paths are taken from the working directory.
+Tree = dict[str, Any]
 
-    Raises UserError, one line a mistake, naming the setting and a valid value.
+
+def load(path: Path | str, overrides: list[str] | None = None) -> Settings:
+    """Read a YAML file with its recipe and includes, apply `key=value` overrides, validate.
+
+    A file comes over its includes, later includes over earlier ones, all of them over the recipe. Sections merge;
+    everything else, lists too, is replaced. Included files are relative to the file that includes them, and all other
+    paths to the working directory. Raises UserError, one line a mistake, naming the setting and a valid value.
     """
-    if not path.is_file():
-        raise UserError(f"config: {path} does not exist")
-    try:
-        tree = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as e:
-        raise UserError(f"config: {path} is not YAML: {' '.join(str(e).split())}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"config: {path} holds a {type(tree).__name__}, not settings")
-    for text in overrides or []:
-        _override(tree, text)
-    return parse(tree)
+    path = Path(path)
+    tree = _read(path)
+    pairs = [(text, *_pair(text)) for text in overrides or []]
+    tree.update({key: value for _, key, value in pairs if key in COMPOSING})
+    tree = _composed(tree, path)
+    for text, key, value in pairs:
+        if key not in COMPOSING:
+            _override(tree, text, key, value)
+    return _validated(tree)
 
 
-def parse(tree: dict[str, Any]) -> Settings:
-    """Validate a tree of settings; raises UserError."""
-    try:
-        return Settings.model_validate(tree)
-    except ValidationError as e:
-        raise UserError("\n".join(_line(error) for error in e.errors())) from None
+def parse(tree: Tree) -> Settings:
+    """Validate a tree of settings. Includes are relative to the working directory. Raises UserError."""
+    return _validated(_composed(tree, Path("settings")))
 
 
 def dump(settings: Settings) -> str:
-    """The resolved settings as YAML."""
+    """The resolved settings as YAML, with nothing left to include."""
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
 
 
-def _override(tree: dict[str, Any], text: str) -> None:
-    key, equals, value = text.partition("=")
+def recipe(name: str) -> Tree:
+    """The settings of a recipe: a file of megarl/recipes, or several joined by `+`. Raises UserError."""
+    return _composed({"recipe": name}, Path("settings"))
+
+
+def _validated(tree: Tree) -> Settings:
+    try:
+        return Settings.model_validate(tree)
+    except ValidationError as e:
+        raise UserError("\n".join(line for error in e.errors() for line in _lines(error))) from None
+
+
+def _read(path: Path, included_by: Path | None = None) -> Tree:
+    name = f"{included_by}: include: {path}" if included_by else f"config: {path}"
+    if not path.is_file():
+        there = [f.name for f in path.parent.glob("*.yaml")]
+        raise UserError(f"{name} does not exist{nearest(path.name, there) if there else ''}")
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as e:
+        raise UserError(f"{name} is not YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{name} is a {type(tree).__name__}, not a mapping of settings")
+    return tree
+
+
+def _composed(tree: Tree, file: Path, outer: tuple[Path, ...] = ()) -> Tree:
+    """`tree`, as read from `file`, over its recipe and its includes; `outer` are the files that include `file`."""
+    names, include = tree.get("recipe"), tree.get("include", [])
+    if names is not None and not isinstance(names, str):
+        raise UserError(f"recipe: {names!r} is not a name; write e.g. recipe: step_grpo+dppo")
+    if not isinstance(include, list) or not all(isinstance(each, str) for each in include):
+        raise UserError(f"include: {include!r} is not a list of files; write e.g. include: [base.yaml]")
+    chain, made = (*outer, file), Tree()
+    for each in [
+        *(_recipe_file(name) for name in (names.split("+") if names is not None else ())),
+        *(file.parent / i for i in include),
+    ]:
+        if each.resolve() in [other.resolve() for other in chain]:
+            raise UserError(f"include: {' includes '.join(map(str, (*chain, each)))}: a circle; remove one of these")
+        made = _merged(made, _composed(_read(each, file), each, chain))
+    return _merged(made, {key: value for key, value in tree.items() if key not in COMPOSING})
+
+
+def _recipe_file(name: str) -> Path:
+    known = [file.stem for file in RECIPES.glob("*.yaml")]
+    if name.strip() not in known:
+        raise UserError(f"recipe: there is none called '{name.strip()}'{nearest(name, known)}")
+    return RECIPES / f"{name.strip()}.yaml"
+
+
+def _merged(below: Tree, above: Tree) -> Tree:
+    both = {k for k in below.keys() & above.keys() if isinstance(below[k], dict) and isinstance(above[k], dict)}
+    return below | above | {key: _merged(below[key], above[key]) for key in both}
+
+
+def _pair(text: str) -> tuple[str, Any]:
+    key, equals, written = text.partition("=")
+    if key.startswith("-"):  # an option of another trainer, or one of ours misspelled
+        key = key.lstrip("-")
+        raise UserError(
+            f"{text}: {aliases.answer(key) or 'is not an option; settings are written key=value, without dashes'}"
+        )
     if not equals or not key:
         raise UserError(f"override: '{text}' is not of the form key=value")
-    *parents, leaf = key.split(".")
-    node = tree
-    for name in parents:
-        node = node.setdefault(name, {})
-        if not isinstance(node, dict):
-            raise UserError(f"override: '{key}': '{name}' holds a value, not settings")
-    try:
-        node[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        node[leaf] = value
-    # YAML 1.1 reads "1e-4" as a string; people mean the number.
-    if isinstance(node[leaf], str):
+    value: Any = written
+    with suppress(yaml.YAMLError):
+        value = yaml.safe_load(written)
+    if isinstance(value, str):  # YAML 1.1 reads "1e-4" as a string; people mean the number
         with suppress(ValueError):
-            node[leaf] = float(value)
+            value = float(written)
+    return key, value
 
 
-def _line(error: Any) -> str:
-    """One pydantic error as one line."""
+def _override(tree: Tree, text: str, key: str, value: Any) -> None:
+    *parents, leaf = key.split(".")
+    for name in parents:
+        tree = tree.setdefault(name, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"override: '{text}': {name} has a value, not settings below it")
+    tree[leaf] = value
+
+
+def _lines(error: Any) -> list[str]:
+    """One pydantic error as one line; an unknown section as one line for each of its settings that has a name here."""
     location = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        return f"{location}: unknown setting{nearest(str(error['loc'][-1]), _fields_at(error['loc'][:-1]))}"
+        return _unknown(location, error["input"])
     if error["type"] == "missing":
-        return f"{location}: is required"
+        return [f"{location}: is required"]
     message = str(error["msg"]).removeprefix("Value error, ")
-    return f"{location}: {error['input']!r}: {message}" if location else message
+    return [f"{location}: {error['input']!r}: {message}" if location else message]
 
 
-def _fields_at(location: tuple[Any, ...]) -> list[str]:
-    section: Any = Settings
-    for name in location:
-        annotation = section.model_fields[name].annotation
-        section = next((a for a in (annotation, *get_args(annotation)) if hasattr(a, "model_fields")), None)
-        if section is None:
-            return []
-    return list(section.model_fields)
+def _unknown(key: str, value: Any) -> list[str]:
+    if answers := _answers(key, value):
+        return answers
+    section, _, name = key.rpartition(".")
+    below = [k.removeprefix(f"{section}.") for k in known() if not section or k.startswith(f"{section}.")]
+    elsewhere = [k for k in known() if k.endswith(f".{name}")]
+    hint = f" (did you mean '{elsewhere[0]}'?)" if elsewhere else nearest(name, {k.split(".")[0] for k in below})
+    return [f"{key}: unknown setting{hint}"]
+
+
+def _answers(key: str, value: Any) -> list[str]:
+    """What the settings below an unknown section are called here; if none of them is known, the section itself."""
+    inner = value.items() if isinstance(value, dict) else ()
+    below = [line for name, each in inner for line in _answers(f"{key}.{name}", each)]
+    found = aliases.answer(key)
+    return below or ([f"{key}: {found}"] if found else [])
+
+
+def known(section: Any = Settings, prefix: str = "") -> Iterator[str]:
+    """Every setting and section, dotted."""
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        for annotation in (field.annotation, *get_args(field.annotation)):
+            if hasattr(annotation, "model_fields"):
+                yield from known(annotation, f"{prefix}{name}.")

@@ -5,121 +5,130 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from megarl.config.section import Fraction, Natural, Positive, Section
 
 
 class EarlyExit(Section):
-    """Step-GRPO's dynamic truncated rollout (arXiv 2604.16890); defaults are the paper's. See rollout/early_exit."""
+    """Step-GRPO's early exit (arXiv 2604.16890); the defaults are the paper's. See rollout/early_exit."""
 
     enabled: bool = False
-    """Truncate training rollouts at step markers. Evaluation never exits early."""
+    """Probe at step markers and end the thought once a probe is confident. Only training rollouts do this, never
+    evaluation."""
     markers: list[str] = ["Wait"]
-    """Stand-alone words that begin a new reasoning step."""
+    """Stand-alone words that begin a new reasoning step. Early exit probes at them, and the step-aware reward counts
+    them."""
     think_end: str = "</think>"
-    """Closes the thought; one token of the tokenizer, or several."""
+    """Text that ends the thought. It may be one token or several."""
     inducer: str | None = None
-    """Appended to the finished steps to ask for a trial answer; default: the variant's."""
+    """Text added after the finished steps to ask for a trial answer. Default: the variant's."""
     closing: str = "\n</think>\n\n"
-    """Inserted when the thought is ended early or runs out of budget."""
+    """Text inserted when a thought ends early or runs out of budget."""
     probe_tokens: Annotated[int, Field(ge=2)] = 20
-    """Longest trial answer."""
+    """Longest trial answer, in tokens. Raise it if answers are long."""
     threshold: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
-    """Exit when the confidence is strictly greater."""
+    """Exit when the confidence is above this. Lower values exit more often."""
     strict: bool = True
-    """Confidence is 0 unless the trial answer ends with `think_end`."""
+    """Give confidence 0 to a trial answer that does not end with `think_end`."""
     averaging: Literal["geometric", "arithmetic"] = "geometric"
-    """Mean over the probabilities of the trial's tokens, the first left out (DEER, arXiv 2504.15895, takes the
-    arithmetic one for R1-distilled models)."""
-    refuse_early: bool = True
-    """End a trial answer as soon as no rest of it could lift its mean over the threshold: the same exits for fewer
-    tokens. A trial ended so has the confidence of the tokens it had. `local` only (servers tell log-probs at the end),
-    and for geometric averaging."""
+    """Mean over the probabilities of the trial's tokens, without the first. DEER (arXiv 2504.15895) uses `arithmetic`
+    for R1-distilled models."""
+    reject_early: bool = True
+    """Stop a probe once its confidence can no longer reach the threshold. The exits are the same, for fewer tokens.
+    Only for `engine: local` and geometric averaging."""
     probe_temperature: Annotated[float, Field(ge=0.0)] = 0.0
-    """0 = greedy, as released; DEER samples at 1."""
+    """Temperature of trial answers. 0 is greedy, as in the released code. DEER uses 1."""
     thinking_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.9
     """Share of the response budget that the thought may use."""
     near_budget: Natural = 50
-    """At a marker with at most so many thinking tokens left, exit without asking."""
+    """At a marker with at most this many thinking tokens left, exit without a probe."""
     max_probes: Natural = 10
-    """After so many declined probes the completion runs free."""
+    """Stop probing a completion after this many probes that did not exit."""
     repetition_limit: Positive = 3
-    """End the thought at so many steps that had the same set of words as the step before them."""
+    """End the thought when this many steps repeat the words of the step before."""
     exit_fraction: Fraction = 1.0
-    """Share of each group that may exit early; the others are generated plainly, to be compared with (ours)."""
+    """Share of each group that may exit early. The rest is generated plainly, for comparison."""
     schedule: Literal["blocking", "speculative"] = "blocking"
-    """`speculative` runs the probe beside the continuation and aborts the loser."""
+    """`blocking` waits for each probe. `speculative` keeps thinking during the probe and aborts the loser."""
     variant: Literal["released", "paper_text"] = "released"
-    """`released`: inducer "\\n**Final Answer**\\n\\\\boxed", the trial answer is discarded and the answer sampled.
-    `paper_text`: inducer "</think> The final answer is", the trial answer, up to the end of text, is the output."""
+    """What follows a probe. `released` asks with "\\n**Final Answer**\\n\\\\boxed", discards the trial answer and
+    samples an answer. `paper_text` asks with "</think> The final answer is" and keeps the trial answer."""
+
+    @field_validator("markers")
+    @classmethod
+    def _can_mark(cls, markers: list[str]) -> list[str]:
+        if not markers or not all(marker.strip() for marker in markers):
+            raise ValueError("needs at least one marker, none of them blank; the paper's is ['Wait']")
+        return markers
 
     @property
     def trial_inducer(self) -> str:
-        """The inducer in force."""
+        """The inducer, with the variant's default filled in."""
         if self.inducer is not None:
             return self.inducer
         return "\n**Final Answer**\n\\boxed" if self.variant == "released" else "</think> The final answer is"
 
 
 class Servers(Section):
-    """Rollout servers (SGLang, vLLM): started by megarl, or already running."""
+    """Engine servers (SGLang, vLLM, or `megarl serve`): started by megarl, or already running."""
 
     count: Positive = 1
     """Servers to start on this machine."""
     addresses: list[str] = []
-    """`http://host:port` of running servers; empty = start `count` of them."""
+    """`http://host:port` of running servers. If empty, megarl starts `count` servers."""
     python: Path | None = None
-    """Interpreter of the engine's own environment; default: `.engines/<engine>/bin/python`."""
+    """Python interpreter of the engine's environment. Default: `.engines/<engine>/bin/python`."""
     flags: list[str] = []
-    """Passed through to the server."""
+    """Further arguments of the server, one list item per word."""
     api_key_env: str | None = None
-    """Environment variable that holds the API key; never written to logs."""
+    """Environment variable with the API key. The key is never logged."""
     start_timeout: Annotated[float, Field(gt=0)] = 600.0
     """Seconds for a server to become healthy."""
     request_timeout: Annotated[float, Field(gt=0)] = 1800.0
     """Seconds for one request, retries included."""
     attempt_timeout: Annotated[float, Field(gt=0)] = 900.0
-    """Seconds for one attempt at a request, before it is redone elsewhere."""
+    """Seconds for one attempt at a request. After that another server gets it."""
     restarts: Natural = 3
-    """How often one server may be started again (or awaited, when megarl did not start it) before it is given up."""
+    """Maximum restarts per server. For servers that megarl did not start: maximum reconnects."""
     concurrency: Positive = 256
-    """Requests in flight per server."""
+    """Maximum requests in flight per server."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """What started servers run on; `auto` = CUDA where the trainer sees a GPU."""
+    """Device of started servers. `auto` is CUDA if the trainer sees a GPU."""
     weight_transport: Literal["auto", "disk", "tensor", "distributed"] = "auto"
-    """How weights travel; `auto` takes the fastest that the engine can do here."""
+    """How weights reach the servers. `auto` takes the fastest way that works here."""
 
 
 class Rollout(Section):
+    """How responses are generated for training."""
+
     engine: Literal["local", "sglang", "vllm"] = "local"
-    """`local` is embedded in the learner ranks, or served by `megarl serve` where `servers.addresses` names servers:
-    small models, no second environment."""
+    """`local` runs inside the learner ranks and suits small models. `sglang` and `vllm` run as servers. With
+    `servers.addresses`, `local` is a server too."""
     max_response_tokens: Positive = 16384
-    """Response budget, thought and answer together."""
+    """Response budget in tokens, thought and answer together."""
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
-    """Of training rollouts; log-probs are taken at it."""
+    """Sampling temperature of training rollouts. Training log-probs use it too."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Nucleus of training rollouts; 1 = all, which keeps sampling and training the same distribution."""
+    """Nucleus of training rollouts. Keep 1, so that training sees the distribution that was sampled."""
     top_k: Natural = 0
-    """0 = all."""
+    """Sample from the k likeliest tokens. 0 means all."""
     local_max_sequences: Positive = 64
-    """Sequences that one `local` engine decodes at a time."""
+    """Sequences that one `local` engine decodes at once. Lower it to save memory."""
     timeout: Annotated[float, Field(gt=0)] = 3600.0
-    """Seconds for the rollout of one step."""
+    """Seconds for the rollouts of one step."""
     partial: bool = False
-    """With async_steps: completions under way at a weight update go on under the new weights, each span of tokens with
-    its own version; else the update waits for them."""
+    """Let unfinished completions continue under new weights after an update. Each span of tokens keeps its weight
+    version. It needs `async_steps`."""
     mismatch_limit: Annotated[float, Field(gt=0)] = 0.5
-    """Mean |train - rollout| log-prob over a step above which the run stops; with async_steps it holds the drift of the
-    policy since the rollout too."""
+    """Stop the run when the mean |train - rollout| log-prob of a step exceeds this. With `async_steps` it includes the
+    policy's drift."""
     canary_limit: Annotated[float, Field(gt=0)] = 0.1
-    """Largest |engine - learner| log-prob of a canary token after a weight sync; beyond it the run stops. For tokens
-    below -1 nat it grows in proportion to their log-prob, as rounding does. A learner in FP8 computes the canary in
-    bf16, as engines do."""
+    """Stop the run when a canary token's log-probs in engine and learner differ by more than this after a weight sync.
+    Below -1 nat the limit grows with the log-prob, as rounding does."""
     replay_routing: bool = False
-    """Train every token through the experts that it passed through in the rollout (mixture-of-experts models; SGLang
-    and the embedded engine). Takes 2 bytes a token, layer and chosen expert in every learner rank's memory."""
+    """Train each token through the experts that it used in the rollout. For mixture-of-experts models on `sglang` or
+    the embedded engine. It takes 2 bytes per token, layer and chosen expert."""
     early_exit: EarlyExit = EarlyExit()
     servers: Servers = Servers()
 
@@ -130,15 +139,17 @@ class Rollout(Section):
 
 
 class Evaluation(Section):
+    """Accuracy and length on `data.eval`, by plain generation."""
+
     every: Natural = 20
-    """Steps between evaluations; 0 = only before the first and after the last step."""
+    """Steps between evaluations. With 0, only before the first and after the last step."""
     temperature: Annotated[float, Field(ge=0.0)] = 0.6
-    """0 = greedy."""
+    """Sampling temperature. 0 is greedy."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
-    """Nucleus of evaluation; 1 = all."""
+    """Nucleus; 1 means all tokens."""
     samples: Positive = 1
-    """Completions per held-out problem."""
+    """Completions per held-out problem. Raise it when the held-out set is small."""
     max_response_tokens: Positive | None = None
-    """Default: the rollout's."""
+    """Response budget in tokens. Default: `rollout.max_response_tokens`."""
     limit: Positive | None = None
-    """Evaluate on the first N held-out problems only; default: all."""
+    """Evaluate on the first N held-out problems only. Default: all."""

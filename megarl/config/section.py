@@ -1,4 +1,4 @@
-"""What every group of settings is, and the kinds of numbers that settings take."""
+"""The base class of all groups of settings, and the kinds of numbers in them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Section(BaseModel):
-    """A group of settings; unknown keys are refused by `load`, with the nearest known one named."""
+    """A group of settings. `load` refuses unknown keys and names the nearest known one."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)

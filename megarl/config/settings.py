@@ -15,21 +15,20 @@ from megarl.config.section import Natural, Positive, Section
 
 
 class Settings(Section):
-    """A whole run."""
+    """The settings of a whole run."""
 
     run: Path
-    """The run directory: config, metrics, rollouts, checkpoints, report."""
+    """The run directory. Resolved settings, metrics, rollouts, checkpoints and the report go there."""
     seed: int = 0
-    """Of every draw: order, sampling, pruning, random weights. The same seed repeats a run."""
+    """Seed of data order, sampling, pruning and random weights. The same seed repeats a run."""
     steps: Positive = 100
-    """Training steps; one rollout each."""
+    """Training steps. Each has one rollout and one or more updates."""
     trackers: list[Literal["wandb", "mlflow"]] = []
-    """Services that get the figures too, beside `metrics.jsonl` and TensorBoard: `pip install 'megarl[wandb,mlflow]'`.
-    Their own environment variables say where: `WANDB_PROJECT`, `MLFLOW_TRACKING_URI` (a server's: a database of its own
-    needs MLflow's full package) and so on."""
+    """Services that get the metrics too, after `pip install 'megarl[wandb,mlflow]'`. Their environment variables say
+    where, e.g. `WANDB_PROJECT` or `MLFLOW_TRACKING_URI`. A local MLflow database needs the full mlflow package."""
     async_steps: Natural = 0
-    """So many steps' rollouts go on while one trains; 0 = strictly on-policy. No trained token is staler than so many
-    updates; `algorithm.tis_cap` weighs the difference. More than 1 needs `rollout.partial`."""
+    """How many steps ahead rollouts may run. With N, no trained token is more than N updates old. 0 is strictly
+    on-policy. It needs `algorithm.tis_cap`, and above 1 `rollout.partial`."""
     model: Model
     data: Data
     parallel: Parallel = Parallel()
@@ -45,9 +44,9 @@ class Settings(Section):
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
     collective_timeout: Annotated[float, Field(gt=0)] = 1800.0
-    """Seconds a collective between ranks may take before the run ends and says which."""
+    """Seconds for one collective between ranks. After that the run ends and names the collective."""
     heartbeat_timeout: Annotated[float, Field(gt=0)] = 300.0
-    """Seconds without a sign of life after which a rank counts as stopped, or its node as lost, and the run ends."""
+    """Seconds without a sign of life before a rank or its node counts as lost and the run ends."""
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
@@ -78,7 +77,7 @@ def _check_batch(settings: Settings) -> None:
         nearest_valid = _nearest_divisor(b.prompts_per_step, b.prompts_per_update)
         raise ValueError(
             f"batch.prompts_per_update: {b.prompts_per_update} does not divide prompts_per_step "
-            f"{b.prompts_per_step}; the nearest that does is {nearest_valid}"
+            f"{b.prompts_per_step}; the nearest valid value is {nearest_valid}"
         )
 
 
@@ -92,65 +91,63 @@ def _check_experts(settings: Settings) -> None:
 
 
 def _check_routing(settings: Settings) -> None:
-    """Of the experts' choice, which auxiliary losses and replay look into."""
+    """What auxiliary losses and replayed routing need."""
     rollout, replay = settings.rollout, settings.rollout.replay_routing
     if (settings.experts.auxiliary or replay) and "moe" in settings.parallel.recomputed:
         raise ValueError(
-            "parallel.recompute_modules: moe loses track of the row that auxiliary losses and replayed routing are "
-            "of; take it out, or set recompute: full"
+            "parallel.recompute_modules: moe hides the row that auxiliary losses and replayed routing need; remove it, "
+            "or set recompute: full"
         )
     if replay and not (rollout.embedded or rollout.engine == "sglang"):
         engine = {
             "local": "a served local engine does not report its experts",
-            "vllm": "vllm reports its experts only with Triton, which no CPU here has, and was never asked for them",
+            "vllm": "vllm reports its experts only with Triton, and megarl does not read them",
         }[rollout.engine]
         raise ValueError(
-            f"rollout.replay_routing: true, but {engine}; set rollout.engine: sglang, or local without "
-            "servers.addresses, or false"
+            f"rollout.replay_routing: true, but {engine}; set it to false, or set rollout.engine: sglang, or local "
+            "without servers.addresses"
         )
     if replay and rollout.partial:
         raise ValueError(
-            "rollout.replay_routing: true, but with rollout.partial one completion has the experts of several "
-            "weights; set one of them to false"
+            "rollout.replay_routing: true, but with rollout.partial several weights choose the experts of one "
+            "completion; set one of the two to false"
         )
 
 
 def _check_optimizer(settings: Settings) -> None:
     o = settings.optimizer
     if o.min_lr > o.lr:
-        raise ValueError(f"optimizer.min_lr: {o.min_lr:g} is above lr; at most {o.lr:g}")
+        raise ValueError(f"optimizer.min_lr: {o.min_lr:g} is above lr; set at most {o.lr:g}")
 
 
 def _check_pruning(settings: Settings) -> None:
     p = settings.pruning
     if p.selection == "proportional" and p.sampling == "fixed":
-        raise ValueError("pruning.sampling: fixed has one chance for all, proportional one for each; set bernoulli")
+        raise ValueError("pruning.sampling: fixed cannot go with selection proportional; set bernoulli")
 
 
 def _check_asynchrony(settings: Settings) -> None:
-    """Of rollouts that run ahead of training."""
+    """What rollouts that run ahead of training need."""
     a, partial = settings.async_steps, settings.rollout.partial
     if a and settings.algorithm.tis_cap is None and settings.algorithm.old_logprobs != "rollout":
         raise ValueError(
-            f"algorithm.tis_cap: unset, but with async_steps {a} older weights sample what is trained; set e.g. 2"
+            f"algorithm.tis_cap: unset, but with async_steps {a} older weights sample the completions; set e.g. 2"
         )
     if a > 1 and not partial:
         raise ValueError(
-            f"async_steps: {a} needs rollout.partial: true, for a weight update that waits for whole completions "
-            "leaves nothing to roll out further ahead; else at most 1"
+            f"async_steps: {a} needs rollout.partial: true; without it weight updates wait for whole completions, and "
+            "at most 1 is possible"
         )
     if partial and not a:
-        raise ValueError("rollout.partial: true does nothing with async_steps 0; set that to 1 or more")
+        raise ValueError("rollout.partial: true does nothing with async_steps 0; set async_steps to 1 or more")
 
 
 def _check_early_exit(settings: Settings) -> None:
     e, budget = settings.rollout.early_exit, settings.rollout.max_response_tokens
-    if e.enabled and not e.markers:
-        raise ValueError("rollout.early_exit.markers: [] names no marker; the paper's is ['Wait']")
     if e.enabled and budget - int(e.thinking_share * budget) < 2:
         raise ValueError(
             f"rollout.early_exit.thinking_share: {e.thinking_share} of {budget} tokens "
-            "leaves no room for an answer; lower it, e.g. 0.9"
+            "leaves no room for an answer; set a lower share, e.g. 0.9"
         )
 
 

@@ -113,10 +113,10 @@ def assert_ended_as(job: Job, untouched: Job) -> None:
 
 
 def test_cancelled_job_leaves_no_process(cluster: Cluster, folder: Path) -> None:
-    """`scancel` in mid-training: ranks, graders, engine and its keeper are all gone within Slurm's own grace time."""
+    """`scancel` in mid-training: ranks, graders, engine and its reaper are all gone within Slurm's own grace time."""
     job = Job(cluster, folder / "cancelled", 2, "steps=1000")
     job.wait_for_step(1, attempt=0)
-    assert len(cluster.processes(job.id)) >= 6  # rank, grader, their fork server; serve, keeper, engine
+    assert len(cluster.processes(job.id)) >= 6  # rank, grader, their fork server; serve, reaper, engine
     cluster.slurm("scancel", job.id)
     wait_for(lambda: not cluster.processes(job.id), f"the processes of job {job.id} to end", 60)
     wait_for(lambda: not cluster.slurm("squeue", "--noheader"), "the queue to empty", 30)

@@ -100,18 +100,6 @@ def test_convert_passes_its_arguments_on(run) -> None:
     assert [line.strip() for line in started.values()] == [f"megarl.cli convert {wanted}"]
 
 
-def test_scaling_submits_a_job_for_each_number_of_nodes_and_their_table(run, tmp_path: Path) -> None:
-    folder = tmp_path / "scaling"
-    code, output, _ = run("slurm/scaling.sh", "slurm/train_qwen3_32b.sh", "4", "6", "seed=1", FOLDER=str(folder))
-    assert code == 0, output
-    four, six, table = (tmp_path / "started.jobs").read_text().splitlines()
-    for line, nodes in ((four, 4), (six, 6)):
-        assert line.startswith(f"{folder}/nodes-{nodes} ") and f"--nodes={nodes} " in line
-        assert "slurm/train_qwen3_32b.sh steps=6 " in line and line.endswith(" seed=1")
-    assert "--dependency=afterany:1:2 " in table and f"bench scaling {folder} --json {folder}/table.json" in table
-    assert run("slurm/scaling.sh", "slurm/train_qwen3_32b.sh", FOLDER=str(folder))[0] == 2
-
-
 def test_too_few_nodes_are_refused(run) -> None:
     code, output, started = run("slurm/train_qwen3_235b_a22b.sh")
     assert (code, started) == (1, {})

@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -23,6 +25,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
 TRAINING = [script for script in SCRIPTS if script.stem.startswith("train_")]
 PUBLISHED = json.loads((ROOT / "tests/checkpoints_conv/published_configs.json").read_text())
+RESOLVED = json.loads((Path(__file__).parent / "resolved.json").read_text())
 GPUS = 8  # of a node
 
 
@@ -81,13 +84,29 @@ def learner_ranks(script: Path) -> int:
 def test_the_promised_scripts_are_there() -> None:
     models_ = ["4b", "8b", "32b", "30b_a3b", "235b_a22b"]
     assert {s.name for s in TRAINING} == {f"train_qwen3_{m}.sh" for m in models_}
-    assert {s.name for s in SCRIPTS} >= {"launch.sh", "environment.sh", "convert.sh", "eval.sh", "scaling.sh"}
+    assert {s.name for s in SCRIPTS} >= {"launch.sh", "environment.sh", "convert.sh", "eval.sh"}
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.stem)
 def test_scripts_are_bash(script: Path) -> None:
     """Syntax alone; tests/slurm/test_jobs.py runs them."""
     subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+@pytest.mark.parametrize("name", [name for name in RESOLVED if name != "all"])
+def test_the_configurations_come_to_what_they_are_known_to_be(name: str) -> None:
+    """Recipe, base and file resolved: every setting that is not a default. A change of a recipe, of the base or of a
+    default that reaches the clusters must be meant, and made in resolved.json too."""
+    settings = config.load(ROOT / "slurm" / "configs" / f"{name}.yaml")
+    defaults = config.parse({"run": "r", "model": {"path": "m"}, "data": {"train": ["t"]}})
+    plain = dict(flat(defaults.model_dump(mode="json")))
+    chosen = {key: value for key, value in flat(settings.model_dump(mode="json")) if value != plain[key]}
+    assert chosen == RESOLVED["all"] | RESOLVED[name]
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        yield from flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
 
 
 @pytest.mark.parametrize("script", TRAINING, ids=lambda s: s.stem)
