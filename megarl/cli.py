@@ -18,55 +18,63 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+_KEY_VALUE = {"ignore_unknown_options": True}  # other trainers' options come as overrides, and are answered there
 _PASS_ON: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 Config = Annotated[Path, typer.Argument(help="YAML file of settings.", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as key=value, e.g. optimizer.lr=1e-5.")]
 Ranks = Annotated[int | None, typer.Option(min=1, help="Ranks to start on this machine; default: one model copy.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the derived sizes, stop.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the derived sizes and stop.")]
 
 
-@app.command()
+@app.command(context_settings=_KEY_VALUE)
 def train(
     config: Config,
     overrides: Overrides = None,
     nproc: Ranks = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest whole checkpoint.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the run's newest complete checkpoint.")
+    ] = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Train a policy by reinforcement learning. Starts its ranks itself, or runs as one rank of torchrun or srun."""
+    """Train a policy by reinforcement learning. Starts its ranks, or runs as one rank of torchrun or srun."""
     from megarl import config as settings_file
     from megarl import launch
 
     launch.train(settings_file.load(config, overrides), nproc, resume, dry_run)
 
 
-@app.command()
+@app.command(context_settings=_KEY_VALUE)
 def sft(
     config: Config,
     overrides: Overrides = None,
     nproc: Ranks = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Fine-tune a model on prompts and responses (data.train), with the learner of `train`; ends up in RUN/model."""
+    """Fine-tune a model on prompts and responses (data.train). The result is RUN/model."""
     from megarl import config as settings_file
     from megarl import launch
 
     launch.sft(settings_file.load(config, overrides), nproc, dry_run)
 
 
-@app.command()
+@app.command(context_settings=_KEY_VALUE)
 def eval(
-    place: Annotated[Path, typer.Argument(help="A run directory (its newest checkpoint) or a YAML file (its model).")],
+    place: Annotated[
+        Path, typer.Argument(help="A run directory (for its newest checkpoint) or a YAML file (for its model).")
+    ],
     overrides: Overrides = None,
     nproc: Ranks = None,
-    temperature: Annotated[list[float] | None, typer.Option(help="May be given several times.")] = None,
+    temperature: Annotated[
+        list[float] | None, typer.Option(help="Sampling temperature; repeat the option for several.")
+    ] = None,
 ) -> None:
-    """Measure accuracy and response lengths on held-out problems, by plain generation."""
-    from megarl import evaluate, launch
+    """Measure accuracy and response length on held-out problems, by plain generation."""
+    from megarl import launch
+    from megarl.evaluate import find
 
-    settings, trained = evaluate.find(place, overrides)
-    launch.evaluate(settings, trained, temperature or [settings.evaluation.temperature], nproc)
+    settings, trained = find(place, overrides)
+    launch.evaluate(settings, trained, temperature, nproc)
 
 
 @app.command()
@@ -136,12 +144,31 @@ def doctor(
 
 
 @app.command()
+def markers(
+    model: Annotated[str, typer.Argument(help="A model folder, or a Hub id in the cache.", show_default=False)],
+    prompts: Annotated[Path | None, typer.Option(help="Problems; the embedded engine answers the first few.")] = None,
+    responses: Annotated[Path | None, typer.Option(help="A file of responses instead, or a run directory.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Prompts to answer.")] = 16,
+    tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 1024,
+    json: Annotated[Path | None, typer.Option(help="Write the findings to this file.")] = None,
+) -> None:
+    """Find the step markers, closing and recipe of Step-GRPO that fit a model, and print its settings."""
+    from megarl.markers import markers as run
+
+    run(model, prompts, responses, samples, tokens, json)
+
+
+@app.command()
 def settings(
     name: Annotated[str | None, typer.Argument(help="One section or setting, e.g. rollout.early_exit.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Print this recipe instead, e.g. step_grpo+dppo.")] = None,
 ) -> None:
-    """Print every setting with its type, default and meaning, as Markdown."""
+    """Print every setting with its type, default and meaning, as Markdown; or a recipe, as YAML."""
     from megarl.config import docs
 
+    if recipe is not None:
+        typer.echo(docs.recipe(recipe), nl=False)
+        return
     typer.echo(docs.PREFACE + docs.markdown() if name is None else docs.markdown(name), nl=False)
 
 
@@ -169,6 +196,14 @@ def plan(context: typer.Context) -> None:
 
 
 @app.command(context_settings=_PASS_ON, add_help_option=False)
+def scaling(context: typer.Context) -> None:
+    """Run a scaling study from one YAML file, here or on Slurm: tables, plots, fitted laws."""
+    from megarl.scaling.command import app as command
+
+    command(args=context.args, prog_name="megarl scaling")
+
+
+@app.command(context_settings=_PASS_ON, add_help_option=False)
 def convert(context: typer.Context) -> None:
     """Convert checkpoints between Hugging Face and Megatron, and prove it."""
     [command] = entry_points(group="megarl.commands", name="convert")
@@ -186,7 +221,7 @@ def bench(
     known = benchmarks.names()
     if name in (None, "--help"):
         for each in known:
-            typer.echo(f"{each:12} {(benchmarks.load(each).__doc__ or '').strip().splitlines()[0]}")
+            typer.echo(f"{each:14} {benchmarks.summary(each)}")
         return
     if name not in known:
         raise UserError(f"bench: no benchmark is called '{name}'{nearest(str(name), known)}")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from megarl import cli
 from megarl.runtime import device
@@ -44,6 +47,28 @@ MISTAKES = {
     ),
     "prompt limit": (["data.max_prompt_tokens=2"], ["data.max_prompt_tokens", "2", "shortest"]),
     "negative rate": (["pruning.prompts=-1"], ["pruning.prompts", "-1"]),
+    "reward module": (["reward.function=no_such:grade"], ["reward.function", "no_such", "ModuleNotFoundError"]),
+    "reward arguments": (
+        ["reward.function=tests.support.bad_graders:one_argument"],
+        ["reward.function", "one_argument", "(response, answer)"],
+    ),
+    "reward value": (
+        ["reward.function=tests.support.bad_graders:no_verdict"],
+        ["reward.function", "no_verdict", "returned None", "bool, number or verdict"],
+    ),
+    "reward coroutine": (["reward.function=tests.support.bad_graders:later"], ["reward.function", "coroutine"]),
+    "reward that always fails": (
+        ["reward.function=tests.support.bad_graders:broken"],
+        ["reward.function", "broken", "made-up response", "NameError"],
+    ),
+    "reward that hangs": (
+        ["reward.function=tests.support.graders:hang", "reward.timeout=0.2"],
+        ["reward.function", "hang", "no verdict within 0.2 s"],
+    ),
+    "hub model": (["model.path=Owner/Model-1B"], ["model.path", "Owner/Model-1B", "hf download Owner/Model-1B"]),
+    "name of another trainer": (["num_generations=8"], ["num_generations", "batch.completions_per_prompt"]),
+    "option of another trainer": (["--n-samples-per-prompt", "8"], ["batch.completions_per_prompt"]),
+    "recipe": (["recipe=step-grpo"], ["recipe", "'step_grpo'"]),
     "config file": (["none.yaml"], ["none.yaml", "does not exist"]),
 }
 
@@ -52,7 +77,8 @@ MISTAKES = {
 def test_mistakes_end_with_code_2_and_one_line(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Found before any rank is started or weight is read (`--dry-run` reads the data too)."""
+    """Found before any rank is started or weight is read (`--dry-run` reads the data too). Nothing is downloaded."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     arguments, words = MISTAKES[name]
     run = tmp_path / "run"
     config = [] if arguments[0].endswith(".yaml") else [CONFIG, f"run={run}"]
@@ -102,6 +128,38 @@ def test_fp8_without_transformer_engine_is_refused(
     assert not run.exists()
 
 
+def test_a_bad_reward_is_refused_by_a_real_run_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before ranks start: nothing is written."""
+    run = tmp_path / "run"
+    for command in (["train"], ["eval", "--temperature", "1"]):
+        bad = [CONFIG, f"run={run}", "reward.function=tests.support.bad_graders:broken"]
+        assert invoke(monkeypatch, *command, *bad) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 and "reward.function" in lines[0], lines
+    assert not run.exists()
+
+
+@pytest.mark.parametrize("kind", ["yarn", "dynamic"])
+def test_a_rope_that_cannot_be_trained_is_refused_before_loading(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """YaRN trains (tests/learner/test_rope.py) and passes. Dynamic scaling does not, and no engine setting helps."""
+    model = tmp_path / "model"
+    shutil.copytree(ROOT / "examples/quickstart/reasoner", model)
+    config = json.loads((model / "config.json").read_text()) | {"rope_parameters": None}
+    rope = {"rope_type": kind, "factor": 4.0}
+    (model / "config.json").write_text(json.dumps({**config, "rope_scaling": rope}))
+    code = invoke(monkeypatch, "train", CONFIG, f"run={tmp_path / 'run'}", f"model.path={model}", "--dry-run")
+    lines = capsys.readouterr().err.splitlines()
+    if kind == "yarn":
+        assert code == 0, lines
+    else:
+        assert (code, len(lines)) == (2, 1), lines
+        assert "config.json: rope_scaling: 'dynamic' is not supported; only default, linear, llama3, yarn" in lines[0]
+
+
 def test_dry_run_prints_the_derived_sizes_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -111,9 +169,26 @@ def test_dry_run_prints_the_derived_sizes_and_writes_nothing(
         cli.main()
     assert not left.value.code
     shown = capsys.readouterr().err
-    for word in ("tp 2", "16 prompts", "1024 of 1024 prompts", "rule in the map", "fits a100-40gb"):
+    for word in (
+        "tp 2",
+        "16 prompts",
+        "1024 of 1024 prompts",
+        "rule in the map",
+        "fits a100-40gb",
+        "search_verify:grade: wrong",
+    ):
         assert word in shown
     assert not (tmp_path / "run").exists()
+
+
+def test_recipes_are_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["megarl", "settings", "--recipe", "step_grpo+dppo"])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert not left.value.code
+    assert "    enabled: true  # " in capsys.readouterr().out
+    assert invoke(monkeypatch, "settings", "--recipe", "step_grp") == 2
+    assert "'step_grpo'" in capsys.readouterr().err
 
 
 def test_benchmarks_are_listed_and_misspelled_ones_refused(
