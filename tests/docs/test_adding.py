@@ -15,6 +15,8 @@ import pytest
 
 from tests.support import pages
 
+pytestmark = pytest.mark.slow
+
 DOCS, QUICKSTART = pages.ROOT / "docs", pages.ROOT / "examples" / "quickstart"
 PAGES = [DOCS / f"add_{name}.md" for name in ("reward", "algorithm", "engine", "model_family")]
 SMALL = (
@@ -61,7 +63,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for folder in ("megarl", "checkpoints_conv", "examples"):
         shutil.copytree(pages.ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
     [(_, family)] = pages.python(pages.ROOT / "checkpoints_conv" / "README.md")
-    (tree / "checkpoints_conv" / "families" / "mistral.py").write_text(family)
+    (tree / "megarl" / "models" / "families" / "mistral.py").write_text(family)
     for page in PAGES:
         for name, code in pages.python(page):
             if name:

@@ -3,7 +3,6 @@ settings is what the code prints. Not proven: that what a page explains is so (t
 
 from __future__ import annotations
 
-import importlib
 import re
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,11 @@ from megarl import bench, cli, config, launch
 from megarl.config import docs
 from megarl.planner.command import main as planner
 from megarl.scaling import cells, study
-from tests.support import pages
+from megarl.scaling.command import app as scaling
+from tests.support import english, pages
 
 PAGES = [pytest.param(page, id=str(page.relative_to(pages.ROOT))) for page in pages.pages()]
-KEYS = {s.key for g in docs.groups() for s in g.settings} | {g.key for g in docs.groups()}
+KEYS = {s.key for g in docs.groups() for s in g.settings} | {g.key for g in docs.groups()} | {"recipe", "include"}
 
 
 def test_the_settings_reference_is_current() -> None:
@@ -42,6 +42,12 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in pages.anchors(target), f"{page.name}: {link}"
 
 
+@pytest.mark.parametrize("page", [p for p in PAGES if p.id.startswith(("C", "README", "docs/", "examples/", "tools/"))])
+def test_pages_are_in_plain_english(page: Path) -> None:
+    """No sentence of over 30 words, and none of the phrases that english.py lists."""
+    assert english.long(page.read_text()) + english.avoided(page.read_text()) == []
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_parse(page: Path) -> None:
     """Every `megarl …` is a command, its options are options of it, its overrides are settings, its files are there."""
@@ -55,24 +61,34 @@ def test_commands_parse(page: Path) -> None:
         assert {word for word in words if "=" not in word} <= targets, f"{page.name}: make {' '.join(words)}"
 
 
-def test_scaling_commands_parse_and_their_studies_can_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every `python tools/scaling.py …`: its options are options of it, and every cell of its study passes the checks
-    that precede loading weights."""
+def test_the_studies_of_scaling_commands_can_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every cell of every study in `megarl scaling …` passes the checks that precede loading weights."""
     monkeypatch.chdir(pages.ROOT)
-    monkeypatch.syspath_prepend(str(pages.ROOT / "tools"))
-    tool: Any = get_command(importlib.import_module("scaling").app)
-    found = [words for page in pages.pages() for words in pages.commands(page, "python tools/scaling.py")]
+    found = [
+        words for page in pages.pages() for words in pages.commands(page) if words[:1] == ["scaling"] and words[2:]
+    ]
     assert found
-    for name, *rest in found:
-        tool.commands[name].make_context(name, rest, resilient_parsing=False)
-    for file in {rest[0] for _, *rest in found}:
+    for file in {words[2] for words in found}:
         cells.check(study.read(Path(file)), tmp_path)
 
 
+def test_symptoms_are_words_of_the_code() -> None:
+    """Messages and metrics that troubleshooting explains: a reworded message is found here."""
+    code = " ".join(
+        f.read_text() for folder in ("megarl", "checkpoints_conv") for f in (pages.ROOT / folder).rglob("*.py")
+    )
+    rows = re.findall(r"^\| (.+?) \|", (pages.ROOT / "docs" / "troubleshooting.md").read_text(), flags=re.MULTILINE)
+    symptoms = [span for row in rows for span in re.findall(r"`([^`]+)`", row)]
+    assert len(symptoms) > 15
+    assert [symptom for symptom in symptoms if symptom not in code] == []
+
+
 def _training() -> list[list[str]]:
-    """Those on the embedded engine: the others need `make engines`."""
-    lines = [words for page in pages.pages() for words in pages.commands(page) if words[0] == "train"]
-    return [w for w in lines if w[1:] and w[1].endswith(".yaml") and not any("rollout.engine=" in word for word in w)]
+    """Those of the repository's files on the built-in engine: the others need `make engines`. Other files
+    (examples/own_model, README's my_run.yaml) are run by test_own_model.py and test_documented.py."""
+    lines = [words for page in pages.pages() for words in pages.commands(page) if words[0] == "train" and words[1:]]
+    files = [words for words in lines if words[1].endswith(".yaml") and (pages.ROOT / words[1]).is_file()]
+    return [words for words in files if not any("rollout.engine=" in word for word in words)]
 
 
 @pytest.mark.parametrize("words", _training(), ids=" ".join)
@@ -104,8 +120,8 @@ def _parse(words: list[str]) -> None:
         sub, rest = _single(module.main), rest[1:]
     elif name == "plan":
         sub = _single(planner)
-    elif name == "convert":
-        group: Any = get_command(conversions)
+    elif name in ("convert", "scaling"):
+        group: Any = get_command({"convert": conversions, "scaling": scaling}[name])
         if not rest:
             return
         assert rest[0] in group.commands, f"no command {rest[0]}"
