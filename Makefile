@@ -1,13 +1,15 @@
 # Two commands do everything on a fresh machine with Python 3.11 (or newer), pip and make:
 #   make quickstart   set up, then teach a small reasoner by reinforcement learning on this CPU
-#   make test         set up, then pass the tests
+#   make test         set up, then pass the tests that take minutes
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+CHROMIUM = { command -v chromium && command -v chromedriver; } >/dev/null || { apt-get update && apt-get install -y --no-install-recommends chromium chromium-driver; }
+
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test engines test-engines test-gpu test-report test-slurm lint clean
+.PHONY: help setup quickstart test test-all test-slow engines test-engines test-gpu test-report test-slurm pictures lint clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -3
@@ -25,8 +27,19 @@ $(STAMP): setup.py pyproject.toml
 quickstart: setup
 	$(BIN)/megarl train examples/quickstart/train.yaml --resume
 
+ELSEWHERE := not engines and not slurm and not gpu and not browser
+
+# Under five minutes on two cores.
 test: setup
-	$(BIN)/python -m pytest -m "not engines and not slurm and not gpu and not browser"
+	$(BIN)/python -m pytest -m "not slow and $(ELSEWHERE)"
+	@echo "Left out: slow tests, the report in Chromium, a real Slurm, real SGLang and vLLM servers: make test-all."
+	@echo "And everything on a GPU: make test-gpu."
+
+# The rest. As root on Debian it installs Chromium and Slurm; the engines are about 6 GB.
+test-all: test-slow test-report test-slurm test-engines
+
+test-slow: setup
+	$(BIN)/python -m pytest -m "slow and $(ELSEWHERE)"
 
 # The rollout engines' own environments: .engines/sglang and .engines/vllm, about 3 GB each, rebuilt when a pin changes.
 engines: setup
@@ -41,7 +54,7 @@ test-gpu:
 
 # The report in headless Chromium, checked by axe-core: that wheel is taken for the one script that it holds.
 test-report: setup
-	{ command -v chromium && command -v chromedriver; } >/dev/null || { apt-get update && apt-get install -y --no-install-recommends chromium chromium-driver; }
+	$(CHROMIUM)
 	$(BIN)/pip install --quiet --no-deps axe-playwright-python==0.1.8
 	$(BIN)/python -m pytest -m browser tests/report
 
@@ -49,6 +62,12 @@ test-report: setup
 test-slurm: setup
 	$(BIN)/python tests/support/cluster.py install
 	$(BIN)/python -m pytest -m slurm tests/slurm
+
+# The first page's pictures: the quick start's curve and its report. The drawings beside them are written by hand.
+pictures: setup
+	$(CHROMIUM)
+	$(BIN)/megarl train examples/quickstart/train.yaml run=runs/pictures/quickstart evaluation.every=4 --resume
+	$(BIN)/python tools/pictures.py runs/pictures/quickstart docs/pictures
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy megarl checkpoints_conv tools

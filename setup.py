@@ -1,4 +1,4 @@
-"""Packaging of megarl. The pins are explained in README.md, "Versions"."""
+"""Packaging of megarl. docs/evidence.md explains the pins ("Versions")."""
 
 from setuptools import find_packages, setup
 
@@ -9,9 +9,12 @@ setup(
     name="megarl",
     version="0.1.0",
     description="Megatron-style reinforcement learning for reasoning models, from a laptop CPU to multi-node clusters",
+    license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megarl", "megarl.*", "checkpoints_conv", "checkpoints_conv.*"]),
-    package_data={"megarl": ["py.typed", "report/*.html", "report/*.css", "report/*.js"]},
+    package_data={
+        "megarl": ["py.typed", "report/*.html", "report/*.css", "report/*.js", "recipes/*.yaml", "config/*.yaml"]
+    },
     install_requires=[
         # An unpinned torch brings another build and gigabytes of CUDA packages on a CPU machine.
         "torch==2.13.0",
@@ -20,6 +23,7 @@ setup(
         'megatron-core>=0.16.1,<0.20; python_version >= "3.12"',
         "psutil",  # needed by megatron.core.dist_checkpointing.save, which does not declare it
         "transformers>=5.20,<6",
+        "huggingface_hub>=1",
         "tokenizers",
         "safetensors",
         "numpy",

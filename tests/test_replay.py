@@ -35,10 +35,10 @@ def test_what_is_gone_is_named(run: Path) -> None:
     with pytest.raises(UserError, match="step: 7 is not recorded .* it has the steps 1 to 6"):
         find(run, 7)
     (run / "rollouts" / "step_000005.jsonl").unlink()
-    with pytest.raises(UserError, match="step: 6 cannot be replayed: .*step_000005.jsonl is gone"):
+    with pytest.raises(UserError, match="step: 6 cannot be replayed: .*step_000005.jsonl is missing"):
         find(run, 6)
     (run / "checkpoints" / "step_000002" / "weights").write_bytes(b"WEIGHTS")
     with pytest.raises(UserError, match="the checkpoint of step 2 is damaged .*weights does not match"):
         find(run, 3)
-    with pytest.raises(UserError, match="holds no metrics.jsonl"):
+    with pytest.raises(UserError, match="has no metrics.jsonl"):
         find(run / "rollouts", 1)

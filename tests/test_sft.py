@@ -34,7 +34,7 @@ def settings(folder: Path, **overrides: object) -> Settings:
 
 
 def run(given: Settings, nproc: int) -> list[float]:
-    spawn(sft, nproc, (given,), deadline=240.0)
+    spawn(sft, nproc, (given,), timeout=240.0)
     return [json.loads(line)["loss"] for line in (given.run / "metrics.jsonl").read_text().splitlines()]
 
 

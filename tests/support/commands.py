@@ -21,6 +21,9 @@ EIGHT = "data.eval=[examples/quickstart/problems/heldout.jsonl] evaluation.limit
 STUDY = f"steps=1 {EIGHT} rollout.max_response_tokens=24 batch.prompts_per_step=4 batch.completions_per_prompt=4"
 CONFIRMED = " --first-seed 40 --seeds 4 --methods grpo_strong,completions,dppo --rates 0.7"
 SERVERS = "needs real servers: `make test-engines`"
+OWN = (
+    "model.path=examples/quickstart/reasoner precision.dtype=fp32 rollout.engine=local rollout.early_exit.enabled=false"
+)
 PLACES = {"CONFIG": QUICKSTART, "RUN": "runs/quickstart", "RUN2": "runs/grpo", "N": "1", "MODEL": MODEL, "A": MODEL}
 
 
@@ -70,6 +73,11 @@ TRAINING = [
        ("rollout.engine=scripted", "test_the_engine_writes_the_completions", '"engine"'),
        ("model.path=", "test_the_family_trains_as_it_was_meant", '"family"'))),
 ]  # fmt: skip
+OWN_RUN = [  # README's settings, reward and problem, with the quick start's model in place of a large one
+    here("megarl train my_run.yaml --dry-run", f"{OWN} {TINY}", says="1 ranks = tp 1"),
+    here("megarl train my_run.yaml", f"{OWN} {TINY}", leaves="runs/mine/metrics.jsonl"),
+    here("megarl report runs/mine", leaves="runs/mine/report.html"),
+]  # fmt: skip
 A_RUN = [
     here("megarl eval RUN|CONFIG --temperature 0.6 --temperature 1.0", EIGHT, says="accuracy",
          run="megarl eval RUN --temperature 0.6 --temperature 1.0"),
@@ -111,6 +119,8 @@ ASKING = [
     here("megarl plan CONFIG --gpus N --search", run=f"megarl plan {CLUSTER} --gpus 64 --search", says="tp"),
     here("megarl plan CONFIG --search", run=f"megarl plan {CLUSTER} --search", says="tp"),
     here("megarl doctor CONFIG", says="megatron-core"),
+    here("megarl markers MODEL", says="recipe: step_grpo"),
+    here("megarl settings --recipe NAME", run="megarl settings --recipe step_grpo", says="early_exit"),
     here("megarl settings NAME", run="megarl settings rollout.early_exit", says="rollout.early_exit.threshold"),
     here("megarl bench", says="packing"),
 ]  # fmt: skip
@@ -131,11 +141,20 @@ LESSON = [
          run="megarl sft examples/quickstart/sft.yaml", leaves="runs/sft_2/model/model.safetensors"),
     here("cp runs/sft/model/model.safetensors examples/quickstart/reasoner/"),
 ]  # fmt: skip
+OWN_MODEL = [
+    elsewhere(command, "tests/examples/test_own_model.py::test_own_model_data_and_reward_train", by)
+    for command, by in (("megarl train train.yaml", '"train.yaml"'), ("megarl train train.yaml --dry-run", "--dry-run"),
+                        ("megarl markers HuggingFaceTB/SmolLM2-135M-Instruct --prompts problems.jsonl", '"markers"'))
+]  # fmt: skip
 STUDIES = [
-    here("python tools/scaling.py run *", says="0 missing"),
-    here("python tools/scaling.py show *", says="0 missing"),
-    elsewhere("python tools/scaling.py submit *",
-              "tests/scaling/test_study.py::test_slurm_gets_an_array_of_what_is_missing", 'tool("submit"'),
+    here("megarl scaling run *", says="0 missing"),
+    elsewhere("megarl scaling submit examples/scaling/nodes.yaml*",
+              "tests/scaling/test_slurm.py::test_each_cell_is_a_job_of_its_nodes", 'tool("submit"'),
+    elsewhere("megarl scaling show examples/scaling/nodes.yaml",
+              "tests/scaling/test_slurm.py::test_each_cell_is_a_job_of_its_nodes", 'tool("show"'),
+    here("megarl scaling show *", says="0 missing"),
+    elsewhere("megarl scaling submit *",
+              "tests/scaling/test_slurm.py::test_slurm_gets_an_array_of_what_is_missing", 'tool("submit"'),
 ]  # fmt: skip
 BENCHMARKS = [
     here("megarl bench packing", "--sequences 1024", says="verl_dynamic"),
@@ -163,11 +182,9 @@ BENCHMARKS = [
     elsewhere("megarl bench early_exit",
               "tests/bench/test_early_exit_bench.py::test_schedules_and_refusals_change_nothing_but_time",
               'bench("early_exit"'),
-    elsewhere("megarl bench planner*",
-              "tests/planner/test_published.py::test_score_counts_groups_once_and_writes_its_summary",
-              'bench("planner", "--runs"', "the published runs are not in the repository"),
+    here("megarl bench planner", says="fits_accuracy"),
     elsewhere("megarl bench precision*",
-              "tests/bench/test_precision_bench.py::test_two_precisions_are_taught_and_trained_and_not_again",
+              "tests/examples/test_precision_bench.py::test_two_precisions_are_taught_and_trained_and_not_again",
               'bench("precision"'),
     elsewhere("megarl bench memory",
               "tests/bench/test_memory_bench.py::test_one_rank_takes_the_memory_that_was_planned", 'bench("memory"'),
@@ -203,6 +220,9 @@ CLUSTERS = [
     elsewhere("make test-slurm", ".ci/run", "make test-slurm"),
     elsewhere("make lint", ".ci/run", "make lint"),
     elsewhere("make test", ".ci/run", "make test"),
+    elsewhere("make setup", "Makefile", "lint: setup", "`make lint` of .ci/run begins so"),
+    elsewhere("make pictures", "tests/report/test_pictures.py", "pictures.screenshots(",
+              "needs Chromium: `make test-report`; its training is the quick start's"),
     never("make test-gpu", "needs a CUDA device"),
     never("pip install -e *", "CUDA builds; setup.py declares the extras, which is checked"),
     elsewhere("pip install megarl[wandb,mlflow]", "setup.py", '"dev": [*WANDB, *MLFLOW,',
@@ -211,7 +231,8 @@ CLUSTERS = [
 ]  # fmt: skip
 TESTS = [Rule("pytest tests/*", why="a test: it must be there")]
 RULES = [
-    *TRAINING, *A_RUN, *CONVERSIONS, *ASKING, *STUDIES, *BENCHMARKS, *LESSON, *ENGINES, *CLUSTERS, *TESTS,
+    *TRAINING, *OWN_RUN, *OWN_MODEL, *A_RUN, *CONVERSIONS, *ASKING, *STUDIES, *BENCHMARKS, *LESSON, *ENGINES, *CLUSTERS,
+    *TESTS,
 ]  # fmt: skip
 
 

@@ -8,7 +8,6 @@ COMMANDS holds a list of lists of words, RESULTS becomes a list of `{"code", "ou
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 import os
@@ -39,9 +38,6 @@ def execute(words: list[str]) -> None:
     sys.argv = [program, *rest]
     if program == "megarl":
         get_command(cli.app)(args=rest, prog_name="megarl", standalone_mode=False)
-    elif words[:2] == ["python", "tools/scaling.py"]:
-        sys.argv = rest
-        get_command(importlib.import_module("scaling").app)(args=rest[1:], standalone_mode=False)
     elif words[:2] == ["python", "-m"]:
         sys.argv = rest[1:]
         runpy.run_module(rest[1], run_name="__main__", alter_sys=True)
@@ -87,7 +83,7 @@ def here(run, ranks, arguments, *_, **__):
 
 
 def main(commands: Path, results: Path) -> None:
-    sys.path[:0] = [".", "tools"]
+    sys.path.insert(0, ".")
     training_runs.spawn = here
     make_wide()
     done = []

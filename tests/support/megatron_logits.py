@@ -14,12 +14,12 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from torch import Tensor
 
 from megarl.config import Parallel, Precision
-from megarl.learner.attention import inverse_frequencies
 from megarl.learner.model import PolicyModel, ScoringLayer, build, transformer_config
 from megarl.learner.parallel import start
 from megarl.learner.rows import Alignment, Row, build_row
 from megarl.learner.weights import Weights
 from megarl.models.config_json import read_shape
+from megarl.models.rope import rotary
 from megarl.types import Sample
 
 PRECISION = Precision(dtype="fp32")
@@ -61,7 +61,7 @@ def logits(cases: dict[str, tuple[Path, Parallel]], ids: list[int]) -> dict[str,
         sample = Sample(np.array(ids, dtype=np.int32), 1, 1.0)
         alignment = Alignment.of(parallel, PRECISION, len(ids))
         length = alignment.row_length([sample])
-        row = build_row([0], [sample], length, alignment, inverse_frequencies(shape), device=world.device)
+        row = build_row([0], [sample], length, alignment, rotary(shape).frequencies, device=world.device)
         output = _forward(chunk, row, length)
         if world.last_stage and world.tp_rank == 0:
             found[name] = output

@@ -1,4 +1,4 @@
-"""Documentation as a program reads it: links, commands, files and edits of a Markdown page."""
+"""Documentation as a program reads it: the links, commands, files and edits of a Markdown page."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ PLACEHOLDERS = {"…", "key=value", ""}
 
 
 def pages() -> list[Path]:
-    """Every Markdown page of the repository, apart from what is installed or built."""
-    found = [ROOT / "README.md"]
+    """Every Markdown page of the repository, except what is installed or built."""
+    found = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
     for folder in ("docs", "examples", "tools", "checkpoints_conv", "slurm", "tests"):
         found += sorted((ROOT / folder).rglob("*.md"))
     return [page for page in found if page.is_file()]
@@ -93,17 +93,23 @@ class Edit:
 
 def python(page: Path) -> list[tuple[str | None, str]]:
     """(file, code) of the page's Python blocks; a block for a file names it in its first line's comment."""
-    blocks = []
-    for block in _blocks(page, "python"):
+    found = []
+    for block in blocks(page, "python"):
         name = re.match(r"# (\S+\.py)\n", block)
-        blocks.append((name[1] if name else None, block[name.end() :] if name else block))
-    return blocks
+        found.append((name[1] if name else None, block[name.end() :] if name else block))
+    return found
+
+
+def files(page: Path) -> dict[str, str]:
+    """The Python and YAML blocks of the page that name a file in their first line's comment."""
+    texts = [block for language in ("python", "yaml") for block in blocks(page, language)]
+    return {name[1]: text[name.end() :] for text in texts if (name := re.match(r"# (\S+\.(?:py|yaml))\n", text))}
 
 
 def edits(page: Path) -> list[Edit]:
     """The page's diffs: `--- file`, then hunks set apart by `@@`, without line numbers."""
     found = []
-    for block in _blocks(page, "diff"):
+    for block in blocks(page, "diff"):
         for part in re.split(r"^--- ", block, flags=re.MULTILINE)[1:]:
             file, _, body = part.partition("\n")
             for hunk in re.split(r"^@@\n", body, flags=re.MULTILINE):
@@ -113,7 +119,8 @@ def edits(page: Path) -> list[Edit]:
     return found
 
 
-def _blocks(page: Path, language: str) -> list[str]:
+def blocks(page: Path, language: str) -> list[str]:
+    """The page's fenced blocks of one language, without their indentation."""
     found = re.findall(rf"^( *)```{language}\n(.*?)^ *```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     return [textwrap.dedent(body) if language != "diff" else _unindent(body, len(indent)) for indent, body in found]
 

@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 
 from megarl.rollout.detokenize import Vocabulary
-from megarl.rollout.engine import Generation, Sampling, hopeless
+from megarl.rollout.engine import Generation, Sampling, cannot_pass
 from megarl.rollout.stops import Stops
 from megarl.types import Span
 
@@ -67,7 +67,7 @@ class ScriptedEngine:
                 generation.finish, generation.matched_stop = "stop", match.what
                 generation.stop_start = match.start - len(token_ids)
                 break
-            if hopeless(generation.logprobs, sampling) and i + 1 < sampling.max_tokens:
+            if cannot_pass(generation.logprobs, sampling) and i + 1 < sampling.max_tokens:
                 generation.finish = "abort"
                 break
         if generation.token_ids:

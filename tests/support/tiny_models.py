@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from megarl.models.config_json import read_shape
 from megarl.models.families import rules
@@ -45,6 +46,11 @@ def config(family: str, **sizes: Any) -> dict[str, Any]:
 
 def tiny(family: str, **sizes: Any) -> ModelShape:
     return read_shape(config(family, **sizes))
+
+
+def shape_of(config: PreTrainedConfig) -> ModelShape:
+    """The shape of a transformers configuration."""
+    return read_shape({**config.to_dict(), "architectures": [ARCHITECTURES[config.model_type]]})
 
 
 def weights(shape: ModelShape, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What an API key must do for a started server."""
+"""The processes of a started server, and what its API key must do."""
 
 from __future__ import annotations
 
@@ -12,6 +12,13 @@ GUARDED = {  # what generates, and what controls
     "sglang": ("/generate", "/abort_request"),
     "vllm": ("/inference/v1/generate", "/abort_requests"),
 }
+
+
+def pid_of(server: Server) -> int:
+    """The server's process, the only child of its reaper."""
+    assert server.reaper is not None
+    (pid,) = Path(f"/proc/{server.reaper.pid}/task/{server.reaper.pid}/children").read_text().split()
+    return int(pid)
 
 
 async def check_the_key(server: Server, key: str, *posts: str) -> None:
@@ -30,12 +37,14 @@ async def check_the_key(server: Server, key: str, *posts: str) -> None:
 
 
 def command_lines(server: Server) -> list[str]:
-    """Of the server's keeper, and of every process of the session that the server leads."""
-    found = [Path(f"/proc/{server._process.pid}/cmdline").read_text()]  # type: ignore[union-attr]
+    """Of the server's reaper, and of every process of the session that the server leads."""
+    assert server.reaper is not None
+    leader = pid_of(server)
+    found = [Path(f"/proc/{server.reaper.pid}/cmdline").read_text()]
     for process in Path("/proc").glob("[0-9]*"):
         try:
             session = int((process / "stat").read_text().rpartition(")")[2].split()[3])
-            if session == server.pid:
+            if session == leader:
                 found.append((process / "cmdline").read_text())
         except FileNotFoundError:  # ended meanwhile
             continue
