@@ -20,7 +20,7 @@ from megarl.runtime.spawn import spawn
 from megarl.train import train
 from tests.support import runs
 
-pytestmark = [pytest.mark.e2e, pytest.mark.parallel]
+pytestmark = [pytest.mark.e2e, pytest.mark.parallel, pytest.mark.slow]
 
 LAYOUTS = {"tp1": ([], 1), "tp2": (["parallel.tp=2"], 2), "pp3": (["parallel.pp=3"], 3), "dp2": ([], 2)}
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from megarl.bench import invariance, parity
 from megarl.bench.parity import LAYOUTS, Case
 
-pytestmark = [pytest.mark.parallel, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.parallel, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")

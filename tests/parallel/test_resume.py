@@ -20,7 +20,7 @@ from megarl.errors import UserError
 from megarl.learner import checkpoint
 from megarl.runtime.spawn import spawn
 
-pytestmark = pytest.mark.parallel
+pytestmark = [pytest.mark.parallel, pytest.mark.slow]
 
 BEFORE, AFTER = 2, 3  # updates before the checkpoint and after it
 FAST = {"lr": 1e-2, "clip_grad": 0.5, "warmup_steps": 4, "decay": "cosine"}
