@@ -90,7 +90,7 @@ class Client:
             raise RunError(f"{self.name}: {wrong}")
 
     async def load_folder(self, version: int, folder: Path) -> None:
-        raise NotImplementedError
+        raise AssertionError(f"{folder}: these transports send buckets, never a folder")
 
     async def begin_update(self) -> None: ...
 
