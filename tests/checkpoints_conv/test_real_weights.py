@@ -94,7 +94,10 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Real:
     from transformers import AutoModelForCausalLM
 
     place = tmp_path_factory.mktemp("smollm2")
-    tensors = smollm2.weights()
+    try:
+        tensors = smollm2.weights()
+    except smollm2.NotFetchedError as e:
+        pytest.skip(str(e))  # no other model's logits are known
     original = write(place / "original", tensors)
     wide = write(place / "wide", widened(tensors), num_attention_heads=12, num_key_value_heads=4)
     folders = {"original": original, "wide": wide}
