@@ -8,6 +8,7 @@ import torch
 
 from megarl.errors import RunError, UserError
 from megarl.rollout.engine import Sampling
+from megarl.rollout.local.slots import SlotTable
 from megarl.types import Span
 from tests.support.local_engine import close, prompt, steps
 from tests.support.tiny_rollout import teacher_forced
@@ -238,3 +239,27 @@ def test_random_traffic_is_right(make_engine, qwen3):
     for ids, generation in made:
         if generation.token_ids:
             close(generation.logprobs, teacher_forced(qwen3, ids, generation.token_ids))
+
+
+def test_a_continuation_draws_the_same_wherever_it_is_moved(make_engine, monkeypatch):
+    """Its position in the response is part of its draws, and goes with it into another slot."""
+    moved: list[tuple[int, int]] = []
+    move = SlotTable.move
+    monkeypatch.setattr(SlotTable, "move", lambda self, *slots: (moved.append(slots), move(self, *slots))[1])
+    continuation = Sampling(40, seed=7, offset=9)
+
+    async def run(others: int):
+        engine = await make_engine()
+        reached = steps(engine, 2)
+        requests = [engine.generate(prompt(i, 6), Sampling(8, seed=i), f"short{i}") for i in range(others)]
+        short = [asyncio.ensure_future(request) for request in requests]
+        if short:
+            await reached.wait()  # they have the lower slots
+        made = await engine.generate(prompt(9, 12), continuation, "c|1")
+        await asyncio.gather(*short)
+        return made.token_ids
+
+    alone = asyncio.run(run(0))
+    assert not moved
+    assert asyncio.run(run(3)) == alone
+    assert moved

@@ -85,3 +85,23 @@ def test_a_bad_update_is_named_and_stops_the_engine(make_engine, qwen3, change, 
         await engine.health()
 
     asyncio.run(run())
+
+
+def test_an_idle_slots_prefix_is_computed_anew_after_an_update(make_engine, qwen3):
+    """A finished sequence lies in its slot when the weights change. Continued there, it has nothing of the old ones."""
+    changed = {name: tensor * 1.1 for name, tensor in qwen3.state_dict().items()}
+
+    async def run():
+        engine = await make_engine()
+        before = await engine.generate(prompt(4, 12), Sampling(5, seed=1), "c|0")
+        await engine.update_weights(2, changed.items())
+        ids = prompt(4, 12) + before.token_ids
+        return ids, await engine.generate(ids, Sampling(6, seed=1, offset=5), "c|1")
+
+    ids, after = asyncio.run(run())
+    kept = {name: tensor.clone() for name, tensor in qwen3.state_dict().items()}
+    qwen3.load_state_dict(changed)
+    try:
+        close(after.logprobs, teacher_forced(qwen3, ids, after.token_ids))
+    finally:
+        qwen3.load_state_dict(kept)
