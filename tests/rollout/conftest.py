@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from megarl.rollout.detokenize import Vocabulary
 from megarl.rollout.local.engine import LocalEngine
 from tests.support.tiny_models import shape_of
-from tests.support.tiny_rollout import byte_level_tokenizer, randomise, word_tokenizer
+from tests.support.tiny_rollout import SIZES, byte_level_tokenizer, randomise, word_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -34,16 +34,7 @@ def byte_vocabulary() -> Vocabulary:
 def qwen3():
     """A random Qwen3 of 64 tokens in float32, and its configuration."""
     torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=64,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        intermediate_size=48,
-        tie_word_embeddings=True,
-    )
+    config = Qwen3Config(**SIZES, num_hidden_layers=2, tie_word_embeddings=True)
     return randomise(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
 
 

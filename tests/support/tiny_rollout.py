@@ -4,6 +4,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+SIZES = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 8,
+}  # fmt: skip
+"""Of a tiny model of 64 one-word tokens, by config.json's names."""
+
 SPECIALS = ["<eos>", "</think>"]
 
 

@@ -18,7 +18,7 @@ from megarl.rollout.engine import Generation, Sampling
 from megarl.rollout.local.engine import LocalEngine
 from megarl.types import Prompt
 from tests.support.tiny_models import shape_of
-from tests.support.tiny_rollout import named, randomise
+from tests.support.tiny_rollout import SIZES, named, randomise
 
 LAYERS, TOP_K = 3, 2
 
@@ -28,13 +28,8 @@ def mixture():
     """A random mixture of 8 experts over 64 tokens, in float32."""
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
-        vocab_size=64,
-        hidden_size=32,
+        **SIZES,
         num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        intermediate_size=48,
         num_experts=8,
         num_experts_per_tok=TOP_K,
         moe_intermediate_size=16,
