@@ -61,6 +61,7 @@ def test_a_recipe_comes_first_and_the_resolved_file_needs_none(tmp_path: Path) -
         ({"recipe": "step_grp"}, ["recipe: ", "'step_grp'", "'step_grpo'"]),
         ({"recipe": "grpo+dpo"}, ["'dpo'", "'dppo'"]),
         ({"recipe": ["grpo"]}, ["recipe: ['grpo']", "step_grpo+dppo"]),
+        ({"recipe": "dppo", "pruning": 0.5}, ["pruning: 0.5: "]),
     ],
 )
 def test_mistakes_name_the_file(tmp_path: Path, tree: dict[str, object], words: list[str]) -> None:
