@@ -6,6 +6,7 @@ import datetime
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -155,6 +156,16 @@ def start(parallel: Parallel, precision: Precision, seed: int, deadline_s: float
     here = device.claim(launch.local_rank, launch.local_world_size)
     if not dist.is_initialized():
         _join(launch, timeout, here)
+    make_groups(parallel, distributed_timeout_minutes=deadline_s / 60)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    control = dist.group.WORLD if not device.on_cuda() else dist.new_group(backend="gloo", timeout=timeout)
+    assert control is not None  # this rank has joined and is in every group
+    return World(launch.rank, launch.world_size, here, parallel, deadline_s, control)
+
+
+def make_groups(parallel: Parallel, **options: Any) -> None:
+    """Megatron's groups of a layout, within the default process group. Collective."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
@@ -162,14 +173,9 @@ def start(parallel: Parallel, precision: Precision, seed: int, deadline_s: float
         context_parallel_size=parallel.cp,
         expert_model_parallel_size=parallel.ep,
         expert_tensor_parallel_size=parallel.etp,
-        distributed_timeout_minutes=deadline_s / 60,
         create_gloo_process_groups=False,
+        **options,
     )
-    torch.manual_seed(seed)
-    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-    control = dist.group.WORLD if not device.on_cuda() else dist.new_group(backend="gloo", timeout=timeout)
-    assert control is not None  # this rank has joined and is in every group
-    return World(launch.rank, launch.world_size, here, parallel, deadline_s, control)
 
 
 def check(parallel: Parallel, shape: ModelShape) -> None:

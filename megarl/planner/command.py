@@ -21,6 +21,7 @@ from megarl.planner.count import count
 from megarl.planner.hardware import GIB
 from megarl.planner.job import Plan, plan
 from megarl.planner.search import nearest_fit, ranked, settings_of
+from megarl.run.atomic import write_text
 
 SHOWN = 10
 EDGE = 4  # stages shown at each end of a long pipeline
@@ -53,9 +54,9 @@ def main(
     result = plan(settings, model, card, size, response_tokens, count(model, parallel, size))
     Console().print(*tables(result), sep="\n")
     if json:
-        _write(json, json_files.dumps(as_json(result), indent=1) + "\n")
+        write_text(json, json_files.dumps(as_json(result), indent=1) + "\n")
     if chart:
-        _write(chart, charts.svg(result))
+        write_text(chart, charts.svg(result))
     if not result.fits:
         raise UserError(refusal(result, nearest_fit(settings, model, card, size, response_tokens)))
 
@@ -132,11 +133,4 @@ def _search(
         table.add_row(f"{p.train.seconds:.2f}", f"{p.mfu:.1%}", f"{memory:.1f}", settings_of(p))
     Console().print(table)
     if json:
-        _write(json, json_files.dumps([as_json(p) | {"settings": settings_of(p)} for p in found], indent=1) + "\n")
-
-
-def _write(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(text)
-    partial.replace(file)
+        write_text(json, json_files.dumps([as_json(p) | {"settings": settings_of(p)} for p in found], indent=1) + "\n")

@@ -56,20 +56,12 @@ def _build(shape: ModelShape, parallel: Parallel, gpus: int, stage: int) -> Hold
 
     from megarl.config import Precision
     from megarl.learner import model
-    from megarl.learner.parallel import CUDA_ONLY
+    from megarl.learner.parallel import CUDA_ONLY, make_groups
 
     # Megatron orders ranks tp, cp, ep, dp, pp: the first rank of stage s is s times the ranks of a stage.
     dist.init_process_group("fake", store=FakeStore(), rank=stage * (gpus // parallel.pp), world_size=gpus)
     try:
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=parallel.tp,
-            pipeline_model_parallel_size=parallel.pp,
-            virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
-            context_parallel_size=parallel.cp,
-            expert_model_parallel_size=parallel.ep,
-            expert_tensor_parallel_size=parallel.etp,
-            create_gloo_process_groups=False,
-        )
+        make_groups(parallel)
         tensor_parallel.model_parallel_cuda_manual_seed(0, force_reset_rng=True)
         with torch.device("meta"):
             precision = Precision(dtype="bf16")

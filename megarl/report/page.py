@@ -18,6 +18,7 @@ from markupsafe import Markup, escape
 
 from megarl.report import rollouts, run
 from megarl.report.run import Run
+from megarl.run.atomic import write_text
 
 FILE = "report.html"
 HERE = Path(__file__).parent
@@ -28,10 +29,7 @@ def write(folders: Sequence[Path], out: Path | None = None) -> Path:
     """Write the report of one run or the comparison of several; default: report.html in the first. Atomic."""
     runs = [run.read(folder) for folder in folders]
     out = out or folders[0] / FILE
-    partial = out.with_name(out.name + ".partial")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(render(runs))
-    partial.replace(out)
+    write_text(out, render(runs))
     return out
 
 

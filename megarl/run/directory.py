@@ -13,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megarl import config
 from megarl.errors import UserError
+from megarl.run.atomic import write_text
 from megarl.run.trackers import Trackers
 from megarl.types import Completion, Probe, Prompt, ScoredCompletion, ScoredGroup, Span
 
@@ -85,9 +86,7 @@ class RunDirectory:
         """
         metrics = self.folder / "metrics.jsonl"
         kept = [line for line in read_metrics(self.folder) if step and line["step"] <= step]
-        partial = metrics.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        partial.replace(metrics)
+        write_text(metrics, "".join(json.dumps(line) + "\n" for line in kept))
         for file in (self.folder / "rollouts").glob("step_*"):
             if int(file.stem.split("_")[1]) > step:
                 file.unlink()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megarl.errors import UserError
+from megarl.run.atomic import write_text
 from megarl.run.directory import read_metrics
 from megarl.run.timeline import Span, read_phases
 
@@ -19,9 +20,7 @@ def write(run: Path, out: Path | None = None) -> Path:
     if not spans:
         raise UserError(f"run: {run} has no phases to trace (phases/rank_*.jsonl)")
     out = out or run / "trace.json"
-    partial = out.with_name(out.name + ".partial")
-    partial.write_text(json.dumps({"traceEvents": events(spans, read_metrics(run)), "displayTimeUnit": "ms"}))
-    partial.replace(out)
+    write_text(out, json.dumps({"traceEvents": events(spans, read_metrics(run)), "displayTimeUnit": "ms"}))
     return out
 
 
