@@ -20,6 +20,7 @@ TINY = (
 EIGHT = "data.eval=[examples/quickstart/problems/heldout.jsonl] evaluation.limit=8"
 STUDY = f"steps=1 {EIGHT} rollout.max_response_tokens=24 batch.prompts_per_step=4 batch.completions_per_prompt=4"
 CONFIRMED = " --first-seed 40 --seeds 4 --methods grpo_strong,completions,dppo --rates 0.7"
+REST = "test-all: test-slow test-report test-slurm test-engines"
 SERVERS = "needs real servers: `make test-engines`"
 OWN = (
     "model.path=examples/quickstart/reasoner precision.dtype=fp32 rollout.engine=local rollout.early_exit.enabled=false"
@@ -201,7 +202,7 @@ ENGINES = [
                 "tests/engines/test_training.py::test_the_loop_trains_on_a_real_server", f'"{engine}"', SERVERS)
       for engine in ("sglang", "vllm")),
     elsewhere("make engines", "Makefile", "test-engines: engines", "`make test-engines` of .ci/run begins so"),
-    elsewhere("make test-engines", ".ci/run", "make test-engines"),
+    elsewhere("make test-engines", "Makefile", REST, "`make test-all` of .ci/run begins so"),
     here("megarl train CONFIG rollout.engine=sglang rollout.servers.count=4 *", says="2 ranks = tp 2",
          run="megarl train CONFIG rollout.engine=sglang rollout.servers.count=4 "
          "rollout.servers.python=/envs/sglang/bin/python "
@@ -217,7 +218,8 @@ CLUSTERS = [
         "tests/slurm/test_scripts.py checks settings, layout and memory"))),
     elsewhere("srun --ntasks-per-node 8 megarl train CONFIG", "slurm/launch.sh", "srun",
               "the line of the batch scripts, which tests/slurm submits to a real Slurm"),
-    elsewhere("make test-slurm", ".ci/run", "make test-slurm"),
+    elsewhere("make test-slurm", "Makefile", REST, "`make test-all` of .ci/run begins so"),
+    elsewhere("make test-all", ".ci/run", "make test-all"),
     elsewhere("make lint", ".ci/run", "make lint"),
     elsewhere("make test", ".ci/run", "make test"),
     elsewhere("make setup", "Makefile", "lint: setup", "`make lint` of .ci/run begins so"),
