@@ -59,6 +59,10 @@ EXPERT_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "ep2": (2, {"ep": 2}),
     "ep2, overlap": (2, {"ep": 2, "overlap_grad_reduce": True}),
     "ep2·tp2·etp1+sp": (2, {"ep": 2, "tp": 2, "etp": 1}),
+    "tp2·etp1+sp": (2, {"tp": 2, "etp": 1}),
+    "etp2": (2, {"etp": 2}),
+    "cp2·etp2": (2, {"cp": 2, "etp": 2}),
+    "tp2·pp2·etp1+sp": (4, {"tp": 2, "pp": 2, "etp": 1}),
     "ep2·tp2+sp": (4, {"ep": 2, "tp": 2}),
     "ep2·pp2": (4, {"ep": 2, "pp": 2}),
 }

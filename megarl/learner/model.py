@@ -254,8 +254,20 @@ def build(
             model.cuda(torch.cuda.current_device())
         if shape.moe:
             router.install(model, experts or Experts())
+            _reduce_among_experts(model)
         chunks.append(Float16Module(config, model) if config.bf16 else model)
     return chunks
+
+
+def _reduce_among_experts(model: PolicyModel) -> None:
+    """Have Megatron reduce, clip and save the experts' weights within the experts' groups, in every layout.
+
+    Megatron marks them only where ep > 1. With ep 1 and etp unlike tp their gradients would then be summed over the
+    dense layers' groups, which are the wrong ranks.
+    """
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:
+            parameter.allreduce = False  # type: ignore[attr-defined]
 
 
 @contextmanager

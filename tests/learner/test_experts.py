@@ -5,9 +5,12 @@ import pytest
 from megarl.bench.parity import EXPERT_LAYOUTS, Case, compare
 
 
+@pytest.mark.slow
 @pytest.mark.parallel
 def test_loss_and_every_gradient_match_transformers_under_expert_parallelism():
-    """Routers, experts and the rest, by name, under ep2, ep2·tp2 (uneven tokens per rank) and ep2·pp2.
+    """Routers, experts and the rest, by name: with ep 2 under tp2 (uneven tokens per rank) and pp2.
+
+    With ep 1 too, where experts are split unlike the dense layers, under tp2, pp2 and cp2.
 
     Says nothing about grouped matrix products or dispatchers of a GPU, nor about dropped tokens: none are.
     """

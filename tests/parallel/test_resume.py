@@ -139,6 +139,28 @@ def test_the_plain_optimizer_resumes_under_another_layout(runs: dict[str, Any]) 
     assert (counts, own) == ([BEFORE], True)
 
 
+def _expert_checkpoints(model: Path, one: Path, two: Path) -> dict[str, Any]:
+    return {
+        "ep1 to ep2": resume(model, {"ep": 2}, one),
+        "ep1 to tp2, etp1": resume(model, {"tp": 2, "etp": 1}, one),
+        "ep2": save_and_go_on(model, {"ep": 2}, two),
+    }
+
+
+def test_a_mixture_of_experts_resumes_under_another_expert_layout(tmp_path: Path) -> None:
+    """Between ep 1 and ep 2, both ways, and where experts are not split as the dense layers are."""
+    model, one, two = (tmp_path / name for name in ("model", "one", "two"))
+    write_model(model, "qwen3_moe")
+    one.mkdir()
+    two.mkdir()
+    whole = spawn(save_and_go_on, 1, (model, {}, one), TIMEOUT)[0]
+    wide = spawn(_expert_checkpoints, 2, (model, one, two), TIMEOUT)[0]
+    back = spawn(resume, 1, (model, {}, two), TIMEOUT)[0]
+    for losses, counts, own in (wide["ep1 to ep2"], wide["ep1 to tp2, etp1"], back):
+        assert losses == pytest.approx(whole[BEFORE:], abs=1e-5)
+        assert (counts, own) == ([BEFORE], True)
+
+
 REFUSED = ("missing", "cut", "lost", "torn", "common", "code in a pickle", "code in the common part")
 
 
