@@ -138,7 +138,7 @@ class Checkpoint(Section):
     keep: Positive = 2
     """Checkpoints to keep; older ones are deleted."""
     optimizer: bool = True
-    """Save the optimizer state too. Without it a run cannot be resumed."""
+    """Save the optimizer state too. Without it, a resumed run starts Adam from zero."""
     asynchronous: bool = False
     """Write a copy of the state while training continues. This hides the disk's time and needs host memory for the
     copy."""

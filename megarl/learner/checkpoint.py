@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 from collections.abc import Callable
 from contextlib import contextmanager
 from copy import deepcopy
@@ -35,6 +36,8 @@ from megarl.learner.model import unwrap, vocabulary_rows
 from megarl.learner.parallel import World
 from megarl.models.files.torch_metadata import load_metadata
 from megarl.models.shape import ModelShape
+
+log = logging.getLogger(__name__)
 
 MANIFEST = "learner.json"
 READING_FAILED = (
@@ -98,6 +101,8 @@ def load(learner: Learner, folder: Path) -> None:
         _restore_optimizer(learner, state["optimizer"])
     else:
         learner.optimizer.reload_model_params()
+        if manifest and learner.world.is_controller:
+            log.warning("%s has no optimizer state (checkpoint.optimizer: false): Adam starts from zero", folder)
     learner.version = manifest["updates"] if manifest else 0
 
 

@@ -108,9 +108,7 @@ class Learner:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
         parts = self._run(self.models, batch, partial(self._loss, objective))
-        rate = learning_rate(self.version, self.total_updates, self.settings.optimizer)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        rate = self._set_optimizer()
         _, grad_norm, _ = self.optimizer.step()
         if not math.isfinite(grad_norm):
             raise RunError(f"update {self.version}: the gradient norm is {grad_norm}")
@@ -186,6 +184,19 @@ class Learner:
         if self.settings.parallel.overlap_grad_reduce and self.settings.parallel.distributed_optimizer:
             for model in self.models:
                 model.start_param_sync(force_sync=True)
+
+    def _set_optimizer(self) -> float:
+        """Give the optimizer this update's learning rate, which is returned, and the run's own settings.
+
+        A checkpoint brings the settings that it was saved with. Norms and biases have no weight decay: Megatron marks
+        them, and its scheduler, whose place this takes, would read the mark.
+        """
+        settings = self.settings.optimizer
+        rate = learning_rate(self.version, self.total_updates, settings)
+        for group in self.optimizer.param_groups:
+            decay = settings.weight_decay * group["wd_mult"]
+            group.update(lr=rate, weight_decay=decay, betas=settings.betas, eps=settings.eps)
+        return rate
 
     def _filled(self) -> tuple[list[torch.nn.Module], Weights]:
         """New model chunks with the initial weights, and the map of their parameters."""
