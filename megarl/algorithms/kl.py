@@ -9,7 +9,9 @@ from torch import Tensor
 from megarl.algorithms.presets import KLEstimator
 
 LOG_RATIO_BOUND = 20.0
-"""Log-ratios are clamped to ±20 before `exp`, so that one extreme token cannot make the whole loss infinite."""
+"""Log-ratios are clamped to ±20 before `exp`, so that one extreme token cannot make the whole loss infinite.
+
+k3 goes on along its tangent there: a token far below the reference is still pulled towards it."""
 
 
 def kl_estimate(logprobs: Tensor, reference: Tensor, estimator: KLEstimator) -> Tensor:
@@ -24,7 +26,8 @@ def kl_estimate(logprobs: Tensor, reference: Tensor, estimator: KLEstimator) -> 
         return difference
     if estimator == "k2":
         return difference.square() / 2
-    return torch.exp(-difference.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)) + difference - 1
+    inside = difference.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    return torch.exp(-inside) * (1 + inside - difference) + difference - 1
 
 
 def kl_penalty(logprobs: np.ndarray, reference: np.ndarray, coef: float, estimator: KLEstimator) -> float:

@@ -326,3 +326,14 @@ def test_summary_leaves_out_what_was_not_measured():
     row = _plain_row(torch.tensor([-1.0]), torch.tensor([torch.nan]), 1.0, 1.0)
     figures = summarise({name: value.item() for name, value in run(row, BASE)[1].items()})
     assert not {"kl", "mismatch_mean", "mismatch_max", "mismatch_kl"} & set(figures)
+
+
+@pytest.mark.parametrize("difference", [-25.0, -100.0, -19.9, 19.9, 100.0])
+def test_k3_pulls_towards_the_reference_however_far_the_token_is(difference):
+    """Finite at any distance; the gradient never changes its sign, and the loss grows on both sides."""
+    d = torch.tensor([difference, difference * 1.1], dtype=torch.float32, requires_grad=True)
+    near, far = kl_estimate(d, torch.zeros(2), "k3")
+    assert torch.isfinite(near) and near < far
+    (near + far).backward()
+    assert torch.isfinite(d.grad).all()
+    assert (torch.sign(d.grad) == math.copysign(1, difference)).all()
