@@ -9,19 +9,31 @@ STAMP := $(VENV)/.installed
 CHROMIUM = { command -v chromium && command -v chromedriver; } >/dev/null || { apt-get update && apt-get install -y --no-install-recommends chromium chromium-driver; }
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-all test-slow engines test-engines test-gpu test-report test-slurm pictures lint clean
+.PHONY: help setup lock latest quickstart test test-all test-slow engines test-engines test-gpu test-report test-slurm pictures lint clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -3
 
 setup: $(STAMP)
 
-# torch first and pinned: an unpinned one brings another build. The second line may then pull nothing else.
-$(STAMP): setup.py pyproject.toml
+# torch first and pinned: an unpinned one brings another build. The rest is locked, with hashes.
+$(STAMP): setup.py pyproject.toml requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet torch==2.13.0 --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-deps --require-hashes --requirement requirements.lock
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $(STAMP)
+
+# Resolve setup.py anew, within its bounds.
+lock: setup
+	$(BIN)/python tools/lock.py
+
+# The quick tests with the newest packages that setup.py allows, in an environment beside the locked one. For a weekly job.
+latest:
+	test -x .latest/bin/python || $(PYTHON) -m venv .latest
+	.latest/bin/pip install --quiet torch==2.13.0
+	.latest/bin/pip install --quiet --upgrade --upgrade-strategy eager torch==2.13.0 --editable '.[dev]'
+	.latest/bin/python -m pytest -m "not slow and $(ELSEWHERE)"
 
 # An interrupted quick start goes on; a finished one shows its table again.
 quickstart: setup
@@ -73,4 +85,4 @@ lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy megarl checkpoints_conv tools
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) .latest build *.egg-info

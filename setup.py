@@ -3,7 +3,8 @@
 from setuptools import find_packages, setup
 
 # Where figures go besides, by the setting `trackers`; mlflow's full package is its server's.
-WANDB, MLFLOW = ["wandb>=0.19"], ["mlflow-skinny>=3"]
+WANDB, MLFLOW = ["wandb>=0.19,<1"], ["mlflow-skinny>=3,<4"]
+TOOLS = ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "selenium>=4.20,<5", "setuptools>=77", "uv"]
 
 setup(
     name="megarl",
@@ -15,27 +16,28 @@ setup(
     package_data={
         "megarl": ["py.typed", "report/*.html", "report/*.css", "report/*.js", "recipes/*.yaml", "config/*.yaml"]
     },
+    # Upper bounds exclude what may break; requirements.lock has the versions that the tests passed with.
     install_requires=[
         # An unpinned torch brings another build and gigabytes of CUDA packages on a CPU machine.
         "torch==2.13.0",
         # 0.16.1 is the newest that declares Python 3.11.
         'megatron-core==0.16.1; python_version < "3.12"',
         'megatron-core>=0.16.1,<0.20; python_version >= "3.12"',
-        "psutil",  # needed by megatron.core.dist_checkpointing.save, which does not declare it
+        "psutil<8",  # needed by megatron.core.dist_checkpointing.save, which does not declare it
         "transformers>=5.20,<6",
-        "huggingface_hub>=1",
-        "tokenizers",
-        "safetensors",
-        "numpy",
-        "pyarrow",
+        "huggingface_hub>=1,<3",
+        "tokenizers<1",
+        "safetensors<1",
+        "numpy<3",
+        "pyarrow<27",
         "pydantic>=2.8,<3",
-        "pyyaml",
-        "typer>=0.12",
-        "rich",
+        "pyyaml<7",
+        "typer>=0.12,<1",
+        "rich<16",
         "math-verify==0.9.0",
-        "aiohttp",
-        "jinja2",
-        "tensorboard",
+        "aiohttp<4",
+        "jinja2<4",
+        "tensorboard<3",
     ],
     extras_require={
         # On a CUDA machine only: without its CUDA part, transformer-engine breaks `import megatron.core`.
@@ -46,7 +48,7 @@ setup(
         "wandb": WANDB,
         "mlflow": MLFLOW,
         # gguf reads the real weights that the conversion is tested with.
-        "dev": [*WANDB, *MLFLOW, "gguf", "pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "selenium>=4.20"],
+        "dev": [*WANDB, *MLFLOW, *TOOLS, "gguf"],
     },
     entry_points={
         "console_scripts": ["megarl=megarl.cli:main"],

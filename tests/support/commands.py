@@ -226,6 +226,8 @@ CLUSTERS = [
     elsewhere("make pictures", "tests/report/test_pictures.py", "pictures.screenshots(",
               "needs Chromium: `make test-report`; its training is the quick start's"),
     never("make test-gpu", "needs a CUDA device"),
+    never("make lock", "resolves anew over the network; tests/test_lock.py checks what it wrote"),
+    never("make latest", "installs the newest packages over the network, for a weekly job"),
     never("pip install -e *", "CUDA builds; setup.py declares the extras, which is checked"),
     elsewhere("pip install megarl[wandb,mlflow]", "setup.py", '"dev": [*WANDB, *MLFLOW,',
               "`make setup` installs them with `dev`, and tests/run/test_trackers.py uses them"),
