@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from megarl.errors import RunError, Stopped, UserError, nearest
+from megarl.errors import RunError, Stopped, UserError, nearest, printable
 
 app = typer.Typer(
     name="megarl",
@@ -38,10 +38,13 @@ def train(
     dry_run: DryRun = False,
 ) -> None:
     """Train a policy by reinforcement learning. Starts its ranks, or runs as one rank of torchrun or srun."""
-    from megarl import config as settings_file
-    from megarl import launch
+    from megarl.runtime.interrupt import starting
 
-    launch.train(settings_file.load(config, overrides), nproc, resume, dry_run)
+    with starting():  # a signal while the imports run, too
+        from megarl import config as settings_file
+        from megarl import launch
+
+        launch.train(settings_file.load(config, overrides), nproc, resume, dry_run)
 
 
 @app.command(context_settings=_KEY_VALUE)
@@ -52,10 +55,13 @@ def sft(
     dry_run: DryRun = False,
 ) -> None:
     """Fine-tune a model on prompts and responses (data.train). The result is RUN/model."""
-    from megarl import config as settings_file
-    from megarl import launch
+    from megarl.runtime.interrupt import starting
 
-    launch.sft(settings_file.load(config, overrides), nproc, dry_run)
+    with starting():
+        from megarl import config as settings_file
+        from megarl import launch
+
+        launch.sft(settings_file.load(config, overrides), nproc, dry_run)
 
 
 @app.command(context_settings=_KEY_VALUE)
@@ -243,14 +249,21 @@ def main() -> None:
     try:
         app()
     except UserError as e:
-        for line in str(e).splitlines():
-            print(f"megarl: {line}", file=sys.stderr)
+        _say(e)
         sys.exit(2)
     except RunError as e:
-        print(f"megarl: {e}", file=sys.stderr)
+        _say(e)
         sys.exit(1)
-    except Stopped:
+    except Stopped as e:
+        _say(e)
         sys.exit(Stopped.EXIT_CODE)
+
+
+def _say(error: Exception) -> None:
+    """Nothing in an error, such as a line of a file that it quotes, can control the terminal."""
+    for line in printable(str(error)).split("\n"):
+        if line:
+            print(f"megarl: {line}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The errors that megarl raises on purpose: each is one line that a person can act on."""
 
+import unicodedata
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -27,6 +28,25 @@ class DeadlineExceeded(RunError):
 
     def __init__(self, waited_for: str, seconds: float) -> None:
         super().__init__(f"gave up after {seconds:g} s waiting for {waited_for}")
+
+
+def printable(text: str) -> str:
+    """`text` for a terminal: what a file, a template or another process wrote cannot move the cursor or set colours.
+
+    Line ends stay. Every other control character, and what reorders or hides text, is written as `\\x1b`.
+    """
+    return "".join(c if c == "\n" or c.isprintable() else _escaped(c) for c in text)
+
+
+def one_line(text: str) -> str:
+    """As `printable`, with line ends as spaces."""
+    return printable(" ".join(text.split("\n")))
+
+
+def _escaped(character: str) -> str:
+    if character == "\t" or unicodedata.category(character) == "Zs":  # other spaces
+        return " "
+    return character.encode("unicode_escape").decode()
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

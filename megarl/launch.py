@@ -29,7 +29,9 @@ from megarl.rollout.early_exit import plan
 from megarl.rollout.servers import flags
 from megarl.run import provenance, trackers
 from megarl.run.directory import read_metrics
-from megarl.runtime.spawn import spawn
+from megarl.runtime.interrupt import starting
+from megarl.runtime.launched import under_launcher
+from megarl.runtime.spawn import Heartbeat, spawn
 from megarl.view.summary import summary
 from megarl.view.table import show, show_rows
 
@@ -37,6 +39,7 @@ MADE_UP = "Let me guess.\n</think>\n\n\\boxed{0}"
 """A response to try the reward function on."""
 
 
+@starting()
 def train(
     settings: Settings, nproc: int | None = None, resume: bool = False, dry_run: bool = False
 ) -> list[dict[str, Any]]:
@@ -59,7 +62,7 @@ def train(
     from megarl.train import train as run
 
     try:
-        finished = _start(run, (settings, resume), world_size, sizes)
+        finished = _start(run, settings, (resume,), world_size, sizes, saves=True)
     finally:  # a failed run gets its report too
         controller = parallel.launch_info().rank == 0
         if controller and (settings.run / "metrics.jsonl").exists():
@@ -72,6 +75,7 @@ def train(
     return read_metrics(settings.run)
 
 
+@starting()
 def sft(settings: Settings, nproc: int | None, dry_run: bool) -> None:
     """As `train`, for supervised fine-tuning."""
     world_size = _world_size(settings, nproc)
@@ -85,7 +89,8 @@ def sft(settings: Settings, nproc: int | None, dry_run: bool) -> None:
         return
     from megarl.sft import sft as run
 
-    _start(run, (settings,), world_size, sizes)
+    if not _start(run, settings, (), world_size, sizes, saves=True):
+        raise Stopped
 
 
 def evaluate(
@@ -102,7 +107,7 @@ def evaluate(
     from megarl.evaluate import evaluate as run
 
     wanted = temperatures or [settings.evaluation.temperature]
-    rows: list[dict[str, Any]] = _start(run, (settings, trained, wanted), world_size, {})
+    rows: list[dict[str, Any]] = _start(run, settings, (trained, wanted), world_size, {})
     if rows:
         show_rows("held-out problems", rows)
     return rows
@@ -120,12 +125,12 @@ def replay(run: Path, step: int, overrides: list[str] | None, nproc: int | None)
         )
     start = recorded.find(run, step)
     ranks = provenance.read(run).get("ranks", settings.parallel.model_ranks)
-    world_size = parallel.launch_info().world_size if parallel.under_launcher() else nproc or ranks
+    world_size = parallel.launch_info().world_size if under_launcher() else nproc or ranks
     parallel.check(settings.parallel, read_shape(settings.model.path))
     parallel.check_ranks(settings.parallel, world_size)
     if start < step - 1:
         print(f"replaying steps {start + 1} to {step}: step {step - 1} has no checkpoint", file=sys.stderr)
-    rows = _start(recorded.replay, (settings, step, start), world_size, {})
+    rows = _start(recorded.replay, settings, (step, start), world_size, {})
     if not rows:
         return
     show_rows(f"step {step}, replayed from {f'the checkpoint of step {start}' if start else 'the start'}", rows)
@@ -135,17 +140,25 @@ def replay(run: Path, step: int, overrides: list[str] | None, nproc: int | None)
 
 
 def _world_size(settings: Settings, nproc: int | None) -> int:
-    if parallel.under_launcher():
+    if under_launcher():
         return parallel.launch_info().world_size
     return nproc or settings.parallel.model_ranks
 
 
-def _start(run: Callable[..., Any], arguments: tuple[Any, ...], world_size: int, sizes: dict[str, Any]) -> Any:
+def _start(
+    run: Callable[..., Any],
+    settings: Settings,
+    arguments: tuple[Any, ...],
+    world_size: int,
+    sizes: dict[str, Any],
+    saves: bool = False,
+) -> Any:
     """Run on every rank. Returns what rank 0 returned or, under a launcher, what this rank did."""
-    if parallel.under_launcher():
-        return run(*arguments)
+    if under_launcher():
+        return run(settings, *arguments)
     show(sizes)
-    return spawn(run, world_size, arguments)[0]
+    heartbeat = Heartbeat(settings.heartbeat_timeout, settings.run / "logs")
+    return spawn(run, world_size, (settings, *arguments), saves=saves, heartbeat=heartbeat)[0]
 
 
 def locate(settings: Settings) -> None:

@@ -21,15 +21,21 @@ from megarl.learner import parallel
 from megarl.learner.export import export
 from megarl.learner.learner import Learner, sft_objective
 from megarl.loop.batching import pack_rows
+from megarl.loop.collectives import any_rank
 from megarl.models.tokenizer import load_tokenizer
 from megarl.run.lock import only_job
+from megarl.runtime.interrupt import Interrupt
 from megarl.types import Batch, Sample, derive_seed
 from megarl.view.progress import RunProgress
 
 
-def sft(settings: Settings) -> None:
-    """Fine-tune on this rank. The loss of an update is the mean over its response tokens."""
+def sft(settings: Settings) -> bool:
+    """Fine-tune on this rank. The loss of an update is the mean over its response tokens.
+
+    Returns whether all steps are done: a Ctrl-C, SIGTERM or SIGUSR1 on any rank writes the model so far and stops.
+    """
     with ExitStack() as stack:
+        interrupt = stack.enter_context(Interrupt())
         world = parallel.start(settings.parallel, settings.precision, settings.seed, settings.collective_timeout)
         stack.callback(world.close)
         stack.enter_context(world.watchdog(settings.heartbeat_timeout, settings.run / "logs"))
@@ -60,8 +66,11 @@ def sft(settings: Settings) -> None:
                 file.write(json.dumps(metrics) + "\n")
                 file.flush()
                 progress.step(step, metrics)
+            if any_rank(interrupt.asked, world):
+                break
         export(learner, world, settings.model.path, settings.run / "model")
-        progress.say(f"the model is in {settings.run / 'model'}")
+        progress.say(f"the model of step {step} is in {settings.run / 'model'}")
+    return step == settings.steps
 
 
 def draw_order(count: int, seed: int, shuffle: bool) -> Iterator[int]:

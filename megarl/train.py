@@ -28,7 +28,7 @@ from megarl.learner.learner import Learner
 from megarl.loop import logprobs, metrics
 from megarl.loop.batching import BatchBuilder
 from megarl.loop.checkpoints import Checkpoints
-from megarl.loop.collectives import broadcast
+from megarl.loop.collectives import any_rank
 from megarl.loop.collector import Collector
 from megarl.loop.controller import Controller
 from megarl.loop.rollout_engine import RolloutEngine
@@ -42,7 +42,8 @@ from megarl.view.progress import RunProgress, Stopwatch
 
 
 def train(settings: Settings, resume: bool = False) -> bool:
-    """Run the job on this rank. Returns whether it is finished: a first Ctrl-C, SIGTERM or SIGUSR1 saves and stops."""
+    """Run the job on this rank. Returns whether it is finished: a Ctrl-C, SIGTERM or SIGUSR1 on any rank saves and
+    stops. Before the first step there is nothing to save, and the ranks stop as soon as all of them can."""
     updates = settings.batch.updates_per_step
     switches = presets.resolve(settings.algorithm, settings.rollout.max_response_tokens, updates)
     objective = partial(policy_loss, switches=switches)
@@ -61,6 +62,12 @@ def train(settings: Settings, resume: bool = False) -> bool:
         stack.callback(phases.close)
         watch = Stopwatch(progress, phases, deadline)
 
+        def leaving() -> bool:
+            return any_rank(interrupt.asked, world)
+
+        if leaving():
+            return False
+
         tokenizer = load_tokenizer(settings.model.path)
         controller = None
         if world.is_controller:
@@ -72,6 +79,8 @@ def train(settings: Settings, resume: bool = False) -> bool:
         if controller:
             controller.open_run(done if resume else None, world.world_size)
 
+        if leaving():
+            return False
         loop = stack.enter_context(EventLoop(world.device))
         engine = RolloutEngine(settings, world, loop, tokenizer, learner, controller)
         stack.callback(engine.close)
@@ -85,6 +94,8 @@ def train(settings: Settings, resume: bool = False) -> bool:
 
         with watch("sync"):
             engine.push(version=done)
+        if leaving():
+            return False
         if done == 0 and (measured := evaluate(0)) and controller:
             controller.report(0, measured)
         watch.lap()
@@ -114,11 +125,11 @@ def train(settings: Settings, resume: bool = False) -> bool:
             if controller:
                 measured |= metrics.of_step(step, collected, batches, trained, engine, settings)
                 controller.finish_step(step, collected, measured | watch.lap())
-            leaving = broadcast(interrupt.asked, world)
-            if leaving or metrics.due(step, settings.checkpoint.every, settings.steps):
+            stop = leaving()
+            if stop or metrics.due(step, settings.checkpoint.every, settings.steps):
                 with watch("checkpoint"):
                     checkpoints.save(step)
-            if leaving:
+            if stop:
                 progress.say(f"stopped after step {step}, saved; continue with --resume")
                 return step == settings.steps
     return True

@@ -18,6 +18,7 @@ from megarl.learner import precision as precisions
 from megarl.models.layout import Layout
 from megarl.models.shape import ModelShape
 from megarl.runtime import device
+from megarl.runtime.store import connect
 from megarl.runtime.watchdog import Watchdog, waiting
 
 CUDA_ONLY = {
@@ -48,11 +49,6 @@ def launch_info() -> Launch:
         nodes = int(env.get("SLURM_STEP_NUM_NODES", "1"))
         return Launch(int(env["SLURM_PROCID"]), tasks, int(env.get("SLURM_LOCALID", "0")), -(-tasks // nodes))
     return Launch()
-
-
-def under_launcher() -> bool:
-    """Whether torchrun or srun started this process, as one of several ranks or as the only one."""
-    return "RANK" in os.environ or "SLURM_STEP_NUM_TASKS" in os.environ
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,9 +118,13 @@ class World:
         """This rank's watchdog. It has a separate connection to the rendezvous store, so no wait delays its pulse."""
         store = None
         if self.world_size > 1:
-            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            own = dist.TCPStore(address, port, timeout=datetime.timedelta(seconds=deadline), wait_for_workers=False)
+            timeout = datetime.timedelta(seconds=deadline)
+            own = connect(self.world_size)
+            if own is None:
+                address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+                own = dist.TCPStore(address, port, timeout=timeout, wait_for_workers=False)
             store = dist.PrefixStore("watchdog", own)
+            store.set_timeout(timeout)
         return Watchdog(
             self.rank, self.world_size, store, deadline, folder, join=lambda: self.barrier("every rank's first pulse")
         )
@@ -268,7 +268,12 @@ def _join(launch: Launch, timeout: datetime.timedelta, here: torch.device) -> No
         return
     try:
         dist.init_process_group(
-            device.backend(), rank=launch.rank, world_size=launch.world_size, timeout=timeout, device_id=bound
+            device.backend(),
+            store=connect(launch.world_size),  # None: torchrun's or srun's
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=timeout,
+            device_id=bound,
         )
     except dist.DistNetworkError as e:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"

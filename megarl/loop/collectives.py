@@ -1,9 +1,10 @@
-"""Python objects between the ranks of this run. Nothing from outside the run is ever unpickled."""
+"""Small values between the ranks of this run. Nothing from outside the run is ever unpickled."""
 
 from __future__ import annotations
 
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 
 from megarl.learner.parallel import World
@@ -20,6 +21,16 @@ def broadcast(value: T, world: World) -> T:
     with collective("a broadcast from rank 0", world.deadline_s):
         dist.broadcast_object_list(box, 0, group=world.control)
     return box[0]
+
+
+def any_rank(value: bool, world: World) -> bool:
+    """Whether it is true on any rank. Collective."""
+    if world.world_size == 1:
+        return value
+    votes = torch.tensor([int(value)])
+    with collective("a vote of all ranks", world.deadline_s):
+        dist.all_reduce(votes, dist.ReduceOp.MAX, group=world.control)
+    return bool(votes.item())
 
 
 def gather(value: T, world: World) -> list[T]:

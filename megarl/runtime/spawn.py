@@ -7,205 +7,291 @@ import math
 import multiprocessing
 import os
 import pickle
-import select
 import signal
-import socket
-import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext, SpawnContext
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
-import torch
-
 from megarl.errors import DeadlineExceeded, RanksLost, RunError, UserError
-from megarl.runtime import device, watchdog
+from megarl.runtime import device, fork_server, rank
+from megarl.runtime.clock import RunningClock
+from megarl.runtime.interrupt import Interrupt, blocked
+from megarl.runtime.store import VARIABLE, LocalStore
+from megarl.runtime.watchdog import pulse_period
 
 GRACE = 5.0  # seconds between SIGTERM and SIGKILL
-PRELOAD = ["megarl.learner.learner"]  # imported once, in the clean process from which CPU ranks are forked
+TICK = 1.0  # seconds between two looks at the pulses
+STACKS_TIMEOUT = 2.0  # seconds for a rank to write its stacks
+PRELOAD = ["megarl.runtime.fork_server", "megarl.learner.learner"]
+"""Imported once, in the clean process from which CPU ranks are forked."""
 
 
-def spawn(target: Callable[..., Any], nproc: int, args: Sequence[Any] = (), timeout: float | None = None) -> list[Any]:
+@dataclass
+class Heartbeat:
+    """Ranks are ended when they send no pulse for `timeout` seconds. Their stacks then go to the folder `logs`."""
+
+    timeout: float
+    logs: Path
+
+
+@dataclass
+class Rank:
+    """A rank's process, seen from the launcher."""
+
+    number: int
+    process: Any
+    messages: Connection
+    stacks: Connection
+    heard: float  # when, by the launcher's clock
+    place: str = "its start"  # where its last pulse was sent
+
+
+def spawn(
+    target: Callable[..., Any],
+    nproc: int,
+    args: Sequence[Any] = (),
+    timeout: float | None = None,
+    *,
+    saves: bool = False,
+    heartbeat: Heartbeat | None = None,
+) -> list[Any]:
     """Run `target(*args)` in `nproc` new processes with torchrun's variables. Returns the results, by rank.
 
-    `target`, `args` and the results must be picklable, and the caller's entry point needs a `__main__` guard.
+    `target`, `args` and the results must be picklable, and the caller's entry point needs a `__main__` guard. Call it
+    from the main thread: the kernel ties the ranks to the thread that starts them.
     The first failure ends the other ranks and is raised here: UserError unchanged, anything else as RunError.
-    The first Ctrl-C is passed on to the ranks, so that they can save and leave. A second one ends them.
+    `saves`: the target listens by an `Interrupt`. The first Ctrl-C, SIGTERM or SIGUSR1 is then passed on to the ranks,
+    whenever it comes. A second Ctrl-C, or the first without `saves`, ends them at once. Ctrl-Z stops the ranks too.
     Raises DeadlineExceeded after `timeout` seconds. The ranks die with this process, however it ends.
     """
-    store, port = _store()
-    context: SpawnContext | ForkServerContext
-    if device.on_cuda():  # a process that has touched CUDA cannot be forked
-        context = multiprocessing.get_context("spawn")
-    else:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
-    ranks = []
+    ranks: list[Rank] = []
+    clock = RunningClock(2 * TICK)
+    store = LocalStore()
+    grace = 0.0
     try:
-        for rank in range(nproc):
-            ours, theirs = context.Pipe(duplex=False)
-            environment = {**os.environ, **_environment(rank, nproc, port)}  # the fork server's may be outdated
-            process = context.Process(target=_run, args=(theirs, environment, target, tuple(args)), name=f"rank {rank}")
-            process.start()
-            theirs.close()
-            ranks.append((process, ours))
-        results = _collect(ranks, timeout)
-        for process, _ in ranks:
-            process.join(GRACE)
+        for each in _start(target, nproc, tuple(args), store, clock, saves, heartbeat):
+            ranks.append(each)
+        with _pausing(ranks), _passing_on(ranks) if saves else contextlib.nullcontext():
+            results = _collect(ranks, clock, timeout, heartbeat)
+        grace = GRACE
+        for each in ranks:
+            each.process.join(GRACE)
         return results
+    except (UserError, RunError):
+        grace = GRACE  # the others may close what they have open
+        raise
     finally:
-        _end([process for process, _ in ranks])
-        for _, pipe in ranks:
-            pipe.close()
-        del store
+        _end([each.process for each in ranks], grace)
+        for each in ranks:
+            each.messages.close()
+            each.stacks.close()
+        store.close()
 
 
-def _store() -> tuple[torch.distributed.TCPStore, int]:
-    """The rendezvous store and its port: a loopback port that we bind first, so that nobody else can take it."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    port = listener.getsockname()[1]
-    store = torch.distributed.TCPStore(
-        "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
-    )
-    return store, port
+def _start(
+    target: Callable[..., Any],
+    nproc: int,
+    args: tuple[Any, ...],
+    store: LocalStore,
+    clock: RunningClock,
+    saves: bool,
+    heartbeat: Heartbeat | None,
+) -> Iterator[Rank]:
+    """Start the ranks one after the other. Signals to them wait until they listen."""
+    context = _context()
+    period = pulse_period(heartbeat.timeout if heartbeat else math.inf)
+    for number in range(nproc):
+        ours, theirs = context.Pipe(duplex=False)
+        stacks, their_stacks = context.Pipe(duplex=False)
+        environment = {**os.environ, **_environment(number, nproc, store)}  # the fork server's may be outdated
+        arguments = (theirs, their_stacks, environment, period, saves, target, args)
+        process = context.Process(target=rank.main, args=arguments, name=f"rank {number}")  # type: ignore[attr-defined]
+        with blocked() if saves and isinstance(context, SpawnContext) else contextlib.nullcontext():
+            process.start()
+        theirs.close()
+        their_stacks.close()
+        clock.tick()
+        yield Rank(number, process, ours, stacks, clock())
 
 
-def _environment(rank: int, nproc: int, port: int) -> dict[str, str]:
-    """The variables that torchrun sets."""
+def _context() -> SpawnContext | ForkServerContext:
+    if device.on_cuda():  # a process that has touched CUDA cannot be forked
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    os.environ[fork_server.STARTER] = str(os.getpid())
+    try:
+        with blocked():  # a signal to our process group ends neither it nor multiprocessing's resource tracker
+            forkserver.ensure_running()
+    finally:
+        del os.environ[fork_server.STARTER]
+    return context
+
+
+def _environment(number: int, nproc: int, store: LocalStore) -> dict[str, str]:
+    """The variables that torchrun sets, but the rendezvous store is our file."""
     return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
+        "RANK": str(number),
+        "LOCAL_RANK": str(number),
         "WORLD_SIZE": str(nproc),
         "LOCAL_WORLD_SIZE": str(nproc),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store runs in the parent
-        **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}),
+        "GLOO_SOCKET_IFNAME": "lo",
+        VARIABLE: store.path,
     }
 
 
-def _run(pipe: Connection, environment: dict[str, str], target: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    """The main function of a rank's process."""
-    _die_with_parent(pipe)
-    os.setpgid(0, 0)  # a terminal's Ctrl-C then reaches only the parent, which passes it on
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.environ.clear()
-    os.environ.update(environment)
-    watchdog.announce = lambda verdict: _send(pipe, ("verdict", verdict))
+@contextlib.contextmanager
+def _passing_on(ranks: list[Rank]) -> Iterator[None]:
+    """Pass the first signal on. As SIGTERM, because a rank may have had a Ctrl-C already."""
+    with Interrupt(lambda: _signal(ranks, signal.SIGTERM)) as interrupt:
+        if interrupt.asked:
+            _signal(ranks, signal.SIGTERM)
+        yield
+
+
+@contextlib.contextmanager
+def _pausing(ranks: list[Rank]) -> Iterator[None]:
+    """On Ctrl-Z stop the ranks too, and let them go on with us."""
+
+    def pause(number: int, frame: FrameType | None) -> None:
+        _signal(ranks, signal.SIGSTOP, group=True)
+        signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)  # returns when we go on
+        _signal(ranks, signal.SIGCONT, group=True)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTSTP, pause)
     try:
-        message = ("done", target(*args))
-    except KeyboardInterrupt:
-        message = ("interrupted", None)
-    except UserError as e:
-        message = ("user", str(e))
-    except RunError as e:
-        message = ("lost" if isinstance(e, RanksLost) else "run", str(e))
-    except BaseException as e:
-        traceback.print_exc()
-        message = ("raised", ("".join(traceback.format_exception_only(e)).strip(), traceback.format_exc()))
-    _send(pipe, message)  # before the connections to other ranks close, so that the parent hears the cause first
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if torch.distributed.is_initialized() and message[0] == "done":
-        torch.distributed.destroy_process_group()
-    os._exit(0 if message[0] == "done" else 1)
+        yield
+    finally:
+        signal.signal(signal.SIGTSTP, before)
 
 
-def _send(pipe: Connection, message: tuple[str, Any]) -> None:
-    """Uses plain pickle, which copies tensors. multiprocessing's would pass handles that die with this process."""
-    with contextlib.suppress(BrokenPipeError):
-        pipe.send_bytes(pickle.dumps(message))
+def _signal(ranks: list[Rank], number: signal.Signals, group: bool = False) -> None:
+    for each in ranks:
+        if each.process.is_alive():
+            with contextlib.suppress(ProcessLookupError):
+                (os.killpg if group else os.kill)(each.process.pid, number)
 
 
-def _die_with_parent(pipe: Connection) -> None:
-    """Kill this process when the reading end of `pipe` closes, that is when the process that called `spawn` ends.
-
-    The kernel's signal on a parent's death does not help: our parent is the fork server, which outlives the caller.
-    """
-    poll = select.poll()
-    poll.register(pipe.fileno(), 0)  # 0: report only errors
-
-    def watch() -> None:
-        poll.poll()
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=watch, name="parent", daemon=True).start()
-
-
-def _collect(ranks: list[tuple[Any, Connection]], timeout: float | None) -> list[Any]:
+def _collect(ranks: list[Rank], clock: RunningClock, timeout: float | None, heartbeat: Heartbeat | None) -> list[Any]:
     """The results by rank. Raises the first failure, or DeadlineExceeded."""
     results: dict[int, Any] = {}
-    until = None if timeout is None else time.monotonic() + timeout
-    interrupts = 0
+    until = math.inf if timeout is None else time.monotonic() + timeout
     interrupted = False
     consequence: RanksLost | None = None
     while len(results) < len(ranks):
-        waiting = {pipe: rank for rank, (_, pipe) in enumerate(ranks) if rank not in results}
-        left = None if until is None else max(0.0, until - time.monotonic())
-        try:
-            ready = wait(list(waiting), left)
-        except KeyboardInterrupt:
-            interrupts += 1
-            if interrupts > 1:
-                raise
-            for process, _ in ranks:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(process.pid, signal.SIGINT)
-            continue
-        if not ready:
+        waiting = {each.messages: each for each in ranks if each.number not in results}
+        ready = wait(list(waiting), max(0.0, min(TICK, until - time.monotonic())))
+        clock.tick()
+        if not ready and time.monotonic() >= until:
             if consequence:
                 raise consequence
-            missing = ", ".join(str(rank) for rank in waiting.values())
-            assert timeout is not None  # without one, and with no rank lost, `wait` returns only with a message
+            missing = ", ".join(str(each.number) for each in waiting.values())
+            assert timeout is not None  # without one, and with no rank lost, there is no limit
             raise DeadlineExceeded(f"rank {missing} of {len(ranks)} to finish", timeout)
-        for rank in [rank for pipe, rank in waiting.items() if pipe in ready]:
+        for each in [waiting[pipe] for pipe in ready if isinstance(pipe, Connection)]:
+            each.heard = clock()
             try:
-                kind, value = _receive(rank, *ranks[rank])
+                kind, value = _receive(each)
             except RanksLost as e:  # the lost rank may be ours, and then its message names the cause
                 kind, value = "lost", None
                 consequence = consequence or e
-                until = min(until or math.inf, time.monotonic() + GRACE)
-            if kind == "interrupted":
-                interrupted = True
-            results[rank] = value
+                until = min(until, time.monotonic() + GRACE)
+            if kind == "pulse":
+                each.place = value
+                continue
+            interrupted |= kind == "interrupted"
+            results[each.number] = value
+        if heartbeat:
+            _check_pulses([each for each in ranks if each.number not in results], clock(), heartbeat)
     if consequence:
         raise consequence
     if interrupted:
         raise KeyboardInterrupt
-    return [results[rank] for rank in range(len(ranks))]
+    return [results[number] for number in range(len(ranks))]
 
 
-def _receive(rank: int, process: Any, pipe: Connection) -> tuple[str, Any]:
-    """The message of a rank that finished. Raises if it failed; the exception has the rank's traceback as a note."""
+def _receive(sender: Rank) -> tuple[str, Any]:
+    """A rank's next message. Raises if it failed; the exception has the rank's traceback as a note."""
+    number, process = sender.number, sender.process
     try:
-        kind, value = pickle.loads(pipe.recv_bytes())
+        kind, value = pickle.loads(sender.messages.recv_bytes())
     except EOFError:
         process.join(GRACE)
         code = process.exitcode
         how = f"was ended by {signal.Signals(-code).name}" if code and code < 0 else f"left with exit code {code}"
-        raise RunError(f"rank {rank} {how}") from None
+        raise RunError(f"rank {number} {how}") from None
     if kind == "user":
         raise UserError(value)
     if kind in ("run", "lost"):
-        raise (RunError if kind == "run" else RanksLost)(f"rank {rank}: {value}")
+        raise (RunError if kind == "run" else RanksLost)(f"rank {number}: {value}")
     if kind == "verdict":
         raise RunError(value)
     if kind == "raised":
         line, trace = value
-        error = RunError(f"rank {rank} failed: {line}")
+        error = RunError(f"rank {number} failed: {line}")
         error.add_note(trace)
         raise error
     return kind, value
 
 
-def _end(processes: list[Any]) -> None:
-    for stop in ("terminate", "kill"):
+def _check_pulses(ranks: list[Rank], now: float, heartbeat: Heartbeat) -> None:
+    """Raise RunError if no rank has sent a pulse in time. A single silent rank is first left to the other ranks."""
+    silent = [each for each in ranks if now - each.heard > heartbeat.timeout]
+    if not silent or (len(silent) < len(ranks) and all(now - each.heard < 2 * heartbeat.timeout for each in silent)):
+        return
+    said = [f"rank {each.number} ({_state(each)}, last at {each.place})" for each in silent[:4]]
+    more = f" and {len(silent) - 4} more" if len(silent) > 4 else ""
+    written = [each for each in silent if _write_stacks(each, heartbeat.logs)]
+    raise RunError(
+        f"no sign of life for {now - max(each.heard for each in silent):.0f} s (heartbeat_timeout: "
+        f"{heartbeat.timeout:g}) from {', '.join(said)}{more}"
+        + (f"; the stacks are in {heartbeat.logs}" if written else "")
+    )
+
+
+def _state(silent: Rank) -> str:
+    """What the kernel says of a rank that is silent."""
+    try:
+        state = Path(f"/proc/{silent.process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "gone"
+    return {"T": "stopped by a signal", "t": "stopped by a debugger", "D": "waiting for a device"}.get(state, "stuck")
+
+
+def _write_stacks(silent: Rank, logs: Path) -> bool:
+    """Have a rank write its stacks, and go on for it if it is stopped. Whether it did."""
+    for number in (rank.STACKS, signal.SIGCONT):
+        _signal([silent], number)
+    text = b""
+    while wait([silent.stacks], STACKS_TIMEOUT if not text else STACKS_TIMEOUT / 10):
+        if not (more := os.read(silent.stacks.fileno(), 1 << 16)):
+            break
+        text += more
+    with contextlib.suppress(OSError):  # a full disk must not prevent the end
+        logs.mkdir(parents=True, exist_ok=True)
+        with (logs / f"stacks_rank_{silent.number}.txt").open("ab") as file:
+            file.write(f"no pulse reached the launcher; last at {silent.place}; the stacks:\n".encode() + text + b"\n")
+    return bool(text)
+
+
+def _end(processes: list[Any], grace: float) -> None:
+    for stop, seconds in (("terminate", grace), ("kill", GRACE)):
+        if not seconds:
+            continue
         alive = [process for process in processes if process.is_alive()]
         for process in alive:
             getattr(process, stop)()
-        until = time.monotonic() + GRACE
+        until = time.monotonic() + seconds
         for process in alive:
             process.join(max(0.0, until - time.monotonic()))

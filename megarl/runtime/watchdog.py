@@ -2,7 +2,8 @@
 
 Each rank writes its pulse (a counter, and what it is doing) into the rendezvous store every few seconds. Rank 0 reads
 all pulses. The others read rank 0's pulse and the *verdict*: the message of the first rank that gave up. Each rank
-measures ages with its own monotonic clock, so neither clock skew nor a clock jump matters. A second thread checks the
+measures ages with its own monotonic clock, so neither clock skew nor a clock jump matters. The clock stands while the
+process is stopped. A second thread checks the
 ages without the store, so it also notices when the store, and with it rank 0's node, is gone.
 
 Before the job ends, every live rank appends the stacks of its threads to `logs/stacks_rank_<r>.txt` of the run.
@@ -21,7 +22,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from megarl.errors import DeadlineExceeded, RanksLost
+from megarl.errors import DeadlineExceeded, RanksLost, one_line
+from megarl.runtime.clock import RunningClock
 
 PERIOD = 5.0  # seconds between pulses, at most
 LINGER = 2.0  # periods that a rank stays after its verdict, so that the others read it and write their stacks
@@ -60,11 +62,12 @@ class Watchdog:
         self.rank, self.world_size, self.timeout, self.folder = rank, world_size, timeout, folder
         self.store: Store | None = store
         self._join = join
-        self._period = min(PERIOD, timeout / 5)
+        self._period = pulse_period(timeout)
+        self._clock = RunningClock(gap=self._period)
         self._doing = "starting"
         self._waits: list[tuple[str, float, float]] = []  # (what, seconds, until), of all threads
         self._seen: dict[int, tuple[bytes, float]] = {}  # rank → its last pulse, and when we first saw it
-        self._contact = time.monotonic()  # when the store last answered
+        self._contact = self._clock()  # when the store last answered
         self._verdict = ""
         self._stop = threading.Event()
         self._news = threading.Event()  # send the next pulse at once
@@ -91,7 +94,7 @@ class Watchdog:
     @contextmanager
     def waiting(self, what: str, seconds: float) -> Iterator[None]:
         """End the job, naming `what`, if the body takes longer than `seconds` and a margin."""
-        wait = what, seconds, time.monotonic() + seconds * MARGIN
+        wait = what, seconds, self._clock() + seconds * MARGIN
         self._waits.append(wait)
         try:
             yield
@@ -150,11 +153,11 @@ class Watchdog:
             count += 1
             with suppress(Exception):  # the store is gone: `_look` notices the age of `_contact`
                 self.store.set(pulse_key(self.rank), self._pulse(count))
-                if time.monotonic() - looked < self._period:
+                if self._clock() - looked < self._period:
                     continue
                 verdict, *pulses = self.store.multi_get(keys)
-                self._contact = looked = time.monotonic()
-                self._verdict = self._verdict or verdict.decode()
+                self._contact = looked = self._clock()
+                self._verdict = self._verdict or _text(verdict)
                 for rank, pulse in zip(watched, pulses, strict=True):
                     if self._seen.get(rank, (b"", 0.0))[0] != pulse:
                         self._seen[rank] = (pulse, looked)
@@ -162,13 +165,9 @@ class Watchdog:
     # ---- the thread that looks -----------------------------------------------------------------------------------
 
     def _look(self) -> None:
-        before = time.monotonic()
         while not self._stop.wait(self._period / 2):
-            now = time.monotonic()
-            if now - before > self.timeout / 2:  # this process itself was stopped: its ages mean nothing
-                self._contact = now
-                self._seen = {rank: (pulse, now) for rank, (pulse, _) in list(self._seen.items())}
-            before = now
+            self._clock.tick()
+            now = self._clock()
             if self._verdict:
                 self._end(self._verdict)
             if self.store is not None:
@@ -211,7 +210,7 @@ class Watchdog:
         """Post the verdict, unless there is one."""
         if self.store is not None:
             standing = _within(lambda store: store.compare_set("verdict", "", verdict), self.store)
-            self._verdict = standing.decode() if standing else verdict
+            self._verdict = _text(standing) if standing else verdict
 
     def _others(self) -> str:
         """What the ranks that do something else were last doing."""
@@ -270,10 +269,25 @@ def _within(work: Callable[[Store], Any], store: Store, seconds: float = 2.0) ->
     return results[0] if results else None
 
 
+def place() -> str:
+    """What this process does, in words."""
+    return _current._doing if _current else "its start"
+
+
+def pulse_period(timeout: float) -> float:
+    """Seconds between pulses, where `timeout` seconds without one end the job."""
+    return min(PERIOD, timeout / 5)
+
+
 def pulse_key(rank: int) -> str:
     """Where the store has a rank's pulse."""
     return f"pulse/{rank}"
 
 
 def _doing(pulse: bytes) -> str:
-    return pulse.decode().partition("|")[2]
+    return _text(pulse).partition("|")[2]
+
+
+def _text(message: bytes) -> str:
+    """From the store. torchrun's and srun's answer whoever reaches them."""
+    return one_line(message.decode("utf-8", "replace"))

@@ -1,0 +1,95 @@
+"""The main function of a rank's process: runs the target, sends pulses and the result, and ends with its starter."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import pickle
+import select
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from megarl.errors import RanksLost, RunError, UserError, printable
+from megarl.runtime import interrupt, watchdog
+from megarl.runtime.tether import die_with_parent
+
+STACKS = signal.SIGUSR2
+"""Makes a rank write the stacks of its threads, even while its interpreter is stuck."""
+
+_sending = threading.Lock()
+
+
+def main(
+    pipe: Connection,
+    stacks: Connection,
+    environment: dict[str, str],
+    period: float,
+    saves: bool,
+    target: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
+    """`period`: seconds between pulses. `saves`: signals wait until the target listens to them by an `Interrupt`."""
+    signal.pthread_sigmask(signal.SIG_BLOCK if saves else signal.SIG_UNBLOCK, interrupt.SIGNALS)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    faulthandler.register(STACKS, stacks.fileno(), all_threads=True)
+    die_with_parent(os.getppid())
+    _die_with_reader(pipe)
+    os.setpgid(0, 0)  # a terminal's Ctrl-C then reaches only the parent, which passes it on
+    os.environ.clear()
+    os.environ.update(environment)
+    watchdog.announce = lambda verdict: _send(pipe, ("verdict", verdict))
+    threading.Thread(target=_beat, args=(pipe, period), name="pulse to the launcher", daemon=True).start()
+    try:
+        message = ("done", target(*args))
+    except KeyboardInterrupt:
+        message = ("interrupted", None)
+    except UserError as e:
+        message = ("user", str(e))
+    except RunError as e:
+        message = ("lost" if isinstance(e, RanksLost) else "run", str(e))
+    except BaseException as e:
+        print(printable(traceback.format_exc()), file=sys.stderr)
+        message = ("raised", ("".join(traceback.format_exception_only(e)).strip(), traceback.format_exc()))
+    _send(pipe, message)  # before the connections to other ranks close, so that the parent hears the cause first
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    if torch.distributed.is_initialized() and message[0] == "done":
+        torch.distributed.destroy_process_group()
+    os._exit(0 if message[0] == "done" else 1)
+
+
+def _send(pipe: Connection, message: tuple[str, Any]) -> None:
+    """Uses plain pickle, which copies tensors. multiprocessing's would pass handles that die with this process."""
+    with _sending, contextlib.suppress(BrokenPipeError):
+        pipe.send_bytes(pickle.dumps(message))
+
+
+def _beat(pipe: Connection, period: float) -> None:
+    pause = threading.Event()
+    while True:
+        _send(pipe, ("pulse", watchdog.place()))
+        pause.wait(period)
+
+
+def _die_with_reader(pipe: Connection) -> None:
+    """Kill this process when the reading end of `pipe` closes, that is when the process that called `spawn` ends.
+
+    The kernel's tie to the fork server does the same, but the fork server may have ended before this rank asked for it.
+    """
+    poll = select.poll()
+    poll.register(pipe.fileno(), 0)  # 0: report only errors
+
+    def watch() -> None:
+        poll.poll()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
