@@ -8,8 +8,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from megarl import config, report
 from megarl.algorithms import presets, steps
 from megarl.config import Settings
@@ -31,7 +29,10 @@ from megarl.run import provenance, trackers
 from megarl.run.directory import read_metrics
 from megarl.runtime.interrupt import starting
 from megarl.runtime.launched import under_launcher
-from megarl.runtime.spawn import Heartbeat, spawn
+from megarl.runtime.output import lasting
+from megarl.runtime.rank import Heartbeat
+from megarl.runtime.spawn import spawn
+from megarl.view.console import console
 from megarl.view.summary import summary
 from megarl.view.table import show, show_rows
 
@@ -61,18 +62,18 @@ def train(
         return []
     from megarl.train import train as run
 
-    try:
-        finished = _start(run, settings, (resume,), world_size, sizes, saves=True)
-    finally:  # a failed run gets its report too
-        controller = parallel.launch_info().rank == 0
-        if controller and (settings.run / "metrics.jsonl").exists():
-            report.at_end(settings.run)
+    controller = parallel.launch_info().rank == 0
+    with lasting(settings.run / "logs"):
+        try:
+            finished = _start(run, settings, (resume,), world_size, sizes, saves=True)
+        finally:  # a failed run gets its report too
+            if controller and (settings.run / "metrics.jsonl").exists():
+                report.at_end(settings.run)
+        if finished and controller:
+            console(stderr=True).print(summary(settings.run), soft_wrap=True)
     if not finished:
         raise Stopped
-    if not controller:
-        return []
-    Console(stderr=True, highlight=False).print(summary(settings.run), soft_wrap=True)
-    return read_metrics(settings.run)
+    return read_metrics(settings.run) if controller else []
 
 
 @starting()
@@ -154,11 +155,13 @@ def _start(
     saves: bool = False,
 ) -> Any:
     """Run on every rank. Returns what rank 0 returned or, under a launcher, what this rank did."""
-    if under_launcher():
-        return run(settings, *arguments)
-    show(sizes)
-    heartbeat = Heartbeat(settings.heartbeat_timeout, settings.run / "logs")
-    return spawn(run, world_size, (settings, *arguments), saves=saves, heartbeat=heartbeat)[0]
+    logs = settings.run / "logs"
+    with lasting(logs):
+        if under_launcher():
+            return run(settings, *arguments)
+        show(sizes)
+        heartbeat = Heartbeat(settings.heartbeat_timeout, logs)
+        return spawn(run, world_size, (settings, *arguments), saves=saves, heartbeat=heartbeat)[0]
 
 
 def locate(settings: Settings) -> None:

@@ -1,4 +1,4 @@
-"""`kill -9` of any process of a run, at random moments and inside saves: nothing is lost or repeated on resuming."""
+"""`kill -9` of any process of a run, at random moments and inside saves: nothing is lost, repeated or left behind."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json as jsons
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -20,8 +21,10 @@ from megarl.bench.common import result, training_runs
 from megarl.config import Settings
 from megarl.data.ledger import Ledger
 from megarl.data.order import EpochOrder
-from megarl.errors import RunError
+from megarl.errors import RunError, UserError, nearest
 from megarl.loop.controller import STATE
+from megarl.rollout.servers import factory
+from megarl.rollout.servers.process import Server, free_port
 from megarl.run import atomic, lock
 from megarl.run.directory import read_metrics
 from megarl.runtime import spawn as ranks
@@ -29,8 +32,11 @@ from megarl.train import train
 from megarl.view import table
 
 VICTIMS = {"rank": 0.3, "controller": 0.3, "grader": 0.15, "job": 0.25}  # with the probability of each
+ENGINE_SHARE = 0.2  # of an engine server, beside the others
 MOMENTS = {"start": 0.15, "step": 0.4, "save": 0.45}
 TIMEOUT = 900.0  # seconds for one attempt
+LEFT_TIMEOUT = 30.0  # seconds for the processes of a killed attempt to end
+RESTARTS = 100  # of an engine
 MEASURED = ("seconds_", "memory_")  # metrics that differ between any two runs
 PROMPTS = 10  # over more than one epoch
 SMALL = [
@@ -45,6 +51,25 @@ SMALL = [
 ]
 
 
+@dataclass(frozen=True)
+class Variant:
+    """How runs are made other than by `SMALL`."""
+
+    overrides: tuple[str, ...] = ()  # `{problems}` names the file of training problems
+    ranks: int | None = None  # default: one copy of the model
+    served: bool = False  # by an engine server beside the run, which is killed too
+
+
+VARIANTS = {
+    "plain": Variant(),
+    "evaluation": Variant(("data.eval=[{problems}]", "evaluation.every=1")),
+    "async_saves": Variant(("checkpoint.asynchronous=true",)),
+    "dp2": Variant(("parallel={{tp: 1}}",), ranks=2),
+    "dapo": Variant(("algorithm.preset=dapo", "pruning={{prompts: 0, completions: 0}}")),
+    "served": Variant(("parallel={{tp: 1}}",), served=True),
+}
+
+
 @dataclass
 class Tally:
     """What happened to one run until it finished."""
@@ -52,29 +77,46 @@ class Tally:
     kills: Counter[str] = field(default_factory=Counter)  # by victim
     inside_saves: int = 0  # of the kills
     resumes: int = 0
+    left: int = 0  # processes of killed attempts that did not end
 
 
 def main(
     json: Annotated[Path | None, typer.Option(help="Write the rows to this file.")] = None,
     kills: Annotated[int, typer.Option(min=1, help="Kills in total, over as many runs as needed.")] = 50,
     seed: Annotated[int, typer.Option(help="Seed of the moments and the victims.")] = 0,
+    variant: Annotated[str, typer.Option(help=f"What the runs do: {', '.join(VARIANTS)}.")] = "plain",
     config: Annotated[Path, typer.Option(help="Settings of the run, made small.")] = training_runs.QUICKSTART,
     overrides: Annotated[str, typer.Option(help="Settings of every run, separated by spaces.")] = "",
-    runs: Annotated[Path, typer.Option(help="Where the runs go; finished ones are not repeated.")] = Path(
-        "runs/bench/kill_anywhere"
-    ),
+    runs: Annotated[
+        Path | None, typer.Option(help="Where the runs go, which are not repeated; default: a folder by variant.")
+    ] = None,
 ) -> None:
     """Train an untouched run, then runs of the same settings that are killed and resumed until they finish.
 
     `job` kills every rank and grader at once, as the death of a node does. `lost` and `repeated` compare the prompts of
-    the final ledger with the data's order. `differing` counts the steps whose metrics (except timings and memory) or
-    ledger differ in any bit from the untouched run's.
+    the final ledger with the data's order. `left_behind` counts processes that outlived a killed attempt. `differing`
+    counts the steps whose metrics (except timings and memory) or ledger differ in any bit from the untouched run's.
     """
+    if variant not in VARIANTS:
+        raise UserError(f"--variant: '{variant}'{nearest(variant, VARIANTS)}")
+    runs = runs or Path("runs/bench/kill_anywhere") / variant
     ranks.PRELOAD.append("megarl.train")  # makes the many starts shorter
-    problems = _problems(config, runs)
-    chosen = [*SMALL, f"data.train=[{problems}]", *overrides.split()]
+    problems, how = _problems(config, runs), VARIANTS[variant]
+    chosen = [*SMALL, f"data.train=[{problems}]", *(each.format(problems=problems) for each in how.overrides)]
+    chosen += overrides.split()
+    with contextlib.ExitStack() as stack:
+        engine = stack.enter_context(_serving(config, runs, chosen)) if how.served else None
+        chosen += [f"rollout.servers={{addresses: [{engine.address}], restarts: {RESTARTS}}}"] if engine else []
+        rows = _rows(config, runs, chosen, kills, seed, how.ranks, engine)
+    result.publish("kill_anywhere", [{"variant": variant} | _total(rows)], json, runs=rows)
+
+
+def _rows(
+    config: Path, runs: Path, chosen: list[str], kills: int, seed: int, nproc: int | None, engine: Server | None
+) -> list[dict[str, Any]]:
+    """One row a run."""
     untouched = training_runs.settings(config, runs / "untouched", 0, chosen)
-    reference = training_runs.trained(untouched)
+    reference = training_runs.trained(untouched, nproc)
     rows: list[dict[str, Any]] = []
     while (left := kills - sum(row["kills"] for row in rows)) > 0:
         number = len(rows)
@@ -82,11 +124,25 @@ def main(
         file = under_fire.run / "kills.json"
         if not file.is_file():
             training_runs.forget(under_fire.run)
-            tally = _train_under_fire(under_fire, reference, left, np.random.default_rng([seed, number]))
+            generator = np.random.default_rng([seed, number])
+            tally = _train_under_fire(under_fire, reference, left, generator, nproc, engine)
             file.write_text(jsons.dumps(_row(number, tally) | _account(under_fire, untouched)))
         rows.append(jsons.loads(file.read_text()))
         table.show_rows("so far", rows)
-    result.publish("kill_anywhere", [_total(rows)], json, runs=rows)
+    return rows
+
+
+@contextlib.contextmanager
+def _serving(config: Path, runs: Path, chosen: list[str]) -> Iterator[Server]:
+    """An engine server of these settings on a port that it keeps, so that it can be killed and started again."""
+    settings = training_runs.settings(config, runs / "engine", 0, chosen)
+    command, variables = factory.command_of(settings), factory.environment_of(settings.rollout, None)
+    server = Server("engine", command, log=runs / "engine.log", environment=variables, port=free_port())
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
 
 
 def _problems(config: Path, runs: Path) -> Path:
@@ -100,20 +156,26 @@ def _problems(config: Path, runs: Path) -> Path:
 
 
 def _train_under_fire(
-    settings: Settings, reference: list[dict[str, Any]], most: int, generator: np.random.Generator
+    settings: Settings,
+    reference: list[dict[str, Any]],
+    most: int,
+    generator: np.random.Generator,
+    nproc: int | None,
+    engine: Server | None,
 ) -> Tally:
     """Train to the end in spite of at most `most` kills."""
     tally = Tally()
     while True:
-        gun = Gun(settings, reference, most, generator, tally)
+        gun = Gun(settings, reference, most, generator, tally, engine)
         gun.start()
         failure = None
         try:
-            ranks.spawn(train, settings.parallel.model_ranks, (settings, True), TIMEOUT)
+            ranks.spawn(train, nproc or settings.parallel.model_ranks, (settings, True), TIMEOUT)
         except RunError as e:
             failure = e
         finally:
             gun.cease()
+        tally.left += gun.left_behind()
         if failure is None:
             return tally
         if not gun.fatal:
@@ -122,7 +184,7 @@ def _train_under_fire(
 
 
 class Gun(threading.Thread):
-    """Kills once in one attempt at a run, and graders, whose death the run survives, any number of times."""
+    """Kills once in one attempt at a run. Graders and engines, whose death the run survives, any number of times."""
 
     def __init__(
         self,
@@ -131,8 +193,12 @@ class Gun(threading.Thread):
         most: int,
         generator: np.random.Generator,
         tally: Tally,
+        engine: Server | None,
     ) -> None:
         super().__init__(name="gun", daemon=True)
+        self.engine = engine
+        self._victims = VICTIMS | ({"engine": ENGINE_SHARE} if engine else {})
+        self._seen: list[psutil.Process] = []  # of the run, at the last kill
         self.settings, self.most, self.generator, self.tally = settings, most, generator, tally
         self.fatal = False  # whether it killed something that the run needs
         self._over = threading.Event()
@@ -144,12 +210,17 @@ class Gun(threading.Thread):
         while not self._over.is_set() and not self.fatal and self.tally.kills.total() < self.most:
             self._await_moment(self._choose(MOMENTS))
             if not self._over.is_set():
-                self._kill(self._choose(VICTIMS))
+                self._kill(self._choose(self._victims))
 
     def cease(self) -> None:
         """The attempt is over."""
         self._over.set()
         self.join()
+
+    def left_behind(self) -> int:
+        """Processes of the attempt that do not end. Those that started after the last kill are not known."""
+        gone, alive = psutil.wait_procs(self._seen, timeout=LEFT_TIMEOUT)
+        return len(alive)
 
     def _await_moment(self, moment: str) -> None:
         """Wait until a random time in the start, in one of the next steps, or in one of the next saves."""
@@ -173,7 +244,11 @@ class Gun(threading.Thread):
         self._over.wait(longest * self.generator.random())
 
     def _kill(self, victim: str) -> None:
+        if victim == "engine":
+            self._kill_engine()
+            return
         everyone, graders, controller = _processes(self.settings.run)
+        self._seen = _descendants()
         chosen = {
             "rank": everyone - controller,
             "controller": controller,
@@ -193,6 +268,16 @@ class Gun(threading.Thread):
         else:
             self.fatal = False
 
+    def _kill_engine(self) -> None:
+        """The server and what runs it. It is started again, as whoever runs it would do."""
+        assert self.engine and self.engine.reaper
+        reaper = psutil.Process(self.engine.reaper.pid)
+        for process in [reaper, *reaper.children(recursive=True)]:
+            _killed(process.pid)
+        self.tally.kills["engine"] += 1
+        self.engine.stop()
+        self.engine.start()
+
     def _saving(self) -> bool:
         """Whether a checkpoint is being written; one that an earlier kill left half-written does not count."""
         with contextlib.suppress(FileNotFoundError):  # committed as we look
@@ -201,7 +286,8 @@ class Gun(threading.Thread):
         return False
 
     def _choose(self, shares: dict[str, float]) -> str:
-        return str(self.generator.choice(list(shares), p=list(shares.values())))
+        weights = np.array(list(shares.values()))
+        return str(self.generator.choice(list(shares), p=weights / weights.sum()))
 
 
 def _processes(run: Path) -> tuple[set[int], set[int], set[int]]:
@@ -220,6 +306,16 @@ def _processes(run: Path) -> tuple[set[int], set[int], set[int]]:
     return found, graders, set()
 
 
+def _descendants() -> list[psutil.Process]:
+    """Every process that the run's ranks started, and the ranks."""
+    found: list[psutil.Process] = []
+    for server in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if "multiprocessing.forkserver" in " ".join(server.cmdline()):
+                found += server.children(recursive=True)
+    return found
+
+
 def _killed(pid: int) -> bool:
     try:
         psutil.Process(pid).kill()
@@ -234,13 +330,14 @@ def _steps_done(run: Path) -> int:
 
 
 def _row(number: int, tally: Tally) -> dict[str, Any]:
-    by_victim = {victim: tally.kills[victim] for victim in VICTIMS}
+    by_victim = {victim: tally.kills[victim] for victim in (*VICTIMS, "engine")}
     return {
         "run": number,
         "kills": tally.kills.total(),
         **by_victim,
         "inside_saves": tally.inside_saves,
         "resumes": tally.resumes,
+        "left_behind": tally.left,
     }
 
 

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from megarl.config import Settings
 from megarl.doctor import machine, peers, software
 from megarl.doctor.finding import Finding
 from megarl.errors import RunError
+from megarl.view.console import console, plain
 
 STYLES = {"ok": "green", "warn": "yellow", "fail": "red"}
 
@@ -44,8 +44,8 @@ def doctor(settings: Settings | None, gpus: int | None, file: Path | None) -> No
     table = Table(title=host, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
     for each in findings:
         hint = f"  → {each.hint}" if each.hint else ""
-        table.add_row(f"[{STYLES[each.status]}]{each.status}", each.check, f"{each.text}{hint}")
-    Console(width=None if os.isatty(1) else 200, highlight=False).print(table)
+        table.add_row(plain(each.status, STYLES[each.status]), plain(each.check), plain(f"{each.text}{hint}"))
+    console(width=None if os.isatty(1) else 200).print(table)
     if file:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps({"host": host, "findings": [asdict(f) for f in findings]}, indent=1) + "\n")

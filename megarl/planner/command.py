@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from megarl import config as configs
@@ -22,6 +21,7 @@ from megarl.planner.hardware import GIB
 from megarl.planner.job import Plan, plan
 from megarl.planner.search import nearest_fit, ranked, settings_of
 from megarl.run.atomic import write_text
+from megarl.view.console import console
 
 SHOWN = 10
 EDGE = 4  # stages shown at each end of a long pipeline
@@ -52,7 +52,7 @@ def main(
         raise UserError(f"parallel.{e}") from None
     plan(settings, model, card, size, response_tokens)  # refuses impossible sizes before Megatron does
     result = plan(settings, model, card, size, response_tokens, count(model, parallel, size))
-    Console().print(*tables(result), sep="\n")
+    console().print(*tables(result), sep="\n")
     if json:
         write_text(json, json_files.dumps(as_json(result), indent=1) + "\n")
     if chart:
@@ -131,6 +131,6 @@ def _search(
     for p in found[:SHOWN]:
         memory = p.peak.driver(p.layout)
         table.add_row(f"{p.train.seconds:.2f}", f"{p.mfu:.1%}", f"{memory:.1f}", settings_of(p))
-    Console().print(table)
+    console().print(table)
     if json:
         write_text(json, json_files.dumps([as_json(p) | {"settings": settings_of(p)} for p in found], indent=1) + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import math
 import os
 import pickle
 import select
@@ -12,17 +13,29 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from megarl.errors import RanksLost, RunError, UserError, printable
 from megarl.runtime import interrupt, watchdog
+from megarl.runtime.output import outlive_reader
 from megarl.runtime.tether import die_with_parent
 
 STACKS = signal.SIGUSR2
 """Makes a rank write the stacks of its threads, even while its interpreter is stuck."""
+
+
+@dataclass
+class Heartbeat:
+    """Ranks are ended when they send no pulse for `timeout` seconds. Their stacks then go to the folder `logs`."""
+
+    timeout: float
+    logs: Path
+
 
 _sending = threading.Lock()
 
@@ -31,12 +44,12 @@ def main(
     pipe: Connection,
     stacks: Connection,
     environment: dict[str, str],
-    period: float,
+    heartbeat: Heartbeat | None,
     saves: bool,
     target: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
-    """`period`: seconds between pulses. `saves`: signals wait until the target listens to them by an `Interrupt`."""
+    """`saves`: signals wait until the target listens to them by an `Interrupt`."""
     signal.pthread_sigmask(signal.SIG_BLOCK if saves else signal.SIG_UNBLOCK, interrupt.SIGNALS)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     faulthandler.register(STACKS, stacks.fileno(), all_threads=True)
@@ -45,8 +58,10 @@ def main(
     os.setpgid(0, 0)  # a terminal's Ctrl-C then reaches only the parent, which passes it on
     os.environ.clear()
     os.environ.update(environment)
+    if heartbeat:
+        outlive_reader(heartbeat.logs)
     watchdog.announce = lambda verdict: _send(pipe, ("verdict", verdict))
-    threading.Thread(target=_beat, args=(pipe, period), name="pulse to the launcher", daemon=True).start()
+    threading.Thread(target=_beat, args=(pipe, heartbeat), name="pulse to the launcher", daemon=True).start()
     try:
         message = ("done", target(*args))
     except KeyboardInterrupt:
@@ -73,8 +88,8 @@ def _send(pipe: Connection, message: tuple[str, Any]) -> None:
         pipe.send_bytes(pickle.dumps(message))
 
 
-def _beat(pipe: Connection, period: float) -> None:
-    pause = threading.Event()
+def _beat(pipe: Connection, heartbeat: Heartbeat | None) -> None:
+    pause, period = threading.Event(), watchdog.pulse_period(heartbeat.timeout if heartbeat else math.inf)
     while True:
         _send(pipe, ("pulse", watchdog.place()))
         pause.wait(period)

@@ -23,22 +23,14 @@ from megarl.errors import DeadlineExceeded, RanksLost, RunError, UserError
 from megarl.runtime import device, fork_server, rank
 from megarl.runtime.clock import RunningClock
 from megarl.runtime.interrupt import Interrupt, blocked
+from megarl.runtime.rank import Heartbeat
 from megarl.runtime.store import VARIABLE, LocalStore
-from megarl.runtime.watchdog import pulse_period
 
 GRACE = 5.0  # seconds between SIGTERM and SIGKILL
 TICK = 1.0  # seconds between two looks at the pulses
 STACKS_TIMEOUT = 2.0  # seconds for a rank to write its stacks
 PRELOAD = ["megarl.runtime.fork_server", "megarl.learner.learner"]
 """Imported once, in the clean process from which CPU ranks are forked."""
-
-
-@dataclass
-class Heartbeat:
-    """Ranks are ended when they send no pulse for `timeout` seconds. Their stacks then go to the folder `logs`."""
-
-    timeout: float
-    logs: Path
 
 
 @dataclass
@@ -106,12 +98,11 @@ def _start(
 ) -> Iterator[Rank]:
     """Start the ranks one after the other. Signals to them wait until they listen."""
     context = _context()
-    period = pulse_period(heartbeat.timeout if heartbeat else math.inf)
     for number in range(nproc):
         ours, theirs = context.Pipe(duplex=False)
         stacks, their_stacks = context.Pipe(duplex=False)
         environment = {**os.environ, **_environment(number, nproc, store)}  # the fork server's may be outdated
-        arguments = (theirs, their_stacks, environment, period, saves, target, args)
+        arguments = (theirs, their_stacks, environment, heartbeat, saves, target, args)
         process = context.Process(target=rank.main, args=arguments, name=f"rank {number}")  # type: ignore[attr-defined]
         with blocked() if saves and isinstance(context, SpawnContext) else contextlib.nullcontext():
             process.start()

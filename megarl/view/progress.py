@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
 from rich.live import Live
 
+from megarl.errors import printable
 from megarl.run.timeline import PhaseLog
 from megarl.runtime.watchdog import doing
+from megarl.view.console import console
 from megarl.view.live import PHASES, LiveView, line
 
 
@@ -21,7 +22,7 @@ class RunProgress:
 
     def __init__(self, total: int, done: int = 0, quiet: bool = False) -> None:
         self.quiet, self.total = quiet, total
-        self.console = Console(file=sys.stderr, quiet=quiet, highlight=False)
+        self.console = console(file=sys.stderr, quiet=quiet)
         self._view = LiveView(total)
         self._view.done = done
         self._live: Live | None = None
@@ -40,7 +41,7 @@ class RunProgress:
     def say(self, message: str) -> None:
         """Print a line above the live view."""
         if not self.quiet:
-            self.console.print(message, soft_wrap=True)
+            self.console.print(printable(message), soft_wrap=True)
 
     def close(self) -> None:
         if self._live:

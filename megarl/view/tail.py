@@ -18,6 +18,7 @@ from rich.text import Text
 
 from megarl.errors import DeadlineExceeded
 from megarl.run.timeline import read_phases
+from megarl.view.console import console, plain
 from megarl.view.live import LiveView, line
 
 POLL = 0.5  # seconds between reads
@@ -57,16 +58,16 @@ def tail(run: Path, rollouts: int, once: bool, start_timeout: float = 600.0) -> 
     `rollouts`: how many responses to show of each step, or of the newest step when a key asks for them. `once`: show
     what there is and return. Raises DeadlineExceeded if the run has not begun after `start_timeout` seconds.
     """
-    console, follower = Console(highlight=False), Follower(run)
+    terminal, follower = console(), Follower(run)
     until = time.monotonic() + (0 if once else start_timeout)
     while not (total := follower.total()):
         if time.monotonic() >= until:
             raise DeadlineExceeded(f"{run} to begin (config.yaml)", 0 if once else start_timeout)
         time.sleep(POLL)
-    if once or not (console.is_terminal and sys.stdin.isatty()):
-        _plain(console, follower, total, rollouts, once)
+    if once or not (terminal.is_terminal and sys.stdin.isatty()):
+        _plain(terminal, follower, total, rollouts, once)
     else:
-        _live(console, follower, total, rollouts or 3)
+        _live(terminal, follower, total, rollouts or 3)
 
 
 def _plain(console: Console, follower: Follower, total: int, rollouts: int, once: bool) -> None:
@@ -111,13 +112,8 @@ def newest(run: Path, count: int, step: int | None = None) -> Group:
             blocks.append(
                 Text(f"── {head}  {record['exit_reason']}, {len(record['response_ids'])} tokens", style=style)
             )
-            blocks.append(Text(_printable(record["prompt"]) + " ", style="dim") + Text(_printable(record["response"])))
+            blocks.append(plain(record["prompt"].strip() + " ", "dim") + plain(record["response"].strip()))
     return Group(*blocks, Text())
-
-
-def _printable(text: str) -> str:
-    """Replaces control characters: a response must not control the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text.strip())
 
 
 @contextmanager

@@ -22,11 +22,11 @@ def test_nothing_is_lost_or_repeated(
     """
     monkeypatch.chdir(Path(__file__).parents[2])
     file = tmp_path / "kills.json"
-    asked = ("--overrides", "steps=4 checkpoint.asynchronous=true", "--runs", tmp_path / "runs")
+    asked = ("--variant", "async_saves", "--overrides", "steps=4", "--runs", tmp_path / "runs")
     bench("kill_anywhere", "--kills", 4, "--json", file, *asked)
     (row,) = json.loads(file.read_text())["rows"]
-    assert row["kills"] == sum(row[victim] for victim in VICTIMS) == 4
+    assert row["kills"] == sum(row[victim] for victim in VICTIMS) == 4 and row["engine"] == 0
     deadly = row["kills"] - row["grader"]
     assert row["resumes"] in (deadly, deadly - 1)  # the last may fall on a run that has just come to its end
     assert row["prompts"] >= 16
-    assert row["lost"] == row["repeated"] == row["missing_steps"] == row["differing"] == 0
+    assert row["lost"] == row["repeated"] == row["missing_steps"] == row["differing"] == row["left_behind"] == 0

@@ -139,6 +139,23 @@ def test_a_signal_to_the_whole_job_leaves_no_server_behind(tmp_path: Path) -> No
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("stopped", ["reaper", "server"])
+def test_a_stopped_process_is_ended_on_request(tmp_path: Path, stopped: str) -> None:
+    """SIGSTOP of the reaper or of the server: stopping the server still ends both, and its worker."""
+
+    async def main() -> None:
+        toy = server(tmp_path)
+        toy.start()
+        await toy.wait_until(lambda: healthy(toy), 60)
+        assert toy.reaper is not None
+        pid, worker = pid_of(toy), worker_of(toy)
+        os.kill(toy.reaper.pid if stopped == "reaper" else pid, signal.SIGSTOP)
+        await asyncio.to_thread(toy.stop)
+        assert ended(pid) and ended(worker)
+
+    asyncio.run(main())
+
+
 def test_the_server_ends_with_its_parent(tmp_path: Path) -> None:
     """The parent gets SIGKILL: it can clean up nothing, and only its end of the pipe closes."""
     told = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"

@@ -15,9 +15,13 @@ GUARDED = {  # what generates, and what controls
 
 
 def pid_of(server: Server) -> int:
-    """The server's process, the only child of its reaper."""
+    """The server's process, the only child of its reaper's inner process."""
     assert server.reaper is not None
-    (pid,) = Path(f"/proc/{server.reaper.pid}/task/{server.reaper.pid}/children").read_text().split()
+    return only_child(only_child(server.reaper.pid))
+
+
+def only_child(parent: int) -> int:
+    (pid,) = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
     return int(pid)
 
 

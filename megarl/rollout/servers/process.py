@@ -1,10 +1,11 @@
-"""Server processes that megarl starts: each on a free port, in a process group that ends when megarl does."""
+"""Server processes that megarl starts: each on a free port, ended with all its descendants when megarl ends."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -20,7 +21,7 @@ RANK_VARIABLES = {"MASTER_ADDR", "MASTER_PORT", "ROLE_NAME"}
 RANK_VARIABLES |= {of + what for of in ("", "LOCAL_", "GROUP_", "ROLE_") for what in ("RANK", "WORLD_SIZE")}
 ARGPARSE_ERROR = re.compile(r"\S+( \S+)?: error: ")
 POLL = 0.25  # seconds between checks of a starting server
-STOP_TIMEOUT = 2 * reaper.GRACE + 5
+STOP_TIMEOUT = 3 * reaper.GRACE + 5
 
 Command = Callable[[int], Sequence[str]]  # port → command line
 
@@ -70,12 +71,13 @@ class Server:
             raise RunError(f"{self.name} ended while starting (log: {self.log}): {self.last_words()}")
 
     def stop(self) -> None:
-        """End the process group and return when it is gone. Raises DeadlineExceeded."""
+        """End the process and its descendants and return when they are gone. Raises DeadlineExceeded."""
         process, self.reaper = self.reaper, None
         if process is None:
             return
         assert process.stdin is not None
         process.stdin.close()
+        process.send_signal(signal.SIGCONT)  # it may be stopped
         try:
             process.wait(STOP_TIMEOUT)
         except subprocess.TimeoutExpired:
