@@ -39,6 +39,8 @@ def sft(settings: Settings) -> bool:
         world = parallel.start(settings.parallel, settings.precision, settings.seed, settings.collective_timeout)
         stack.callback(world.close)
         stack.enter_context(world.watchdog(settings.heartbeat_timeout, settings.run / "logs"))
+        if any_rank(interrupt.asked, world):
+            return False
         progress = RunProgress(settings.steps, quiet=not world.is_controller)
         stack.callback(progress.close)
 

@@ -23,6 +23,7 @@ import torch
 from megarl.errors import RanksLost, RunError, UserError, printable
 from megarl.runtime import interrupt, watchdog
 from megarl.runtime.output import outlive_reader
+from megarl.runtime.seal import seal_objects
 from megarl.runtime.tether import die_with_parent
 
 STACKS = signal.SIGUSR2
@@ -44,12 +45,13 @@ def main(
     pipe: Connection,
     stacks: Connection,
     environment: dict[str, str],
+    key: bytes,
     heartbeat: Heartbeat | None,
     saves: bool,
     target: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
-    """`saves`: signals wait until the target listens to them by an `Interrupt`."""
+    """`key`: the run's, see seal.py. `saves`: signals wait until the target listens to them by an `Interrupt`."""
     signal.pthread_sigmask(signal.SIG_BLOCK if saves else signal.SIG_UNBLOCK, interrupt.SIGNALS)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     faulthandler.register(STACKS, stacks.fileno(), all_threads=True)
@@ -58,6 +60,7 @@ def main(
     os.setpgid(0, 0)  # a terminal's Ctrl-C then reaches only the parent, which passes it on
     os.environ.clear()
     os.environ.update(environment)
+    seal_objects(key)
     if heartbeat:
         outlive_reader(heartbeat.logs)
     watchdog.announce = lambda verdict: _send(pipe, ("verdict", verdict))

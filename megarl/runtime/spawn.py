@@ -20,7 +20,7 @@ from types import FrameType
 from typing import Any
 
 from megarl.errors import DeadlineExceeded, RanksLost, RunError, UserError
-from megarl.runtime import device, fork_server, rank
+from megarl.runtime import device, fork_server, rank, seal
 from megarl.runtime.clock import RunningClock
 from megarl.runtime.interrupt import Interrupt, blocked
 from megarl.runtime.rank import Heartbeat
@@ -97,12 +97,12 @@ def _start(
     heartbeat: Heartbeat | None,
 ) -> Iterator[Rank]:
     """Start the ranks one after the other. Signals to them wait until they listen."""
-    context = _context()
+    context, key = _context(), os.urandom(seal.SIZE)
     for number in range(nproc):
         ours, theirs = context.Pipe(duplex=False)
         stacks, their_stacks = context.Pipe(duplex=False)
         environment = {**os.environ, **_environment(number, nproc, store)}  # the fork server's may be outdated
-        arguments = (theirs, their_stacks, environment, heartbeat, saves, target, args)
+        arguments = (theirs, their_stacks, environment, key, heartbeat, saves, target, args)
         process = context.Process(target=rank.main, args=arguments, name=f"rank {number}")  # type: ignore[attr-defined]
         with blocked() if saves and isinstance(context, SpawnContext) else contextlib.nullcontext():
             process.start()

@@ -17,7 +17,7 @@ from megarl.rollout.servers import reaper
 
 # torchrun and our launcher set these, and TORCHELASTIC_…, for a learner rank. A server has its own ranks. With these it
 # would wait for a rendezvous store of its own that nobody serves, because of TORCHELASTIC_USE_AGENT_STORE.
-RANK_VARIABLES = {"MASTER_ADDR", "MASTER_PORT", "ROLE_NAME"}
+RANK_VARIABLES = {"MASTER_ADDR", "MASTER_PORT", "ROLE_NAME", "MEGARL_STORE"}
 RANK_VARIABLES |= {of + what for of in ("", "LOCAL_", "GROUP_", "ROLE_") for what in ("RANK", "WORLD_SIZE")}
 ARGPARSE_ERROR = re.compile(r"\S+( \S+)?: error: ")
 POLL = 0.25  # seconds between checks of a starting server

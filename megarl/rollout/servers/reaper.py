@@ -2,9 +2,10 @@
 
     python reaper.py COMMAND …        (standard library only; any interpreter)
 
-The parent keeps our stdin open. When it exits, we terminate the command and its descendants, in whatever session they
-are: SIGTERM, then SIGKILL after GRACE seconds. The exit code is the command's. We ignore signals, such as Ctrl-C or a
-scheduler's signal to the whole job: if one ended us, the command would be left behind.
+The command inherits the file descriptors that we were given. The parent keeps our stdin open. When it exits, we
+terminate the command and its descendants, in whatever session they are: SIGTERM, then SIGKILL after GRACE seconds. The
+exit code is the command's. We ignore signals, such as Ctrl-C or a scheduler's signal to the whole job: if one ended us,
+the command would be left behind.
 
 SIGKILL cannot be ignored, so there are two of us: the outer process, which our parent knows, and the inner one, which
 runs the command. Each ends everything when the other dies. A stopped one is continued by the other, and by the kernel
@@ -37,6 +38,7 @@ def main(command: list[str]) -> int:
     outer, inner = os.getpid(), os.fork()
     if inner == 0:
         return run(command, outer)
+    close_files()
     exited = os.pidfd_open(inner)  # readable once it has exited
     select.select([sys.stdin.fileno(), exited], [], [])
     os.kill(inner, signal.SIGCONT)
@@ -54,8 +56,13 @@ def run(command: list[str], outer: int) -> int:
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     inner = os.getpid()
     child = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=lambda: _die_with(inner)
+        command,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        close_fds=False,
+        preexec_fn=lambda: _die_with(inner),
     )
+    close_files()
     exited = os.pidfd_open(child.pid)
     with contextlib.suppress(ProcessLookupError):
         other = os.pidfd_open(outer)
@@ -64,6 +71,11 @@ def run(command: list[str], outer: int) -> int:
     if not end_descendants(signal.SIGTERM):
         end_descendants(signal.SIGKILL)
     return child.wait()
+
+
+def close_files() -> None:
+    """What the command inherits from us, such as a listening socket, must end with the command."""
+    os.closerange(3, 1 << 16)
 
 
 def end_descendants(number: signal.Signals) -> bool:

@@ -1,0 +1,125 @@
+"""`megarl train` asked to leave, by a signal to any of its processes at any time: saved, exit code 75, nothing left."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megarl import config
+from megarl.errors import Stopped
+from megarl.run import atomic
+from megarl.run.directory import read_metrics
+from tests.support import runs
+
+pytestmark = [pytest.mark.e2e, pytest.mark.parallel, pytest.mark.slow]
+
+LONG = ("parallel.tp=2", "steps=5000", "pruning={completions: 0.5}")
+
+
+def start(run: Path, *overrides: str) -> subprocess.Popen[str]:
+    wanted = runs.settings(run, *overrides)
+    file = run.with_suffix(".yaml")
+    file.write_text(config.dump(wanted))
+    command = [sys.executable, "-m", "megarl.cli", "train", str(file)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def wait_for(condition: Callable[[], object], job: subprocess.Popen[str]) -> None:
+    pause, until = threading.Event(), time.monotonic() + runs.DEADLINE
+    while not condition():
+        assert job.poll() is None, "the run ended"
+        assert time.monotonic() < until, f"did not happen within {runs.DEADLINE:g} s"
+        pause.wait(0.02)
+
+
+def steps(run: Path) -> int:
+    return len(read_metrics(run)) if (run / "metrics.jsonl").is_file() else 0
+
+
+def ranks(job: subprocess.Popen[str]) -> list[int]:
+    """Process ids, in the order of their start."""
+    servers = [child for child in psutil.Process(job.pid).children() if "forkserver" in " ".join(child.cmdline())]
+    found = [rank for server in servers for rank in server.children()]
+    return [rank.pid for rank in sorted(found, key=lambda rank: rank.create_time())]
+
+
+def finish(job: subprocess.Popen[str], act: Callable[[], None]) -> str:
+    """Act, and return what the run printed since. It must end with nothing left behind."""
+    family = [os.pidfd_open(process.pid) for process in psutil.Process(job.pid).children(recursive=True)]
+    act()
+    _, said = job.communicate(timeout=runs.DEADLINE)
+    until = time.monotonic() + runs.DEADLINE
+    while family:
+        readable, _, _ = select.select(family, [], [], max(0.0, until - time.monotonic()))
+        assert readable, f"{len(family)} processes are left"
+        family = [end for end in family if end not in readable]
+    return said
+
+
+@pytest.mark.parametrize("target", ["launcher", "group", "one rank, then Ctrl-C"])
+def test_a_signal_in_mid_training_saves(tmp_path: Path, target: str) -> None:
+    """Proves that the step that was going on is finished and saved, and that the run can go on from it."""
+    folder = tmp_path / "run"
+    job = start(folder, *LONG)
+    wait_for(lambda: steps(folder) >= 2, job)
+
+    def ask() -> None:
+        if target == "launcher":
+            job.send_signal(signal.SIGTERM)
+        elif target == "group":
+            os.killpg(job.pid, signal.SIGUSR1)
+        else:
+            os.kill(ranks(job)[1], signal.SIGTERM)
+            os.killpg(job.pid, signal.SIGINT)
+
+    said = finish(job, ask)
+    assert job.returncode == Stopped.EXIT_CODE, said
+    assert atomic.newest_good(folder / "checkpoints", pytest.fail) == steps(folder)
+    assert f"stopped after step {steps(folder)}, saved; continue with --resume" in said
+
+
+def test_a_signal_while_ranks_start_ends_the_run_early(tmp_path: Path) -> None:
+    """As soon as the first rank exists: it is in its imports, or meets the others."""
+    folder = tmp_path / "run"
+    job = start(folder, *LONG)
+    wait_for(lambda: ranks(job), job)
+    said = finish(job, lambda: os.killpg(job.pid, signal.SIGTERM))
+    assert job.returncode == Stopped.EXIT_CODE, said
+    assert steps(folder) == 0 and "Traceback" not in said
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once(tmp_path: Path) -> None:
+    """The first leaves the run in a step that takes long, of which no more is done."""
+    folder = tmp_path / "run"
+    job = start(folder, *LONG, "batch.prompts_per_step=512")
+    wait_for((folder / "metrics.jsonl").is_file, job)
+
+    def ask_twice() -> None:
+        job.send_signal(signal.SIGINT)
+        job.send_signal(signal.SIGINT)
+
+    said = finish(job, ask_twice)
+    assert job.returncode not in (0, 1, 2, Stopped.EXIT_CODE), said
+
+
+def test_training_goes_on_without_a_reader(tmp_path: Path) -> None:
+    """`megarl train … 2>&1 | head -1`: the run is finished, and its log is in the run folder."""
+    folder = tmp_path / "run"
+    job = start(folder, "parallel.tp=1", "steps=3")
+    assert job.stderr is not None
+    job.stderr.readline()
+    job.stderr.close()
+    assert job.wait(runs.DEADLINE) == 0
+    kept = (folder / "logs" / "output.txt").read_text()
+    assert steps(folder) == 3
+    assert "step 3/3" in kept and "where to look next" in kept
