@@ -22,8 +22,8 @@ class Interrupt:
     """`with Interrupt() as interrupt:`. Then `interrupt.asked` is whether the run should stop.
 
     `act` is called at the first signal. A second Ctrl-C raises KeyboardInterrupt in the main thread. Schedulers may
-    send the other signals as often as they like. Signals that were blocked until now are taken. A request that an
-    outer Interrupt already got counts. Only the main thread can listen; in another one, this does nothing.
+    send the other signals as often as they like. Signals that were blocked until now are taken. An inner Interrupt
+    shares what it and the outer one got. Only the main thread can listen; in another one, this does nothing.
     """
 
     def __init__(self, act: Callable[[], None] = _nothing) -> None:
@@ -46,6 +46,9 @@ class Interrupt:
     ) -> None:
         global _current
         _current = self._outer
+        if self._outer:
+            self._outer.asked |= self.asked
+            self._outer._ctrl_c = max(self._outer._ctrl_c, self._ctrl_c)
         for each, handler in self._before.items():
             signal.signal(each, handler)  # type: ignore[arg-type]
 
@@ -63,7 +66,7 @@ _current: Interrupt | None = None
 
 @contextmanager
 def starting() -> Iterator[None]:
-    """Raise Stopped at the first signal: no rank runs yet, so there is nothing to save.
+    """Raise Stopped at the first signal, outside of `Interrupt`s within: no step is going on, so nothing is lost.
 
     A rank of torchrun or srun only remembers the request. The others wait for it, and all leave together.
     """
@@ -77,7 +80,7 @@ def starting() -> Iterator[None]:
             yield
         except KeyboardInterrupt:
             if interrupt.asked and interrupt._ctrl_c < 2:
-                raise Stopped("stopped while starting: nothing was trained") from None
+                raise Stopped("stopped while no step was going on") from None
             raise
 
 
