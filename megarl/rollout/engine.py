@@ -33,6 +33,9 @@ class Sampling(NamedTuple):
     stop_words: tuple[str, ...] = ()  # stand-alone: no ASCII letter directly before or after
     stop_texts: tuple[str, ...] = ()  # anywhere in the response, also inside words
     scratch: bool = False  # not continued (a probe): an engine need not keep its cache
+    # Not continued, and nothing of it stays in the local engine's cache (evaluation): a later request's prefix would be
+    # cached, or not, depending on it, which rounds otherwise. Servers of others ignore it.
+    forget: bool = False
     # Stop with finish "abort" once the tokens `cannot_pass`. Engines that get log-probs at the end may do so late.
     min_logprob: float | None = None
     experts: bool = False  # report the experts that each token passed through

@@ -67,6 +67,7 @@ async def evaluation(
         temperature=chosen.temperature,
         top_p=chosen.top_p,
         stop_token_ids=vocabulary.end_ids,
+        forget=True,
     )
 
     def one(prompt: Prompt, index: int) -> Coroutine[Any, Any, Completion]:

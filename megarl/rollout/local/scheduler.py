@@ -88,9 +88,11 @@ class Scheduler:
 
     def finish(self, slot: int, at_word: bool) -> None:
         """Make the slot of a finished request idle; `at_word`: it stopped at a stop word."""
-        scratch, branch = self.running.pop(slot).sampling.scratch, self._slots.trunk_end[slot] > 0
-        reserve = _RESERVED_AT_WORD if at_word and not scratch else _RESERVED
-        self._slots.leave(slot, -1 if scratch and not branch else reserve)
+        sampling, branch = self.running.pop(slot).sampling, self._slots.trunk_end[slot] > 0
+        reserve = _RESERVED_AT_WORD if at_word and not sampling.scratch else _RESERVED
+        self._slots.leave(slot, -1 if sampling.scratch and not branch else reserve)
+        if sampling.forget and not branch:
+            self._slots.forget(slot)
 
     def next_move(self) -> tuple[int, int] | None:
         """The highest active slot and an idle one below to move it to, while too many idle slots are decoded."""

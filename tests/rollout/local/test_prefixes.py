@@ -92,3 +92,33 @@ def test_a_probe_leaves_no_trace(make_engine, prefilled, qwen3, beside):
         assert sum(prefilled) <= 4 + (2 if beside else 0)
 
     asyncio.run(run())
+
+
+def test_a_request_that_is_to_be_forgotten_changes_nothing_after_it(make_engine, prefilled):
+    """Evaluations beside more slots than there are, then a group: prefilled as in a new engine, equal bit by bit.
+
+    Without `forget` the group finds the evaluations' prefixes, and rounds otherwise.
+    """
+
+    async def group(engine):
+        prefilled.clear()
+        requests = [engine.generate(prompt(8, 21), Sampling(12, seed=i), f"1/a/{i}|0") for i in range(3)]
+        other = engine.generate(prompt(9, 5), Sampling(12, seed=7), "1/b/0|0")
+        made = await asyncio.gather(*requests, other)
+        return [(each.token_ids, each.logprobs) for each in made], list(prefilled)
+
+    async def run():
+        expected = await group(await make_engine())
+        seen = []
+        for forget in (True, False):
+            engine = await make_engine()
+            held_out = [
+                engine.generate(prompt(8, 14 + i), Sampling(9 + i, seed=i, forget=forget), f"evaluation/{i}/0|0")
+                for i in range(9)
+            ]
+            await asyncio.gather(*held_out)
+            seen.append(await group(engine))
+        assert seen[0] == expected
+        assert seen[1][1] != expected[1]
+
+    asyncio.run(run())
