@@ -36,6 +36,9 @@ def train(
         bool, typer.Option("--resume", help="Continue from the run's newest complete checkpoint.")
     ] = False,
     dry_run: DryRun = False,
+    allow_changes: Annotated[
+        bool, typer.Option("--allow-changes", help="With --resume: let data, groups and rewards have other settings.")
+    ] = False,
 ) -> None:
     """Train a policy by reinforcement learning. Starts its ranks, or runs as one rank of torchrun or srun."""
     from megarl.runtime.interrupt import starting
@@ -44,7 +47,7 @@ def train(
         from megarl import config as settings_file
         from megarl import launch
 
-        launch.train(settings_file.load(config, overrides), nproc, resume, dry_run)
+        launch.train(settings_file.load(config, overrides), nproc, resume, dry_run, allow_changes)
 
 
 @app.command(context_settings=_KEY_VALUE)

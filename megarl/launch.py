@@ -25,8 +25,9 @@ from megarl.planner.fitting import fitting
 from megarl.rewards.workers import Graders
 from megarl.rollout.early_exit import plan
 from megarl.rollout.servers import flags
-from megarl.run import provenance, trackers
+from megarl.run import changes, provenance, trackers
 from megarl.run.directory import read_metrics
+from megarl.run.records import METRICS, recorded
 from megarl.runtime.interrupt import starting
 from megarl.runtime.launched import under_launcher
 from megarl.runtime.output import lasting
@@ -42,9 +43,15 @@ MADE_UP = "Let me guess.\n</think>\n\n\\boxed{0}"
 
 @starting()
 def train(
-    settings: Settings, nproc: int | None = None, resume: bool = False, dry_run: bool = False
+    settings: Settings,
+    nproc: int | None = None,
+    resume: bool = False,
+    dry_run: bool = False,
+    allow_changes: bool = False,
 ) -> list[dict[str, Any]]:
     """Check what can be checked without loading weights, then train; the run's metrics, one object a step.
+
+    A resumed run may have other settings, and says which. Those of its data, groups and rewards need `allow_changes`.
 
     Starts `nproc` ranks (default: one copy of the model), or runs as this rank of torchrun or srun. Every rank but
     the first returns [], and so does a dry run, which stops after the checks. Raises UserError for a mistake in the
@@ -53,6 +60,10 @@ def train(
     world_size = _world_size(settings, nproc)
     locate(settings)
     shape = preflight(settings, world_size, resume)
+    if resume:
+        changes.check(settings, allow_changes)
+        if (settings.run / METRICS).is_file():
+            read_metrics(settings.run)  # refuses a damaged one before anything starts
     reward = try_reward(settings, settings.data.train)
     sizes = derived(settings, shape, world_size)
     if dry_run:
@@ -67,7 +78,7 @@ def train(
         try:
             finished = _start(run, settings, (resume,), world_size, sizes, saves=True)
         finally:  # a failed run gets its report too
-            if controller and (settings.run / "metrics.jsonl").exists():
+            if controller and recorded(settings.run):
                 report.at_end(settings.run)
         if finished and controller:
             console(stderr=True).print(summary(settings.run), soft_wrap=True)
@@ -81,7 +92,7 @@ def sft(settings: Settings, nproc: int | None, dry_run: bool) -> None:
     """As `train`, for supervised fine-tuning."""
     world_size = _world_size(settings, nproc)
     locate(settings)
-    shape = preflight(settings, world_size, resume=False)
+    shape = preflight(settings, world_size, False, go_on="delete it, or name another folder: sft cannot continue one")
     sizes = derived(settings, shape, world_size)
     sizes = {name: sizes[name] for name in ("model", "layout", "precision", "rows", "steps", "run")}
     sizes["updates"] = f"1 a step, {settings.batch.prompts_per_step} demonstrations each"
@@ -171,8 +182,13 @@ def locate(settings: Settings) -> None:
     settings.data.eval = [file for each in settings.data.eval for file in hub.data(each, "data.eval")]
 
 
-def preflight(settings: Settings, world_size: int, resume: bool) -> ModelShape:
-    """Every check that needs no weights. Raises UserError; writes nothing."""
+def preflight(
+    settings: Settings,
+    world_size: int,
+    resume: bool,
+    go_on: str = "add --resume to continue it, or name another folder",
+) -> ModelShape:
+    """Every check that needs no weights. Raises UserError; writes nothing. `go_on`: advice when there is a run."""
     if not (settings.model.path / "config.json").is_file():
         raise UserError(f"model.path: {settings.model.path} has no config.json")
     for name, files in (("train", settings.data.train), ("eval", settings.data.eval)):
@@ -187,8 +203,11 @@ def preflight(settings: Settings, world_size: int, resume: bool) -> ModelShape:
     presets.resolve(settings.algorithm, settings.rollout.max_response_tokens, settings.batch.updates_per_step)
     steps.check_shaping(settings.reward, settings.rollout.max_response_tokens)
     plan.check(settings.rollout, load_tokenizer(settings.model.path))
-    if not resume and (settings.run / "metrics.jsonl").exists():
-        raise UserError(f"run: {settings.run} already has a run; add --resume to continue it, or name another folder")
+    checkpoints = settings.run / "checkpoints"
+    if checkpoints.exists() and not checkpoints.is_dir():
+        raise UserError(f"run: {checkpoints} is a file; move it away, or name another folder")
+    if not resume and recorded(settings.run):
+        raise UserError(f"run: {settings.run} already has a run; {go_on}")
     return shape
 
 

@@ -25,9 +25,10 @@ from megarl.loop.batching import BatchBuilder
 from megarl.loop.controller import STATE
 from megarl.loop.scoring import Collected
 from megarl.run import atomic
-from megarl.run.directory import read_metrics, read_rollouts, rollouts_file
+from megarl.run.directory import read_metrics, read_rollouts
+from megarl.run.records import METRICS, damaged, rollouts_file
 from megarl.runtime.watchdog import doing
-from megarl.types import Batch
+from megarl.types import Batch, ScoredGroup
 
 
 def replay(settings: Settings, step: int, start: int) -> list[dict[str, Any]]:
@@ -45,7 +46,7 @@ def replay(settings: Settings, step: int, start: int) -> list[dict[str, Any]]:
         if start:
             checkpoint.load(learner, atomic.folder_of(settings.run / "checkpoints", start) / "learner")
         builder = BatchBuilder(settings, switches, world.dp_size)
-        record = Record(settings, start, builder) if world.is_controller else None
+        record = Record(settings, start, builder, learner.shape.vocab) if world.is_controller else None
         rows: list[dict[str, Any]] = []
         for each in range(start + 1, step + 1):
             made = record.batches(each) if record else []
@@ -61,8 +62,8 @@ def replay(settings: Settings, step: int, start: int) -> list[dict[str, Any]]:
 class Record:
     """The recorded steps of a run, as batches, and the metrics to compare with. On rank 0."""
 
-    def __init__(self, settings: Settings, start: int, builder: BatchBuilder) -> None:
-        self.settings, self.builder = settings, builder
+    def __init__(self, settings: Settings, start: int, builder: BatchBuilder, vocabulary: int) -> None:
+        self.settings, self.builder, self.vocabulary = settings, builder, vocabulary
         self.metrics = {line["step"]: line for line in read_metrics(settings.run)}
         self.expected_length = pruning.ExpectedLength()
         if start:
@@ -73,12 +74,22 @@ class Record:
     def batches(self, step: int) -> list[Batch]:
         """The step's batches, built again from its rollouts and their rewards."""
         line, groups = self.metrics[step], read_rollouts(self.settings.run, step)
-        drawn = line["prompts_drawn"]
-        collected = Collected(groups, num_drawn=drawn, num_kept=drawn - line["prompts_pruned"])
+        with damaged(self.settings.run / METRICS):
+            drawn, pruned = int(line["prompts_drawn"]), int(line["prompts_pruned"])
+        collected = Collected(groups, num_drawn=drawn, num_kept=drawn - pruned)
         expected = self.expected_length.mean() if self.settings.pruning.prompts else None
-        batches = self.builder.build(collected, step, expected)
-        self.expected_length.update(*collected.lengths())
+        with damaged(rollouts_file(self.settings.run, step)):
+            self._check_tokens(groups)
+            batches = self.builder.build(collected, step, expected)
+            self.expected_length.update(*collected.lengths())
         return batches
+
+    def _check_tokens(self, groups: list[ScoredGroup]) -> None:
+        """Raise ValueError if a token is not one of the model's."""
+        for group in groups:
+            for tokens in (group.prompt.token_ids, *(c.completion.token_ids for c in group.completions)):
+                if len(tokens) and max(tokens) >= self.vocabulary:
+                    raise ValueError(f"token {max(tokens)} is not one of the model's {self.vocabulary}")
 
     def compare(self, step: int, batches: list[Batch], trained: list[dict[str, float]]) -> list[dict[str, Any]]:
         """The learner's metrics, recorded and replayed."""

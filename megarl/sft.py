@@ -23,7 +23,9 @@ from megarl.learner.learner import Learner, sft_objective
 from megarl.loop.batching import pack_rows
 from megarl.loop.collectives import any_rank
 from megarl.models.tokenizer import load_tokenizer
+from megarl.run.atomic import Appender, clear_errors
 from megarl.run.lock import only_job
+from megarl.run.records import METRICS
 from megarl.runtime.interrupt import Interrupt
 from megarl.types import Batch, Sample, derive_seed
 from megarl.view.progress import RunProgress
@@ -51,7 +53,8 @@ def sft(settings: Settings) -> bool:
             longest = settings.batch.tokens_per_row + 1  # a sequence's last token is no input
             demonstrations, too_long = read_demonstrations(settings.data.train, tokenizer, settings.data, longest)
             progress.say(f"{len(demonstrations)} demonstrations, {too_long} dropped: longer than batch.tokens_per_row")
-            file = stack.enter_context((settings.run / "metrics.jsonl").open("x"))
+            file = Appender(settings.run / METRICS)
+            stack.callback(file.close)
         learner = Learner(settings, world, total_updates=settings.steps)
         cost = Cost.of_model(learner.shape)
 
@@ -65,12 +68,12 @@ def sft(settings: Settings) -> bool:
             metrics = learner.train_step(batch, sft_objective)
             if world.is_controller:
                 metrics = {"step": step, **metrics, "seconds_train": time.perf_counter() - began}
-                file.write(json.dumps(metrics) + "\n")
-                file.flush()
+                file.append(json.dumps(metrics))
                 progress.step(step, metrics)
             if any_rank(interrupt.asked, world):
                 break
-        export(learner, world, settings.model.path, settings.run / "model")
+        with clear_errors(settings.run / "model", consequence=""):
+            export(learner, world, settings.model.path, settings.run / "model")
         progress.say(f"the model of step {step} is in {settings.run / 'model'}")
     return step == settings.steps
 

@@ -75,6 +75,7 @@ def train(settings: Settings, resume: bool = False) -> bool:
             stack.callback(controller.close)
         learner = Learner(settings, world, total_updates=settings.steps * updates)
         checkpoints = stack.enter_context(Checkpoints(settings, world, learner, controller, progress))
+        checkpoints.clear_partial()
         done = checkpoints.restore() if resume else 0
         if controller:
             controller.open_run(done if resume else None, world.world_size)

@@ -23,7 +23,7 @@ def run(tmp_path: Path) -> Path:
                 (tmp_path / "rollouts" / f"step_{step:06d}.jsonl").touch()
     for step in (2, 4):
         (atomic.prepare(tmp_path / "checkpoints", step) / "weights").write_bytes(b"weights")
-        atomic.commit(tmp_path / "checkpoints", step, keep=2)
+        atomic.commit(tmp_path / "checkpoints", step, keep=2, warn=print)
     return tmp_path
 
 

@@ -9,7 +9,7 @@ Files: data, learner, rollout, algorithm (the groups) · settings (all of them, 
 from megarl.config.algorithm import KL, Algorithm, Pruning, Reward
 from megarl.config.data import Batch, Data, Packing
 from megarl.config.learner import Checkpoint, Experts, Model, Optimizer, Parallel, Precision
-from megarl.config.reading import dump, load, parse
+from megarl.config.reading import dump, load, parse, tree
 from megarl.config.rollout import EarlyExit, Evaluation, Rollout, Servers
 from megarl.config.section import Fraction, Natural, Positive, Rate, Section
 from megarl.config.settings import Settings
@@ -41,4 +41,5 @@ __all__ = [
     "dump",
     "load",
     "parse",
+    "tree",
 ]

@@ -43,6 +43,11 @@ def parse(tree: Tree) -> Settings:
     return _validated(_composed(tree, Path("settings")))
 
 
+def tree(path: Path) -> Tree:
+    """A YAML file's settings as they stand there, not validated and without what it includes. Raises UserError."""
+    return _read(path)
+
+
 def dump(settings: Settings) -> str:
     """The resolved settings as YAML, with nothing left to include."""
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
@@ -66,8 +71,14 @@ def _read(path: Path, included_by: Path | None = None) -> Tree:
         there = [f.name for f in path.parent.glob("*.yaml")]
         raise UserError(f"{name} does not exist{nearest(path.name, there) if there else ''}")
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as e:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except UnicodeDecodeError as e:
+        raise UserError(f"{name} is not UTF-8 (byte {e.start + 1})") from None
+    except RecursionError:
+        raise UserError(f"{name} is nested too deep") from None
+    except OSError as e:
+        raise UserError(f"{name} cannot be read: {e.strerror}") from None
+    except Exception as e:  # besides YAMLError, whatever a value's constructor raises
         raise UserError(f"{name} is not YAML: {' '.join(str(e).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{name} is a {type(tree).__name__}, not a mapping of settings")

@@ -9,8 +9,9 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
@@ -43,6 +44,7 @@ MANIFEST = "learner.json"
 READING_FAILED = (
     CheckpointingException, CheckpointException, OSError, RuntimeError, EOFError, KeyError, ValueError, UnpicklingError
 )  # fmt: skip
+PROBE = 2**20  # bytes
 EXTRA_STATE = "_extra_state"  # Transformer Engine's FP8 history: rebuilt in a few steps, absent elsewhere
 
 
@@ -55,8 +57,8 @@ def saving(learner: Learner, folder: Path, aside: World | None = None) -> Callab
     """Describe the learner's state in `folder`, an existing empty one; returns a function that writes the tensors.
 
     Both are collective. Without `settings.checkpoint.optimizer`, only the weights are saved. With `aside`, the tensors
-    are copied now and a thread may write them; its ranks communicate over that group. Raises UserError when the disk is
-    full.
+    are copied now and a thread may write them; its ranks communicate over that group. RunError names the folder when
+    the disk fails.
     """
     learner.finish_parameter_gather()
     writer = DeferredWriter(aside)
@@ -234,12 +236,15 @@ def _complain(folder: Path, keys: list[str], what: str) -> None:
 
 @contextmanager
 def _writing(folder: Path):
+    """Whatever fails in the body is a RunError that names the folder; a full disk is called so."""
     try:
         yield
-    except (OSError, RuntimeError, CheckpointException) as e:
+    except RunError:
+        raise
+    except (Exception, CheckpointException) as e:  # torch's is none of Python's ordinary ones
         cause = _first_cause(e)
-        if _no_room(cause):
-            raise UserError(f"checkpoint: {folder}: the disk is full, or a quota is reached") from None
+        if _no_room(cause, folder):
+            raise RunError(f"checkpoint: {folder}: the disk is full, or a quota is reached") from None
         raise RunError(f"checkpoint: writing {folder} failed: {_line(cause)}") from e
 
 
@@ -251,17 +256,28 @@ def _reading(folder: Path):
         raise UserError(f"checkpoint: {folder} is truncated or does not fit: {_line(_first_cause(e))}") from e
 
 
-def _no_room(error: BaseException) -> bool:
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    # torch's archive writer reports a short write in these words.
-    return "unexpected pos" in str(error) or "failed writing" in str(error)
+def _no_room(error: BaseException, folder: Path) -> bool:
+    """Whether the disk is full: by the error, or, as torch's C++ writers hide its number, by trying."""
+    if not isinstance(error, OSError):
+        probe = folder / f".probe-{os.getpid()}"
+        try:
+            with probe.open("wb", buffering=0) as file:
+                written = file.write(bytes(PROBE))
+                os.fsync(file.fileno())
+            return written < PROBE
+        except OSError as e:
+            error = e
+        finally:
+            with suppress(OSError):
+                probe.unlink()
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _first_cause(error: BaseException) -> BaseException:
     """The error behind torch's collective report, or behind Python's exception chain."""
     if isinstance(error, CheckpointException):
-        return _first_cause(next(iter(error.failures.values()))[0])
+        causes = [_first_cause(failure[0]) for failure in error.failures.values()]
+        return next((cause for cause in causes if isinstance(cause, OSError)), causes[0])
     return _first_cause(error.__context__) if isinstance(error.__context__, OSError) else error
 
 

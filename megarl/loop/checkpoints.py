@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import TracebackType
 
@@ -41,6 +41,7 @@ class Checkpoints:
         self._aside = world.aside() if settings.checkpoint.asynchronous else None
         self._writing: Future[None] | None = None
         self._step = 0  # of what is being written
+        self._warned: set[str] = set()
 
     def save(self, step: int) -> None:
         """Commit the state after `step`. On failure the new files are removed and the older checkpoints stay.
@@ -98,7 +99,7 @@ class Checkpoints:
                 write()
             world.barrier("every rank's part of the checkpoint")
             if self.controller:
-                atomic.commit(self.folder, step, self.keep)
+                atomic.commit(self.folder, step, self.keep, self._warn)
         except BaseException:
             self._discard(step)
             raise
@@ -108,21 +109,32 @@ class Checkpoints:
         if self.controller:
             atomic.discard(self.folder, step)
 
+    def clear_partial(self) -> None:
+        """Remove what interrupted saves left. For the job that has the run to itself."""
+        if self.controller:
+            atomic.clear_partial(self.folder, self._warn)
+
     def restore(self) -> int:
-        """Load the newest whole checkpoint. Returns its step, 0 when there is none."""
-        step = None
-        if self.controller:
-            step = atomic.newest_good(self.folder, self.progress.say)
-        step = broadcast(step, self.world)
-        if step is None:
-            self.progress.say(f"no checkpoint in {self.folder}: starting from the beginning")
-            return 0
-        folder = atomic.folder_of(self.folder, step)
-        checkpoint.load(self.learner, folder / "learner")
-        if self.controller:
-            self.controller.load(folder)
+        """Load the newest whole checkpoint, which nobody deletes meanwhile. Returns its step, 0 when there is none."""
+        reading = atomic.reading(self.folder, self._warn) if self.controller else nullcontext(None)
+        with reading as newest:
+            step = broadcast(newest, self.world)
+            if step is None:
+                self.progress.say(f"no checkpoint in {self.folder}: starting from the beginning")
+                return 0
+            folder = atomic.folder_of(self.folder, step)
+            checkpoint.load(self.learner, folder / "learner")
+            if self.controller:
+                self.controller.load(folder)
+            self.world.barrier("the checkpoint to be read")
         self.progress.say(f"resumed after step {step}")
         return step
+
+    def _warn(self, message: str) -> None:
+        """Say it once."""
+        if message not in self._warned:
+            self._warned.add(message)
+            self.progress.say(message)
 
 
 def _into(future: Future[None], work: Callable[[], None]) -> None:

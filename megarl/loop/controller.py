@@ -19,7 +19,6 @@ from megarl.loop.scoring import Collected
 from megarl.models.config_json import read_shape
 from megarl.rewards.workers import Graders
 from megarl.run import provenance
-from megarl.run.atomic import clear_errors
 from megarl.run.directory import RunDirectory
 from megarl.types import Prompt
 from megarl.view.progress import RunProgress
@@ -55,11 +54,12 @@ class Controller:
         return self.expected_length.mean() if self.settings.pruning.prompts else None
 
     def open_run(self, resume_step: int | None, ranks: int) -> None:
-        """Start the run directory, or continue it after `resume_step`."""
-        with clear_errors(self.settings.run):
-            self.run = RunDirectory(self.settings.run, self.settings, resume_step)
-            provenance.write(self.settings.run, ranks)
-            precisions.write_manifest(self.settings.run, self.settings.precision, read_shape(self.settings.model.path))
+        """Start the run directory, or continue it after `resume_step`. RunError if the disk fails, here and below."""
+        self.run = RunDirectory(self.settings.run, self.settings, resume_step)
+        for notice in self.run.notices:
+            self.progress.say(notice)
+        provenance.write(self.settings.run, ranks)
+        precisions.write_manifest(self.settings.run, self.settings.precision, read_shape(self.settings.model.path))
 
     def draw(self, step: int, n: int) -> PromptBatch:
         """The next n prompts for a step."""
@@ -74,8 +74,7 @@ class Controller:
     def report(self, step: int, metrics: dict[str, Any]) -> None:
         """Record metrics and show them."""
         assert self.run
-        with clear_errors(self.settings.run):
-            self.run.metrics(step, metrics)
+        self.run.metrics(step, metrics)
         self.progress.step(step, metrics)
 
     def finish_step(self, step: int, collected: Collected, metrics: dict[str, Any]) -> None:
@@ -84,8 +83,7 @@ class Controller:
         weights = np.array([c.weight for c in collected.completions])
         if warning := pruning.warning(weights, self.settings.pruning):
             self.progress.say(f"step {step}: {warning}")
-        with clear_errors(self.settings.run):
-            self.run.rollouts(step, collected.groups)
+        self.run.rollouts(step, collected.groups)
         for scheduled, group in zip(collected.prompts, collected.groups, strict=True):
             self.loader.history.update(scheduled.index, float(np.mean([abs(c.advantage) for c in group.completions])))
         for scheduled in collected.replaced:
@@ -96,10 +94,12 @@ class Controller:
 
     def save(self, folder: Path) -> None:
         """Write the state of data, pruning and canary, the prompts drawn ahead and the ledger into a checkpoint's
-        folder."""
+        folder. What the run directory recorded until now is then on the disk itself."""
         lengths = {f"length_{k}": v for k, v in self.expected_length.state().items()}
         ahead = {f"ahead_{step}_{k}": v for step, batch in self.ahead.items() for k, v in batch.state().items()}
         assert self.answer is not None
+        if self.run:
+            self.run.flush()
         arrays = {**self.loader.state(), **lengths, **ahead, "answer": np.array(self.answer, np.int32)}
         np.savez(folder / STATE, allow_pickle=False, **arrays)
         self.ledger.commit(folder)

@@ -20,6 +20,7 @@ from megarl.rollout.engine import Engine, Sampling
 from megarl.rollout.local.engine import LocalEngine
 from megarl.rollout.servers import factory
 from megarl.rollout.weights import verify
+from megarl.run.atomic import clear_errors
 from megarl.runtime.event_loop import EventLoop
 from megarl.runtime.watchdog import waiting
 from megarl.types import Batch, Sample
@@ -77,7 +78,10 @@ class RolloutEngine:
             for _ in tensors:  # all ranks gather them together
                 pass
         else:
-            with waiting(f"the engines to take the weights of version {version}", self.world.deadline_s):
+            with (
+                waiting(f"the engines to take the weights of version {version}", self.world.deadline_s),
+                clear_errors(self.settings.run / "weights"),
+            ):
                 self.loop.run(verify.send(self.engine, version, tensors))
         canary = self._canary()
         if self.engine is not None:

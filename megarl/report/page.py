@@ -7,7 +7,6 @@ import base64
 import hashlib
 import re
 import sys
-import traceback
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,9 +15,11 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from megarl.errors import one_line
 from megarl.report import rollouts, run
 from megarl.report.run import Run
 from megarl.run.atomic import write_text
+from megarl.run.records import damaged
 
 FILE = "report.html"
 HERE = Path(__file__).parent
@@ -26,10 +27,15 @@ SCRIPTS = ("dom.js", "chart.js", "bars.js", "curves.js", "tokens.js", "viewer.js
 
 
 def write(folders: Sequence[Path], out: Path | None = None) -> Path:
-    """Write the report of one run or the comparison of several; default: report.html in the first. Atomic."""
+    """Write the report of one run or the comparison of several; default: report.html in the first. Atomic.
+
+    Raises UserError that names a damaged file, and RunError if the disk fails.
+    """
     runs = [run.read(folder) for folder in folders]
     out = out or folders[0] / FILE
-    write_text(out, render(runs))
+    with damaged(folders[0] if len(folders) == 1 else out):  # what no reader of a single file looks for
+        page = render(runs)
+    write_text(out, page.encode(errors="replace").decode())  # half a surrogate pair cannot be written
     return out
 
 
@@ -38,9 +44,8 @@ def at_end(folder: Path) -> Path | None:
     try:
         return write([folder])
     except Exception as e:
-        traceback.print_exc()
-        print(f"megarl: THE REPORT OF {folder} COULD NOT BE WRITTEN ({e}); the run itself is whole. "
-              f"Try again with: megarl report {folder}", file=sys.stderr)  # fmt: skip
+        print(f"megarl: the report of {folder} was not written: {one_line(str(e))}. "
+              f"To try again: megarl report {folder}", file=sys.stderr)  # fmt: skip
         return None
 
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import base64
 import gzip
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -17,8 +15,9 @@ from typing import Any
 
 from megarl.errors import UserError
 from megarl.models.tokenizer import load_tokenizer
-from megarl.report.run import Run, as_json
+from megarl.report.run import Run, as_json, finite
 from megarl.rollout.detokenize import Vocabulary
+from megarl.run.records import rollout_lines, rollouts_files
 
 BUDGET = 18 * 2**20  # of compressed rollouts, in base64, over all runs of a page
 PACKED = 0.22  # bytes in the page per byte on disk, roughly: steps are chosen before any is read
@@ -39,18 +38,19 @@ class Packed:
 
 def pack(run: Run, budget: int = BUDGET) -> Packed:
     """Choose and pack the rollouts of a run, within about `budget` bytes."""
-    files = sorted((run.folder / "rollouts").glob("step_*.jsonl"))
+    recorded = rollouts_files(run.folder)
+    files = list(recorded.values())
     packed, numbers = Packed(steps_on_disk=len(files)), _Numbers(run)
     packed.notice = numbers.notice
     sums = [[0, 0.0, 0] for _ in range(BINS)]
     chosen = choose([file.stat().st_size for file in files], budget)
     for place, i in enumerate(chosen):
         share = (budget - sum(map(len, packed.chunks.values()))) / (len(chosen) - place)
-        records = list(_records(files[i]))
+        records = [record for _, record in rollout_lines(files[i])]
         groups = [list(group) for _, group in groupby(records, key=lambda r: r["uid"])]
         for group in groups:
             _count_probes(group, sums)
-        step = int(files[i].name.split(".")[0].removeprefix("step_"))
+        step = list(recorded)[i]
         text, shown = _chunk(groups, numbers, share)
         packed.chunks[step] = text
         completions = sum(map(len, groups[:shown]))
@@ -131,7 +131,7 @@ def _completion(r: dict[str, Any], numbers: _Numbers) -> dict[str, Any]:
         "index", "finish", "exit_reason", "spans", "verdict", "formatted", "steps", "reward", "advantage", "weight",
     )  # fmt: skip
     tokens = numbers.of(r["response_ids"])
-    out = {key: r.get(key) for key in kept}
+    out = {key: finite(r.get(key)) for key in kept}
     out["probes"] = [[position, c, accepted, numbers.of(ids)] for position, c, accepted, ids in r.get("probes", [])]
     out["n"] = len(r["response_ids"])
     if tokens is None:
@@ -150,8 +150,3 @@ def _count_probes(group: list[dict[str, Any]], sums: list[list[Any]]) -> None:
             row[0] += 1
             row[1] += confidence
             row[2] += record.get("verdict") == "right"
-
-
-def _records(file: Path) -> Iterator[dict[str, Any]]:
-    with file.open() as lines:
-        yield from map(json.loads, lines)

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from megarl import config
 from megarl.config import docs
 from megarl.data import ledger
-from megarl.errors import RunError
 from megarl.run import atomic, provenance
+from megarl.run.changes import CONFIG
 from megarl.run.directory import read_metrics
 
 LEDGER_ROWS = 50_000  # of the look-up table; the totals always count everything
@@ -44,20 +43,26 @@ class Run:
 
 
 def read(folder: Path) -> Run:
-    """Read a run; raises UserError when there are no metrics."""
+    """Read a run. Raises UserError when there are no metrics, and for a damaged file, which it names."""
     metrics, notices = read_metrics(folder), []
-    file = folder / "config.yaml"
-    settings = yaml.safe_load(file.read_text()) if file.is_file() else None
-    if not isinstance(settings, dict):
-        settings = {}
+    file = folder / CONFIG
+    settings = config.tree(file) if file.is_file() else {}
+    if not settings:
         notices.append(f"{file} is missing: settings are not shown")
-    steps: list[ledger.Step] = []
-    if committed := atomic.steps(folder / "checkpoints"):
-        try:
-            steps = list(ledger.Ledger.load(atomic.folder_of(folder / "checkpoints", committed[-1])))
-        except RunError as e:
-            notices.append(f"the data ledger is not shown: {e}")
+    steps, notice = _ledger(folder / "checkpoints")
+    notices += [notice] if notice else []
     return Run(folder, folder.resolve().name, metrics, settings, provenance.read(folder), steps, notices)
+
+
+def _ledger(checkpoints: Path) -> tuple[list[ledger.Step], str]:
+    """The ledger of the newest checkpoint, and why it is not shown. The run may replace that one as we read."""
+    while committed := atomic.steps(checkpoints):
+        try:
+            return list(ledger.Ledger.load(atomic.folder_of(checkpoints, committed[-1]))), ""
+        except Exception as e:
+            if atomic.steps(checkpoints)[-1:] == committed[-1:]:
+                return [], f"the data ledger is not shown: {e}"
+    return [], ""
 
 
 def columns(metrics: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
@@ -70,7 +75,7 @@ def columns(metrics: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
         merged.setdefault(line["step"], {}).update(line)
     rows = [merged[step] for step in sorted(merged)]
     keys = dict.fromkeys(key for row in rows for key in row)
-    return {key: [_json(row.get(key)) for row in rows] for key in keys}
+    return {key: [finite(row.get(key)) for row in rows] for key in keys}
 
 
 def tiles(run: Run) -> list[dict[str, Any]]:
@@ -157,7 +162,8 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> Any:
             yield f"{prefix}{key}", value
 
 
-def _json(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """A value as JSON can say it: NaN and infinities as texts."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megarl import config
 from megarl.errors import UserError
-from megarl.run.atomic import write_text
+from megarl.run import records
+from megarl.run.atomic import Appender, clear_errors, flush, write_text
+from megarl.run.changes import keep_former
+from megarl.run.records import METRICS, recorded, rollout_lines, rollouts_file, rollouts_files
 from megarl.run.trackers import Trackers
 from megarl.types import Completion, Probe, Prompt, ScoredCompletion, ScoredGroup, Span
 
@@ -24,47 +29,50 @@ class RunDirectory:
     """Writes one run. Open a new one, or resume one at the step of its newest checkpoint."""
 
     def __init__(self, folder: Path, settings: config.Settings, resume_step: int | None) -> None:
-        """`resume_step` None starts a run and refuses a folder that has one."""
+        """`resume_step` None starts a run and refuses a folder that has one. Says in `notices` what a resumed run has
+        changed or misses. RunError if the disk fails."""
         self.folder = folder
-        if resume_step is None and (folder / "metrics.jsonl").exists():
+        self.notices: list[str] = []
+        if resume_step is None and recorded(folder):
             raise UserError(f"run: {folder} already has a run; pass --resume to continue it, or name another folder")
-        (folder / "rollouts").mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(config.dump(settings))
-        if resume_step is not None and (folder / "metrics.jsonl").exists():
-            self._forget_after(resume_step)
-        self._metrics = (folder / "metrics.jsonl").open("a")
-        self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step and resume_step + 1)
+        kept = self._until(resume_step) if resume_step else []
+        with clear_errors(folder):
+            (folder / "rollouts").mkdir(parents=True, exist_ok=True)
+        if resume_step is not None:
+            if changed := keep_former(folder, settings, resume_step):
+                self.notices.append(changed)
+            self._forget_after(resume_step, kept)
+        write_text(folder / "config.yaml", config.dump(settings))
+        self._metrics = Appender(folder / METRICS)
+        threading.excepthook = _hushed(threading.excepthook)
+        with clear_errors(folder / "tensorboard"):
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step and resume_step + 1)
         self._trackers = Trackers(settings, resume=resume_step is not None)
         self._tensorboard.add_text("settings", _verbatim(config.dump(settings)), resume_step or 0)
 
     def metrics(self, step: int, values: dict[str, Any]) -> None:
         """Append one object to metrics.jsonl, and send its numbers to TensorBoard and the trackers.
 
-        `step` counts finished steps.
+        `step` counts finished steps. Values are numbers or texts. RunError if the disk fails.
         """
         line = {"step": step, **{key: _plain(value) for key, value in values.items()}}
-        self._metrics.write(json.dumps(line) + "\n")
-        self._metrics.flush()
+        self._metrics.append(json.dumps(line))
         scalars = {
             _tag(key): value
             for key, value in line.items()
             if isinstance(value, int | float) and key != "step" and math.isfinite(value)
         }
-        for tag, value in scalars.items():
-            self._tensorboard.add_scalar(tag, value, step)
-        self._tensorboard.flush()
+        with clear_errors(self.folder / "tensorboard"):
+            for tag, value in scalars.items():
+                self._tensorboard.add_scalar(tag, value, step)
+            self._tensorboard.flush()
         self._trackers.log(step, scalars)
 
     def rollouts(self, step: int, groups: Sequence[ScoredGroup]) -> None:
         """Write every completion of a step, one JSON object a line: all of them or none. TensorBoard gets the first
         group."""
-        file = rollouts_file(self.folder, step)
-        partial = file.with_suffix(".partial")
-        with partial.open("w") as out:
-            for group in groups:
-                for c in group.completions:
-                    out.write(json.dumps(_record(group, c)) + "\n")
-        partial.replace(file)
+        lines = (json.dumps(_record(group, c)) + "\n" for group in groups for c in group.completions)
+        write_text(rollouts_file(self.folder, step), lines)
         for first in groups[:1]:
             told = [_verbatim(first.prompt.text)]
             for c in first.completions:
@@ -72,48 +80,64 @@ class RunDirectory:
                     f"{c.verdict}, reward {c.reward:.3g}, {len(c.completion)} tokens",
                     _verbatim(c.completion.text),
                 ]
-            self._tensorboard.add_text("rollout/group", "\n\n".join(told), step)
+            with clear_errors(self.folder / "tensorboard"):
+                self._tensorboard.add_text("rollout/group", "\n\n".join(told), step)
+
+    def flush(self) -> None:
+        """Have every step's metrics and rollouts on the disk itself, so that no committed step lacks them."""
+        self._metrics.flush()
+        with clear_errors(self.folder):
+            flush(self.folder)
 
     def close(self) -> None:
         self._trackers.close()
         self._metrics.close()
-        self._tensorboard.close()
+        with suppress(Exception):  # all steps are written; the error that ends a run must not be hidden by another
+            self._tensorboard.close()
 
-    def _forget_after(self, step: int) -> None:
+    def _until(self, step: int) -> list[dict[str, Any]]:
+        """The metrics up to a step. Notices steps that have none."""
+        metrics = self.folder / METRICS
+        kept = [line for line in read_metrics(self.folder) if line["step"] <= step] if metrics.exists() else []
+        if lost := set(range(1, step + 1)) - {line["step"] for line in kept}:
+            self.notices.append(
+                f"{metrics} has no line for {len(lost)} of the {step} steps in the checkpoint, e.g. {min(lost)}"
+            )
+        return kept
+
+    def _forget_after(self, step: int, kept: list[dict[str, Any]]) -> None:
         """Drop what was written after the checkpoint that the run continues from: those steps are done again.
 
         Step 0 means no checkpoint. The evaluation before the first step is then done again too.
         """
-        metrics = self.folder / "metrics.jsonl"
-        kept = [line for line in read_metrics(self.folder) if step and line["step"] <= step]
-        write_text(metrics, "".join(json.dumps(line) + "\n" for line in kept))
-        for file in (self.folder / "rollouts").glob("step_*"):
-            if int(file.stem.split("_")[1]) > step:
-                file.unlink()
+        write_text(self.folder / METRICS, (json.dumps(line) + "\n" for line in kept))
+        with clear_errors(self.folder / "rollouts"):
+            for each, file in rollouts_files(self.folder).items():
+                if each > step:
+                    file.unlink()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The objects of metrics.jsonl, without a last line that a crash cut short."""
-    file = folder / "metrics.jsonl"
+    """The objects of metrics.jsonl, `step` and numbers, without a last line that a crash cut short.
+
+    Raises UserError that names the line if it has no such object.
+    """
+    file = folder / METRICS
     if not file.is_file():
-        raise UserError(f"run: {folder} has no metrics.jsonl")
-    lines = file.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def rollouts_file(folder: Path, step: int) -> Path:
-    """Where a step's completions are."""
-    return folder / "rollouts" / f"step_{step:06d}.jsonl"
+        raise UserError(f"run: {folder} has no {METRICS}")
+    return [records.metrics_of(raw, file, n) for n, raw in records.numbered_lines(file) if raw.endswith(b"\n")]
 
 
 def read_rollouts(folder: Path, step: int) -> list[ScoredGroup]:
     """The groups of a step as `RunDirectory.rollouts` got them: tokens, log-probs and rewards bit by bit.
 
-    The record lacks what training does not read: `score` is nan, `discarded_tokens` 0, `experts` None.
+    The record lacks what training does not read: `score` is nan, `discarded_tokens` 0, `experts` None. Raises UserError
+    that names a damaged line.
     """
     groups: dict[str, ScoredGroup] = {}
-    with rollouts_file(folder, step).open() as file:
-        for record in map(json.loads, file):
+    file = rollouts_file(folder, step)
+    for n, record in rollout_lines(file):
+        with records.damaged(file, n):
             uid = record["uid"]
             if uid not in groups:
                 prompt = Prompt(uid, tuple(record["prompt_ids"]), record["prompt"], record["answer"], record["source"])
@@ -158,6 +182,16 @@ def _record(group: ScoredGroup, scored: ScoredCompletion) -> dict[str, Any]:
         **{name: getattr(scored, name) for name in SCORES},
         "keep": group.keep,
     }
+
+
+def _hushed(hook: Any) -> Any:
+    """`hook` without what TensorBoard's thread raises, which is raised again where we write, and told there."""
+
+    def report(arguments: Any) -> None:
+        if not type(arguments.thread).__module__.startswith("tensorboard."):
+            hook(arguments)
+
+    return report
 
 
 def _plain(value: Any) -> Any:

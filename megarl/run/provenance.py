@@ -14,6 +14,9 @@ from typing import Any
 import psutil
 import torch
 
+from megarl.run.atomic import write_text
+from megarl.run.records import damaged, object_in
+
 FILE = "provenance.json"
 PACKAGES = (
     "megarl", "torch", "megatron-core", "transformer-engine", "transformers", "tokenizers", "numpy", "sglang", "vllm",
@@ -40,13 +43,19 @@ def describe(ranks: int) -> dict[str, Any]:
 
 
 def write(folder: Path, ranks: int) -> None:
-    (folder / FILE).write_text(json.dumps(describe(ranks), indent=1) + "\n")
+    write_text(folder / FILE, json.dumps(describe(ranks), indent=1) + "\n")
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """What `write` wrote. Empty for a run without the file."""
+    """What `write` wrote. Empty for a run without the file. Raises UserError if it is damaged."""
     file = folder / FILE
-    return json.loads(file.read_text()) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    found = object_in(file)
+    with damaged(file):
+        if "ranks" in found and (type(found["ranks"]) is not int or found["ranks"] < 1):
+            raise ValueError(f"ranks is {found['ranks']!r:.40}, not a number of ranks")
+    return found
 
 
 def installed(package: str) -> str | None:

@@ -35,7 +35,8 @@ _SHOWN = (  # (metric, label, format)
 
 def headline(metrics: dict[str, Any]) -> str:
     """The most telling metrics of a step, as one line."""
-    return " ".join(f"{label} {form.format(metrics[key])}" for key, label, form in _SHOWN if key in metrics)
+    shown = [each for each in _SHOWN if isinstance(metrics.get(each[0]), int | float)]
+    return " ".join(f"{label} {form.format(metrics[key])}" for key, label, form in shown)
 
 
 def line(step: int, total: int, metrics: dict[str, Any]) -> str:

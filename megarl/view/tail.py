@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import select
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from megarl.errors import DeadlineExceeded
+from megarl import config
+from megarl.errors import DeadlineExceeded, UserError
+from megarl.run.changes import CONFIG
+from megarl.run.records import LARGEST, METRICS, damaged, metrics_of, rollout_lines, rollouts_files
 from megarl.run.timeline import read_phases
 from megarl.view.console import console, plain
 from megarl.view.live import LiveView, line
@@ -29,27 +31,34 @@ class Follower:
     """Reads metrics.jsonl as it grows, without a line that is still being written."""
 
     def __init__(self, run: Path) -> None:
-        self.run, self._at, self._inode = run, 0, 0
+        self.run, self._at, self._inode, self._lines = run, 0, 0, 0
 
     def new(self) -> list[dict[str, Any]]:
-        """The steps since the last call. All steps if a resumed run has rewritten the file."""
-        file = self.run / "metrics.jsonl"
-        with suppress(FileNotFoundError), file.open("rb") as stream:
+        """The steps since the last call. All steps if a resumed run has rewritten the file. UserError names a damaged
+        line."""
+        file = self.run / METRICS
+        with damaged(file), suppress(FileNotFoundError), file.open("rb") as stream:
             status = file.stat()
             if status.st_ino != self._inode or status.st_size < self._at:
-                self._inode, self._at = status.st_ino, 0
+                self._inode, self._at, self._lines = status.st_ino, 0, 0
             stream.seek(self._at)
             whole = stream.read()
             whole = whole[: whole.rfind(b"\n") + 1]
             self._at += len(whole)
-            return [json.loads(text) for text in whole.splitlines()]
+            lines = list(enumerate(whole.split(b"\n")[:-1], start=self._lines + 1))
+            self._lines += len(lines)
+            return [metrics_of(raw, file, n) for n, raw in lines]
         return []
 
     def total(self) -> int:
-        """The run's setting `steps`. 0 before the run has written its settings."""
-        with suppress(FileNotFoundError):
-            return int((yaml.safe_load((self.run / "config.yaml").read_text()) or {}).get("steps", 0))
-        return 0
+        """The run's setting `steps`. 0 before the run has written them. UserError if they are damaged."""
+        file = self.run / CONFIG
+        if not file.is_file():
+            return 0
+        steps = config.tree(file).get("steps", 0)
+        if type(steps) is not int or not 0 <= steps < LARGEST:
+            raise UserError(f"{file}: damaged: steps is {steps!r:.40}, not a number of steps")
+        return steps
 
 
 def tail(run: Path, rollouts: int, once: bool, start_timeout: float = 600.0) -> None:
@@ -100,19 +109,17 @@ def _live(console: Console, follower: Follower, total: int, rollouts: int) -> No
 
 def newest(run: Path, count: int, step: int | None = None) -> Group:
     """The first `count` responses of a step (default: the newest), each with its verdict and reward."""
-    files = sorted((run / "rollouts").glob("step_*.jsonl" if step is None else f"step_{step:06d}.jsonl"))
-    if not files:
+    files = rollouts_files(run)
+    file = files.get(max(files, default=0) if step is None else step)
+    if file is None:
         return Group()
     blocks: list[Text] = []
-    with files[-1].open() as lines:
-        for text, _ in zip(lines, range(count), strict=False):
-            record = json.loads(text)
-            head = f"{record['verdict']}  reward {record['reward']:.3f}  advantage {record['advantage']:+.3f}"
-            style = "blue" if record["verdict"] == "right" else "yellow"
-            blocks.append(
-                Text(f"── {head}  {record['exit_reason']}, {len(record['response_ids'])} tokens", style=style)
-            )
-            blocks.append(plain(record["prompt"].strip() + " ", "dim") + plain(record["response"].strip()))
+    for _, record in islice(rollout_lines(file), count):
+        head = f"{record['verdict']}  reward {record['reward']:.3f}  advantage {record['advantage']:+.3f}"
+        style = "blue" if record["verdict"] == "right" else "yellow"
+        size = f"{record['exit_reason']}, {len(record['response_ids'])} tokens"
+        blocks.append(plain(f"── {head}  {size}", style))
+        blocks.append(plain(record["prompt"].strip() + " ", "dim") + plain(record["response"].strip()))
     return Group(*blocks, Text())
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,19 +18,9 @@ from megarl.learner import checkpoint
 from megarl.loop.checkpoints import Checkpoints
 from megarl.run import atomic
 from megarl.view.progress import RunProgress
+from tests.support.disks import limited_files
 
 SIZE = 100_000  # bytes of the learner's part
-
-
-@contextmanager
-def limited_files(size: int) -> Iterator[None]:
-    """No file of this process grows over `size` bytes: how a full disk looks to who writes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))  # Python ignores SIGXFSZ
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.fixture(autouse=True)

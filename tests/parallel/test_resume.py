@@ -16,7 +16,7 @@ import torch
 
 from megarl.bench.common.learners import TIMEOUT, samples, settings, split
 from megarl.bench.common.models import write_model
-from megarl.errors import UserError
+from megarl.errors import RunError, UserError
 from megarl.learner import checkpoint
 from megarl.runtime.spawn import spawn
 
@@ -180,9 +180,11 @@ def _refusals(model: Path, other: Path, folders: dict[str, Path]) -> dict[str, s
     def attempt(name: str, act: Any, folder: Path) -> None:
         try:
             act(folder)
-        except UserError as e:
+        except (UserError, RunError) as e:
+            kinds.add((name, type(e)))
             messages[name] = str(e)
 
+    kinds: set[tuple[str, type[Exception]]] = set()
     learner = _learner(model, {})
     for name in REFUSED:
         attempt(name, partial(checkpoint.load, learner), folders[name])
@@ -194,6 +196,7 @@ def _refusals(model: Path, other: Path, folders: dict[str, Path]) -> dict[str, s
     attempt("other optimizer", partial(checkpoint.load, learner), folders["whole"])
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))  # Python ignores SIGXFSZ
     attempt("disk full", partial(checkpoint.save, learner), folders["full"])
+    assert {name for name, kind in kinds if kind is RunError} == {"disk full"}  # nobody's mistake: exit code 1
     return messages
 
 

@@ -115,4 +115,5 @@ def test_a_broken_report_is_told_and_fails_nothing(tmp_path: Path, capsys: pytes
     (tmp_path / "metrics.jsonl").write_text("not JSON\n")
     assert report.at_end(tmp_path) is None
     told = capsys.readouterr().err
-    assert "COULD NOT BE WRITTEN" in told and f"megarl report {tmp_path}" in told
+    assert "metrics.jsonl:1: damaged: it is not JSON" in told and f"megarl report {tmp_path}" in told
+    assert told.count("\n") == 1

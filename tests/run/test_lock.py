@@ -29,7 +29,7 @@ with only_job(Path(sys.argv[1]), print):
 
 @pytest.fixture
 def holder(tmp_path: Path) -> Iterator[subprocess.Popen]:
-    """Another process that holds tmp_path."""
+    """Another process that has locked tmp_path."""
     process = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdout and process.stdout.readline() == b"held\n"
     yield process
@@ -92,3 +92,49 @@ def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest
     said: list[str] = []
     with only_job(tmp_path, said.append):
         assert "without locks" in said[0]
+
+
+def test_deleting_the_lock_file_lets_nobody_in(tmp_path: Path, holder: subprocess.Popen) -> None:
+    (tmp_path / FILE).unlink()
+    with pytest.raises(UserError, match="in use by another process"), only_job(tmp_path, nothing):
+        pass
+    holder.kill()
+    holder.wait()
+    with only_job(tmp_path, nothing):
+        pass
+
+
+@pytest.mark.parametrize("owner", ["[]", "17", '{"pid": "x", "host": []}', "\x00\x00", ""])
+def test_a_lock_file_with_anything_in_it_is_one_line(tmp_path: Path, holder: subprocess.Popen, owner: str) -> None:
+    (tmp_path / FILE).write_text(owner)
+    with pytest.raises(UserError, match="another process"), only_job(tmp_path, lambda _: None, remote_timeout=0.0):
+        pass
+
+
+def test_a_start_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    """But logs that say something: the mended command is then accepted. What was there before is left alone."""
+    made, before = tmp_path / "new" / "run", tmp_path / "before"
+    before.mkdir()
+    (before / "notes.txt").touch()
+    for run in (made, before):
+        with pytest.raises(ValueError), only_job(run, nothing):
+            for name in ("config.yaml", "phases/rank_00000.jsonl", "logs/empty", "checkpoints/.step_000001.partial/x"):
+                (run / name).parent.mkdir(parents=True, exist_ok=True)
+                (run / name).write_text("")
+            (run / "metrics.jsonl").touch()
+            raise ValueError
+    assert not made.exists() and (before / "config.yaml").exists()
+    with pytest.raises(ValueError), only_job(made, nothing):
+        (made / "logs").mkdir()
+        (made / "logs" / "engine.log").write_text("no such device")
+        (made / "config.yaml").touch()
+        raise ValueError
+    assert [path.name for path in made.iterdir()] == ["logs"]
+
+
+def test_a_run_that_recorded_something_stays(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(ValueError), only_job(run, nothing):
+        (run / "metrics.jsonl").write_text('{"step": 0}\n')
+        raise ValueError
+    assert (run / "metrics.jsonl").exists()

@@ -27,7 +27,9 @@ def begin(run: Path, steps: int) -> None:
 def add(run: Path, step: int) -> None:
     record = {
         "verdict": "right", "reward": 1.0, "advantage": 0.5, "exit_reason": "plain", "response_ids": [1, 2],
-        "prompt": f"question {step} [bold]", "response": f"answer {step} \x1b[2J",
+        "prompt": f"question {step} [bold]", "response": f"answer {step} \x1b[2J", "uid": "a", "index": 0,
+        "source": "f:1", "prompt_ids": [1], "origin": [0, 0], "logprobs": [-1.0, -1.0], "finish": "stop", "probes": [],
+        "spans": [], "formatted": True, "steps": 1, "weight": 1.0, "keep": 1.0,
     }  # fmt: skip
     (run / "rollouts" / f"step_{step:06d}.jsonl").write_text(json.dumps(record) + "\n")
     with (run / "metrics.jsonl").open("a") as out:

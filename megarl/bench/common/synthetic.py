@@ -100,5 +100,5 @@ def write(
     run.close()
     partial = atomic.prepare(folder / "checkpoints", steps)
     ledger.commit(partial)
-    atomic.commit(folder / "checkpoints", steps, keep=1)
+    atomic.commit(folder / "checkpoints", steps, keep=1, warn=print)
     return folder
