@@ -196,7 +196,7 @@ def verify(folder: Path) -> str | None:
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         expected = {str(name): str(checksum) for name, checksum in manifest["sha256"].items()}
-        step = manifest["step"]
+        step = int(manifest["step"])
     except Exception:
         return f"{MANIFEST} is missing or unreadable"
     if folder.name != folder_of(folder.parent, step).name:

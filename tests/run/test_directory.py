@@ -181,6 +181,7 @@ def test_metrics_and_rollouts_are_flushed(tmp_path: Path, monkeypatch: pytest.Mo
     assert flushed == [str(tmp_path / "metrics.jsonl"), str(tmp_path)]
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_full_disk_is_named_with_the_file(tmp_path: Path) -> None:
     """In the middle of metrics and of rollouts: a RunError each, and closing adds none."""
     group = ScoredGroup(Prompt("uid", (1,), "what?", "2", "file:1"), [])
