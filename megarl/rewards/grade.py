@@ -31,19 +31,24 @@ class Grade:
 
 
 def judge(function: GradingFunction, response: str, answer: str) -> Grade:
-    """Call the grading function. An exception, or a value of another kind, gets the verdict `error`."""
+    """Call the grading function. Whatever it raises, or a value of another kind, gets the verdict `error`."""
     try:
-        value = function(response, answer)
-    except (Exception, SystemExit) as e:
+        return _graded(function(response, answer), response)
+    except BaseException as e:  # nothing that a function raises is ours: neither SystemExit nor CancelledError
         return failed("error", response, f"{type(e).__name__}: {e}")
+
+
+def _graded(value: Any, response: str) -> Grade:
     if isinstance(value, str):
         if value in VERDICTS:
             return Grade(value, float(value == "right"), is_formatted(response))  # type: ignore[arg-type]
         return failed("error", response, f"the grading function returned {value!r}, not {', '.join(VERDICTS)}")
     try:
         score = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         score = math.nan
+    if inspect.iscoroutine(value):
+        value.close()
     if not math.isfinite(score):
         return failed("error", response, f"the grading function returned {value!r}, not a bool, number or verdict")
     return Grade("right" if score >= 0.5 else "wrong", score, is_formatted(response))

@@ -7,17 +7,19 @@ hung ones wait for it.
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megarl.errors import RunError, UserError
 from megarl.rewards.grade import Grade
-from megarl.rewards.workers import Graders
+from megarl.rewards.workers import LONGEST_LINE, Graders
 
 DEADLINE = 60.0  # seconds for what must happen at all
 
@@ -69,11 +71,55 @@ def test_verdicts_are_told_apart(graders):
         ("", "crash", "error", 0.0, "died by SIGSEGV, 2 times"),
         ("", "spin_in_c", "timeout", 0.0, "no verdict within 3 s"),
         ("", "talk", "right", 1.0, ""),
+        ("", "value 10 ** 400", "error", 0.0, "not a bool, number or verdict"),
+        ("", "unprintable", "error", 0.0, "RuntimeError: no words"),
+        ("", "cancel", "error", 0.0, "CancelledError: cancelled"),
+        ("", "coroutine", "error", 0.0, "returned <coroutine object coroutine"),
+        ("", "fork", "error", 0.0, "the grading function forked, and returned twice"),
+        ("", "fork raise", "error", 0.0, "the grading function forked, and returned twice"),
+        ("", "pool", "right", 1.0, ""),
+        ("", "flood", "error", 0.0, "the grader process wrote what is no grade, 2 times"),
+        ("", "write b'no JSON\\n'", "error", 0.0, "the grader process wrote what is no grade, 2 times"),
+        ("", "write b'\\xff\\xfe\\n'", "error", 0.0, "wrote what is no grade, 2 times"),
+        ("", "write b'[' * 100000 + b'\\n'", "error", 0.0, "wrote what is no grade, 2 times"),
+        ("", "write b'{}\\n{}\\n'", "error", 0.0, "the grader process wrote"),
+        ("", "trickle", "timeout", 0.0, "no verdict within 3 s"),
     ]
     grades = grade(graders, *[(response, answer) for response, answer, *_ in cases])
     for (_, answer, verdict, score, message), got in zip(cases, grades, strict=True):
         assert (got.verdict, got.score) == (verdict, score), answer
         assert message in got.message, answer
+
+
+def test_a_message_is_one_short_line(graders):
+    """A run's record and a terminal get it: no line breaks, and no more than a thousand characters."""
+    (grade_,) = grade(graders, ("", "complain 5000000"))
+    assert grade_.message.startswith("ValueError: first second") and len(grade_.message) == 1000
+    assert grade_.message.isprintable()
+
+
+def test_a_grade_left_in_the_socket_reaches_no_other_response():
+    """A function writes a grade itself and then returns one. The second is nobody's: the next response gets its own."""
+    forged = b'[0, {"verdict": "right", "score": 0.75, "formatted": true, "message": ""}]\n'
+    with closing(Graders("tests.support.odd_graders:by_answer", workers=1, timeout=30.0)) as graders:
+        scores = [g.score for g in grade(graders, ("", f"write {forged!r}"), ("", "value 0.25"), ("", "value -3"))]
+    assert scores == [0.75, 0.25, -3.0]
+
+
+def test_a_large_answer_is_read_once(monkeypatch):
+    """Reading takes time in proportion to what is sent: a flood is stopped after the longest line, not copied."""
+    received = []
+    recv = socket.socket.recv
+
+    def counted(self, *arguments):
+        piece = recv(self, *arguments)
+        received.append(len(piece))
+        return piece
+
+    monkeypatch.setattr(socket.socket, "recv", counted)
+    with closing(Graders("tests.support.odd_graders:by_answer", workers=1, timeout=60.0)) as graders:
+        assert grade(graders, ("", "flood"))[0].verdict == "error"
+    assert sum(received) < 2 * (LONGEST_LINE + 2**17)
 
 
 def test_a_kill_from_outside_changes_no_grade(graders, tmp_path):
@@ -121,6 +167,59 @@ def test_a_hung_workers_children_die_with_it(fifo):
     with closing(Graders("tests.support.odd_graders:by_answer", workers=1, timeout=2.0)) as graders:
         assert grade(graders, ("", f"spin_with_child {path}"))[0].verdict == "timeout"
         assert read(end) == b"!"
+        assert read(end) == b""
+
+
+@pytest.mark.parametrize("how", ["spin", "vanish"])
+def test_sessions_that_a_grader_started_end_with_it(fifo, how):
+    """Not its group, not its session, not its child any more, and without our environment: it ends all the same."""
+    path, end = fifo
+    with closing(Graders("tests.support.odd_graders:by_answer", workers=1, timeout=5.0)) as graders:
+        verdict = grade(graders, ("", f"{how}_with_session {path}"))[0].verdict
+        assert verdict == ("timeout" if how == "spin" else "error")
+        assert read(end) == b"!"
+        assert (read(end) or read(end)) in (b"", b"!")  # `vanish` is asked twice
+        assert grade(graders, ("a", "equal a"))[0].verdict == "right"
+
+
+def test_sessions_that_a_grader_started_end_when_it_is_closed(fifo):
+    path, end = fifo
+    with closing(Graders("tests.support.odd_graders:by_answer", workers=1, timeout=30.0)) as graders:
+        assert grade(graders, ("", f"start_session {path}"))[0].verdict == "right"
+        assert read(end) == b"!"
+    assert read(end) == b""
+
+
+def test_sessions_end_with_the_parent_of_the_graders(fifo):
+    """`kill -9` of the controller, while the grader is idle and what it left goes on."""
+    path, end = fifo
+    code = f"""
+import signal
+from megarl.rewards.workers import Graders
+graders = Graders("tests.support.odd_graders:by_answer", workers=1, timeout={DEADLINE})
+graders.submit("", "start_session {path}").result()
+print("graded", flush=True)
+signal.pause()
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    parent = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE)
+    assert read(end) == b"!" and parent.stdout.readline() == b"graded\n"
+    parent.kill()
+    parent.wait(DEADLINE)
+    assert read(end) == b""
+
+
+def test_sessions_end_though_the_grader_was_killed(fifo):
+    """`kill -9` of every process of a grader at once: what it started is found by its environment."""
+    path, end = fifo
+    with closing(Graders("tests.support.odd_graders:by_answer", workers=1, timeout=30.0)) as graders:
+        assert grade(graders, ("", f"start_session_with_environment {path}"))[0].verdict == "right"
+        assert read(end) == b"!"
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.ZombieProcess):
+                if "megarl.rewards.worker" in process.cmdline():
+                    process.kill()
+        assert grade(graders, ("a", "equal a"))[0].verdict == "right"
         assert read(end) == b""
 
 
