@@ -6,6 +6,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+import threading
+import time
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -37,11 +39,13 @@ class StandIn:
         self.begun: list[str | None] = []
         self.logged: list[tuple[int, dict[str, float]]] = []
         self.ended, self.broken = 0, False
+        self.silent: threading.Event | None = None  # set, it answers again
+        self.asked = threading.Event()
         self._offer(monkeypatch, "wandb", init=self._init)
         self._offer(monkeypatch, "mlflow", set_experiment=lambda name: None, log_params=lambda flat: None,
                     start_run=lambda run_id, run_name: SimpleNamespace(info=self._info(run_id)),
-                    log_metrics=lambda metrics, step, synchronous: self._send(metrics, step),
-                    flush_async_logging=lambda: None, end_run=self._end)  # fmt: skip
+                    log_metrics=lambda metrics, step, synchronous: self._log(metrics, step),
+                    end_run=self._end)  # fmt: skip
 
     def _offer(self, monkeypatch: pytest.MonkeyPatch, name: str, **functions: Any) -> None:
         module = ModuleType(name)
@@ -60,12 +64,12 @@ class StandIn:
         return SimpleNamespace(run_id=self._begin(id))
 
     def _log(self, metrics: dict[str, float], step: int) -> None:
+        self.asked.set()
+        if self.silent:
+            self.silent.wait()
         if self.broken:
             raise OSError("no such server")
         self.logged.append((step, metrics))
-
-    def _send(self, metrics: dict[str, float], step: int) -> Any:
-        return SimpleNamespace(wait=lambda: self._log(metrics, step))
 
     def _end(self) -> None:
         self.ended += 1
@@ -93,6 +97,49 @@ def test_a_service_that_fails_is_told_of_once_and_stops_nothing(
     write(settings(tmp_path, name), range(1, 4), None)
     assert len(read_metrics(tmp_path)) == 3
     assert capsys.readouterr().err.count(f"{name} failed and is no longer used: no such server") == 1
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_a_service_that_does_not_answer_costs_its_timeout_once(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It accepts and never answers. No step waits for it, closing waits for the timeout, and one line tells of it."""
+    service = StandIn(monkeypatch)
+    service.silent = threading.Event()
+    logging = trackers.Trackers(settings(tmp_path, name), resume=False, timeout=0.2)
+    logging.log(1, {"reward": 1.0})  # the first call hangs
+    began = time.monotonic()
+    for step in range(2, 1000):
+        logging.log(step, {"reward": 1.0})
+    assert time.monotonic() - began < 60 and not service.logged
+    logging.close()
+    service.silent.set()
+    assert capsys.readouterr().err.count(f"trackers: {name} failed and is no longer used: ") == 1
+
+
+def test_a_service_that_hangs_between_steps_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The step after the timeout finds it hanging, tells of it, and hands it nothing more; closing does not wait."""
+    service, clock = StandIn(monkeypatch), [0.0]
+    service.silent = threading.Event()
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    logging = trackers.Trackers(settings(tmp_path, "wandb"), resume=False, timeout=30.0)
+    logging.log(1, {})
+    assert service.asked.wait(60)
+    clock[0] = 31.0
+    logging.log(2, {})
+    assert "wandb failed and is no longer used: no answer within 30 s" in capsys.readouterr().err
+    logging.close()
+    service.silent.set()
+
+
+def test_a_service_that_hangs_at_the_start_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    service, answer = StandIn(monkeypatch), threading.Event()
+    monkeypatch.setattr(service, "_begin", lambda id: answer.wait())
+    with pytest.raises(UserError, match="trackers: wandb gave no answer within 0.1 s"):
+        trackers.Trackers(settings(tmp_path, "wandb"), resume=False, timeout=0.1)
+    answer.set()
 
 
 def test_a_service_that_is_not_installed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
