@@ -77,13 +77,14 @@ def eval(
     temperature: Annotated[
         list[float] | None, typer.Option(help="Sampling temperature; repeat the option for several.")
     ] = None,
+    responses: Annotated[Path | None, typer.Option(help="Write the responses there, as JSON lines.")] = None,
 ) -> None:
-    """Measure accuracy and response length on held-out problems, by plain generation."""
+    """Measure accuracy, score and response length on held-out problems, by plain generation."""
     from megarl import launch
     from megarl.evaluate import find
 
     settings, trained = find(place, overrides)
-    launch.evaluate(settings, trained, temperature, nproc)
+    launch.evaluate(settings, trained, temperature, nproc, responses)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,19 @@ from megarl.loop.collector import Collector
 from megarl.loop.controller import Controller
 from megarl.loop.rollout_engine import RolloutEngine
 from megarl.models.tokenizer import load_tokenizer
+from megarl.run.atomic import write_text
+from megarl.run.directory import as_records
 from megarl.runtime.event_loop import EventLoop
 from megarl.view.progress import RunProgress
 
 
-def evaluate(settings: Settings, trained: bool, temperatures: list[float]) -> list[dict[str, Any]]:
+def evaluate(
+    settings: Settings, trained: bool, temperatures: list[float], responses: Path | None = None
+) -> list[dict[str, Any]]:
     """Evaluate on this rank. Returns one object per temperature on rank 0 ([] elsewhere).
 
     `trained`: take the weights of the newest whole checkpoint of `settings.run`, else those of `settings.model.path`.
+    `responses`: a file that gets every response as one JSON object a line, with its temperature.
     """
     if not settings.data.eval:
         raise UserError("data.eval: [] has no held-out problems; e.g. data.eval=[heldout.jsonl]")
@@ -45,12 +51,18 @@ def evaluate(settings: Settings, trained: bool, temperatures: list[float]) -> li
         engine = RolloutEngine(settings, world, loop, tokenizer, learner, controller)
         stack.callback(engine.close)
         engine.push(version=step)
-        rows = []
+        rows: list[dict[str, Any]] = []
+        written: list[str] = []
         for temperature in temperatures:
             settings.evaluation.temperature = temperature
-            metrics = Collector(settings, world, loop, engine, tokenizer, controller).evaluate()
+            metrics, groups = Collector(settings, world, loop, engine, tokenizer, controller).evaluate()
             progress.phase(f"temperature {temperature:g}")
             rows.append({"step": step, "temperature": temperature, **metrics})
+            written += [json.dumps({"temperature": temperature, **each}) + "\n" for each in as_records(groups)]
+            if controller:
+                controller.tell_failures(f"temperature {temperature:g}", groups)
+        if responses and world.is_controller:
+            write_text(responses, written)
         return rows if world.is_controller else []
 
 

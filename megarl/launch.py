@@ -106,12 +106,19 @@ def sft(settings: Settings, nproc: int | None, dry_run: bool) -> None:
 
 
 def evaluate(
-    settings: Settings, trained: bool = False, temperatures: list[float] | None = None, nproc: int | None = None
+    settings: Settings,
+    trained: bool = False,
+    temperatures: list[float] | None = None,
+    nproc: int | None = None,
+    responses: Path | None = None,
 ) -> list[dict[str, Any]]:
     """As `train`, for evaluation; prints and returns one row a temperature (default: `evaluation.temperature`).
 
     `trained` takes the weights from the newest checkpoint of `settings.run`; else from `settings.model.path`.
+    `responses` is a file for the responses, as JSON lines.
     """
+    if responses and not responses.absolute().parent.is_dir():
+        raise UserError(f"--responses: {responses.absolute().parent} is no folder; name a file in one that exists")
     world_size = _world_size(settings, nproc)
     locate(settings)
     preflight(settings, world_size, resume=True)
@@ -119,7 +126,7 @@ def evaluate(
     from megarl.evaluate import evaluate as run
 
     wanted = temperatures or [settings.evaluation.temperature]
-    rows: list[dict[str, Any]] = _start(run, settings, (trained, wanted), world_size, {})
+    rows: list[dict[str, Any]] = _start(run, settings, (trained, wanted, responses), world_size, {})
     if rows:
         show_rows("held-out problems", rows)
     return rows

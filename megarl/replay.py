@@ -16,6 +16,7 @@ import numpy as np
 
 from megarl.algorithms import presets, pruning
 from megarl.algorithms.loss import policy_loss
+from megarl.algorithms.metrics import combine
 from megarl.config import Settings
 from megarl.errors import UserError
 from megarl.learner import checkpoint, parallel
@@ -74,6 +75,8 @@ class Record:
     def batches(self, step: int) -> list[Batch]:
         """The step's batches, built again from its rollouts and their rewards."""
         line, groups = self.metrics[step], read_rollouts(self.settings.run, step)
+        if not groups:
+            raise UserError(f"step: {step} trained nothing: dynamic sampling replaced every group")
         with damaged(self.settings.run / METRICS):
             drawn, pruned = int(line["prompts_drawn"]), int(line["prompts_pruned"])
         collected = Collected(groups, num_drawn=drawn, num_kept=drawn - pruned)
@@ -94,7 +97,7 @@ class Record:
     def compare(self, step: int, batches: list[Batch], trained: list[dict[str, float]]) -> list[dict[str, Any]]:
         """The learner's metrics, recorded and replayed."""
         replayed = {
-            **metrics.learner_metrics(trained),
+            **combine(trained),
             "packing_density": metrics.density(batches, self.settings.batch.tokens_per_row),
         }
         recorded = self.metrics[step]

@@ -28,7 +28,7 @@ from megarl.learner.learner import Learner
 from megarl.loop import logprobs, metrics
 from megarl.loop.batching import BatchBuilder
 from megarl.loop.checkpoints import Checkpoints
-from megarl.loop.collectives import any_rank
+from megarl.loop.collectives import any_rank, broadcast
 from megarl.loop.collector import Collector
 from megarl.loop.controller import Controller
 from megarl.loop.rollout_engine import RolloutEngine
@@ -88,16 +88,20 @@ def train(settings: Settings, resume: bool = False) -> bool:
         collector = Collector(settings, world, loop, engine, tokenizer, controller, switches.dynamic_sampling)
         builder = BatchBuilder(settings, switches, world.dp_size)
 
-        def evaluate(step: int) -> dict[str, float]:
+        def evaluate(step: int, last: int) -> dict[str, float]:
             with watch("evaluation"):
-                due = step == 0 or metrics.due(step, settings.evaluation.every, settings.steps)
-                return collector.evaluate() if due else {}
+                if step and not metrics.due(step, settings.evaluation.every, last):
+                    return {}
+                measured, responses = collector.evaluate()
+                if controller and responses:
+                    controller.finish_evaluation(step, responses)
+                return measured
 
         with watch("sync"):
             engine.push(version=done)
         if leaving():
             return False
-        if done == 0 and (measured := evaluate(0)) and controller:
+        if done == 0 and (measured := evaluate(0, settings.steps)) and controller:
             controller.report(0, measured)
         watch.lap()
 
@@ -109,27 +113,37 @@ def train(settings: Settings, resume: bool = False) -> bool:
                     collector.begin(later)
             with watch("reward"):
                 collected = collector.score(rounds)
-                logprobs.penalise(collected.groups, learner, switches, builder)
-                batches: Sequence[Batch | None] = [None] * updates
-                if controller:
-                    batches = builder.build(collected, step, controller.expected_tokens)
+                over = broadcast(collected.nothing_left, world)
+                batches: Sequence[Batch | None] = [None] * (0 if over else updates)
+                if not over:
+                    logprobs.penalise(collected.groups, learner, switches, builder)
+                    if controller:
+                        batches = builder.build(collected, step, controller.expected_tokens)
             with watch("logprobs"):
                 logprobs.fill(batches, learner, switches)
+                unseen = logprobs.unseen_mismatch(collected, batches, learner, builder, world)
             with watch("train"):
                 trained = [learner.train_step(batch, objective) for batch in batches]
             with watch("rollout"):
                 collector.settle()
             with watch("sync"):
                 engine.push(version=step)
-            measured = evaluate(step)
+            last = step if over else settings.steps
+            measured = evaluate(step, last)
 
             if controller:
-                measured |= metrics.of_step(step, collected, batches, trained, engine, settings)
+                measured |= metrics.of_step(step, collected, batches, trained, unseen, engine, settings)
                 controller.finish_step(step, collected, measured | watch.lap())
             stop = leaving()
-            if stop or metrics.due(step, settings.checkpoint.every, settings.steps):
+            # Before the first update there is nothing to save.
+            if learner.version and (stop or metrics.due(step, settings.checkpoint.every, last)):
                 with watch("checkpoint"):
                     checkpoints.save(step)
+            if over:
+                checkpoints.finish()
+                if controller:
+                    controller.end_early(step, collected, saved=learner.version > 0)
+                return True
             if stop:
                 progress.say(f"stopped after step {step}, saved; continue with --resume")
                 return step == settings.steps

@@ -97,12 +97,13 @@ class ScoredCompletion:
 
     completion: Completion
     verdict: Verdict
-    score: float  # the grader's, 1 = right; nan when read from a run's record, which does not have it
+    score: float  # the grader's number; 1 or 0 for a bare verdict; nan when read from a record that does not have it
     formatted: bool  # a \boxed{} is present
     steps: int  # semantic steps, algorithms/steps.py
     reward: float  # shaped; less the KL penalty, where the reward bears it
     advantage: float = math.nan  # nan until the batches are built
-    weight: float = math.nan  # Horvitz-Thompson weight; 0 = dropped by pruning; nan until the batches are built
+    weight: float = math.nan  # Horvitz-Thompson weight; 0 = not trained on; nan until the batches are built
+    message: str = ""  # what went wrong in the grading
 
 
 @dataclass(slots=True)
@@ -112,6 +113,7 @@ class ScoredGroup:
     prompt: Prompt
     completions: list[ScoredCompletion]
     keep: float = 1.0
+    replaced: bool = False  # by dynamic sampling, because its scores are equal: nothing of it is trained on
 
 
 @dataclass(slots=True)

@@ -15,6 +15,8 @@ import numpy as np
 from megarl import config
 from megarl.errors import UserError
 
+RIGHT_FROM = 0.5  # the score from which a verdict is right, as in rewards.grade.judge
+
 
 def count_steps(text: str, markers: Sequence[str]) -> int:
     """k = 1 + the number of stand-alone markers in `text`; a marker has no ASCII letter directly before or after it.
@@ -47,13 +49,13 @@ def step_aware_reward(
 
         R = alpha * score * (1 - beta * tanh((k - mu) / mu)) + (1 - alpha) * formatted
 
-    `score` [G] is 1 for a correct completion; `steps` [G] is k; mu is the mean k of the group's correct completions
-    (`step_mean="all"`: of all, an ablation). The bracket is 1 for a completion that is not correct, so it is 1 for all
-    if none is correct.
+    `score` [G] is at least 0.5 for a correct completion; `steps` [G] is k; mu is the mean k of the group's correct
+    completions (`step_mean="all"`: of all, an ablation). The bracket is 1 for a completion that is not correct, so it
+    is 1 for all if none is correct.
     """
     score = np.asarray(score, np.float64)
     steps = np.asarray(steps, np.float64)
-    correct = score >= 1
+    correct = score >= RIGHT_FROM
     efficiency = np.ones_like(score)
     if correct.any():
         mu = steps[correct].mean() if step_mean == "correct" else steps.mean()
@@ -87,12 +89,12 @@ def shape_rewards(
 ) -> np.ndarray:
     """The rewards of one whole group under `settings.shaping`, float64 [G].
 
-    `score` [G] is the grader's (1 = correct), `formatted` [G] whether a box is present, `steps` [G] from `count_steps`,
-    `lengths` [G] response tokens.
+    `score` [G] is the grader's (correct from 0.5 on), `formatted` [G] whether a box is present, `steps` [G] from
+    `count_steps`, `lengths` [G] response tokens.
     """
     if settings.shaping == "step_aware":
-        return step_aware_reward(score, formatted, steps, settings.alpha, settings.beta, settings.step_mean)
-    reward = base_reward(score, formatted, settings.alpha)
+        return step_aware_reward(score, formatted, steps, settings.score_weight, settings.beta, settings.step_mean)
+    reward = base_reward(score, formatted, settings.score_weight)
     if settings.shaping == "length_penalty":
         return reward - settings.length_penalty * np.asarray(lengths, np.float64)
     if settings.shaping == "overlong":

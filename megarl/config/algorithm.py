@@ -8,11 +8,13 @@ from pydantic import Field
 
 from megarl.config.section import Fraction, Natural, Positive, Rate, Section
 
+DEFAULT_GRADER = "megarl.rewards.math:grade"
+
 
 class Reward(Section):
     """How responses are graded, and what is added to correctness."""
 
-    function: str = "megarl.rewards.math:grade"
+    function: str = DEFAULT_GRADER
     """The grader, as `package.module:function`. It takes `(response: str, answer: str)` and returns a bool, a number,
     or `right`, `wrong`, `timeout` or `error`. The dry run tries it."""
     workers: Positive = 2
@@ -22,8 +24,9 @@ class Reward(Section):
     shaping: Literal["none", "step_aware", "length_penalty", "overlong"] = "none"
     """What is added to correctness. `step_aware` is Step-GRPO's, `length_penalty` is linear, `overlong` is DAPO's soft
     punishment."""
-    alpha: Fraction = 0.9
-    """Weight of correctness: R = alpha * acc + (1 - alpha) * fmt. Set 1 to reward correctness alone."""
+    alpha: Fraction | None = None
+    """Weight of the score in R = alpha * score + (1 - alpha) * fmt. fmt is 1 if the part after the thought has a
+    `\\boxed{}`, else 0. Default: 0.9 with megarl's own grader, which reads the box, and 1 with any other function."""
     beta: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
     """Strength of the step-aware term. 0 turns it off."""
     step_mean: Literal["correct", "all"] = "correct"
@@ -34,6 +37,13 @@ class Reward(Section):
     overlong_buffer: Natural = 4096
     """Length in tokens of the zone before the budget where the punishment grows from 0 to 1. Only read with `shaping:
     overlong`."""
+
+    @property
+    def score_weight(self) -> float:
+        """`alpha`, with its default filled in."""
+        if self.alpha is not None:
+            return self.alpha
+        return 0.9 if self.function == DEFAULT_GRADER else 1.0
 
 
 class KL(Section):
@@ -77,7 +87,8 @@ class Algorithm(Section):
     """Weight of the entropy bonus. 0 turns it off."""
     kl: KL = KL()
     dynamic_sampling: bool | None = None
-    """Replace groups whose rewards are all equal by fresh prompts, as DAPO does. Default: the preset's."""
+    """Replace groups whose scores are all equal by fresh prompts, as DAPO does. When ten rounds bring no other group,
+    the run is over. Default: the preset's."""
     old_logprobs: Literal["auto", "recompute", "rollout"] = "auto"
     """Log-probs under the ratio. `auto` recomputes them only when a step has several updates. `rollout` takes the
     engine's."""

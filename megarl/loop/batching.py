@@ -38,8 +38,6 @@ class BatchBuilder:
         Raises RunError when no group is left.
         """
         groups, updates = collected.groups, self.settings.batch.updates_per_step
-        if not groups and collected.replaced:
-            raise RunError("algorithm.dynamic_sampling: every group of the step has equal rewards; nothing to learn")
         if not groups:
             raise RunError("pruning.refill: false, and pruning left no prompt of the step; set it to true")
         self._take_advantages(groups)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from megarl.config import Settings
@@ -86,7 +87,8 @@ class Collector:
         """Roll out, or wait for, a step's prompts. Their grading goes on. Collective.
 
         One round, or several with dynamic sampling (DAPO): it waits for the grades and replaces groups of equal
-        rewards. Times its phases: `rollout`, and `reward` while it waits for grades.
+        scores, whatever shaping and format add to them. Times its phases: `rollout`, and `reward` while it waits for
+        grades.
         """
         with watch("rollout"):
             self.begin(step)
@@ -114,33 +116,36 @@ class Collector:
             collected.num_kept += len(rollout.groups)
             collected.pruned += rollout.batch.pruned
             for scheduled, group in zip(rollout.batch.prompts, rollout.scored, strict=True):
-                if self.dynamic_sampling and len({c.reward for c in group.completions}) == 1:
-                    collected.replaced.append(scheduled)
-                else:
-                    collected.groups.append(group)
-                    collected.prompts.append(scheduled)
+                equal = len({c.score for c in group.completions}) == 1
+                collected.add(scheduled, group, replaced=self.dynamic_sampling and equal)
         self.world.barrier("the rewards")
         return collected
 
-    def evaluate(self) -> dict[str, float]:
-        """Accuracy and lengths of plain generation on the held-out prompts; on the controller ({} elsewhere)."""
+    def evaluate(self) -> tuple[dict[str, float], list[ScoredGroup]]:
+        """Figures of plain generation on the held-out prompts, and the responses; on the controller (empty elsewhere).
+
+        The figures are accuracy, the grader's score with its standard deviation over the responses, and lengths.
+        """
         prompts = broadcast(self.controller.held_out if self.controller else [], self.world)
         if not prompts:
-            return {}
+            return {}, []
         rollout = self._gather(self._begin(prompts, groups.evaluation))
         if not self.world.is_controller:
-            return {}
+            return {}, []
         self._score(rollout)
         scored = [c for group in rollout.scored for c in group.completions]
         n = len(scored)
-        return {
-            "eval/accuracy": sum(c.score for c in scored) / n,
+        figures = {
+            "eval/accuracy": sum(c.verdict == "right" for c in scored) / n,
+            "eval/score": sum(c.score for c in scored) / n,
+            "eval/score_std": float(np.std([c.score for c in scored])),
             "eval/response_tokens": sum(len(c.completion) for c in scored) / n,
             "eval/steps_per_response": sum(c.steps for c in scored) / n,
             "eval/formatted": sum(c.formatted for c in scored) / n,
             "eval/overlong": sum(c.completion.finish == "length" for c in scored) / n,
             "eval/completions": n,
         }
+        return figures, rollout.scored
 
     def _begin_round(self, step: int, batch: PromptBatch | None, before: Sequence[ScheduledPrompt] = ()) -> Rollout:
         """Begin the rollout of what the controller drew, with early exit if it is on. Collective."""

@@ -14,16 +14,18 @@ from megarl.config import Settings
 from megarl.data.ledger import Entry, Fate, Ledger
 from megarl.data.loader import Loader, PromptBatch
 from megarl.data.prompts import read_prompts
+from megarl.errors import RunError
 from megarl.learner import precision as precisions
 from megarl.loop.scoring import Collected
 from megarl.models.config_json import read_shape
 from megarl.rewards.workers import Graders
 from megarl.run import provenance
 from megarl.run.directory import RunDirectory
-from megarl.types import Prompt
+from megarl.types import Prompt, ScoredGroup
 from megarl.view.progress import RunProgress
 
 STATE = "data.npz"
+TOLD = 5  # messages of failed grades that are said; the rollouts have all of them
 
 
 class Controller:
@@ -45,6 +47,7 @@ class Controller:
         self.answer: Sequence[int] | None = None  # the canary's, see loop/rollout_engine.py
         self.graders = Graders(settings.reward.function, settings.reward.workers, settings.reward.timeout)
         self.run: RunDirectory | None = None
+        self._told: set[str] = set()  # messages of grades that failed
         if notice := pruning.notice(settings.pruning):
             progress.say(notice)
 
@@ -83,14 +86,50 @@ class Controller:
         weights = np.array([c.weight for c in collected.completions])
         if warning := pruning.warning(weights, self.settings.pruning):
             self.progress.say(f"step {step}: {warning}")
-        self.run.rollouts(step, collected.groups)
+        self.run.rollouts(step, collected.made)
+        self.tell_failures(f"step {step}", collected.made)
         for scheduled, group in zip(collected.prompts, collected.groups, strict=True):
             self.loader.history.update(scheduled.index, float(np.mean([abs(c.advantage) for c in group.completions])))
         for scheduled in collected.replaced:
-            self.loader.history.update(scheduled.index, 0.0)  # equal rewards have no advantage
+            self.loader.history.update(scheduled.index, 0.0)  # equal scores are not learned from
         self.expected_length.update(*collected.lengths())
+        if collected.nothing_left:
+            metrics["ended"] = ended(collected)
         self.ledger.record_step(step, metrics["weight_version"], self._entries(collected))
         self.report(step, metrics)
+
+    def end_early(self, step: int, collected: Collected, saved: bool) -> None:
+        """Say that dynamic sampling found nothing to learn from.
+
+        Raises RunError when no completion was right: then the data are too hard, not solved.
+        """
+        kept = "the run is saved" if saved else "nothing was trained, so nothing is saved"
+        said = f"step {step}: {ended(collected)}; {kept}"
+        if not any(c.verdict == "right" for group in collected.made for c in group.completions):
+            raise RunError(
+                f"algorithm.dynamic_sampling: {said}; take easier problems, or look at the grader's verdicts"
+            )
+        self.progress.say(f"{said} and complete" if saved else said)
+
+    def finish_evaluation(self, step: int, responses: Sequence[ScoredGroup]) -> None:
+        """Record the held-out responses."""
+        assert self.run
+        self.run.evaluation(step, responses)
+        self.tell_failures(f"evaluation of step {step}", responses)
+
+    def tell_failures(self, where: str, groups: Sequence[ScoredGroup]) -> None:
+        """Say what went wrong in grading: one line, with the first message that was not told before."""
+        graded = [(group.prompt, c) for group in groups for c in group.completions]
+        failed = [(prompt, c) for prompt, c in graded if c.verdict in ("timeout", "error")]
+        new = [(prompt, c) for prompt, c in failed if c.message not in self._told]
+        if not new or len(self._told) >= TOLD:
+            return
+        prompt, c = new[0]
+        self._told.add(c.message)
+        self.progress.say(
+            f"{where}: {len(failed)} of {len(graded)} grades failed, that of {prompt.source} with: "
+            f"{c.message or f'verdict {c.verdict}'}"
+        )
 
     def save(self, folder: Path) -> None:
         """Write the state of data, pruning and canary, the prompts drawn ahead and the ledger into a checkpoint's
@@ -131,3 +170,13 @@ class Controller:
         self.graders.close()
         if self.run:
             self.run.close()
+
+
+def ended(collected: Collected) -> str:
+    """Why a run is over before its last step."""
+    scored = [c for group in collected.made for c in group.completions]
+    right = sum(c.verdict == "right" for c in scored)
+    return (
+        f"nothing is left to learn: each of {len(collected.made)} groups has equal scores, "
+        f"and {right} of {len(scored)} completions are right"
+    )

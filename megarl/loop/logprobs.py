@@ -1,13 +1,22 @@
-"""Old and reference log-probs of a step. Every rank computes them; the controller fills them in."""
+"""Log-probs of a step: old and reference ones for the loss, and the mismatch of a step that trains nothing.
+
+Every rank computes them. The controller fills them in.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from megarl.algorithms.kl import kl_penalty
+from megarl.algorithms.metrics import mismatch
 from megarl.algorithms.presets import Switches
 from megarl.learner.learner import Learner
+from megarl.learner.parallel import World
 from megarl.loop.batching import BatchBuilder
+from megarl.loop.collectives import broadcast
+from megarl.loop.scoring import Collected
 from megarl.types import Batch, ScoredGroup
 
 
@@ -34,3 +43,21 @@ def penalise(groups: Sequence[ScoredGroup], learner: Learner, switches: Switches
     policy, reference = learner.logprobs(batch, "policy"), learner.logprobs(batch, "reference")
     for i, c in enumerate(c for group in groups for c in group.completions):
         c.reward -= kl_penalty(policy[i], reference[i], switches.kl_reward_coef, switches.kl_estimator)
+
+
+def unseen_mismatch(
+    collected: Collected, batches: Sequence[Batch | None], learner: Learner, builder: BatchBuilder, world: World
+) -> dict[str, float]:
+    """The mismatch of a step that trains nothing, over its sampled tokens; on the controller. Collective.
+
+    Empty in other steps: there the updates measure it. At most `prompts_per_step` groups are scored, which dynamic
+    sampling may have exceeded ten times.
+    """
+    if not broadcast(not any(batch and batch.samples for batch in batches), world):
+        return {}
+    groups = collected.made[: builder.settings.batch.prompts_per_step]
+    values = learner.logprobs(builder.unweighted(groups) if groups else None, "policy")
+    rollout = [c.completion.logprobs for group in groups for c in group.completions]
+    if not rollout:
+        return {}
+    return mismatch(np.concatenate([values[i] for i in range(len(rollout))]), np.concatenate(rollout))

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 
 from megarl.algorithms import pruning
+from megarl.algorithms.metrics import combine
 from megarl.config import Settings
 from megarl.errors import RunError
 from megarl.loop.rollout_engine import RolloutEngine
 from megarl.loop.scoring import Collected
 from megarl.rollout.early_exit import metrics as early_exit
 from megarl.runtime import device
-from megarl.types import Batch, Completion
+from megarl.types import Batch, Completion, ScoredCompletion, ScoredGroup
 
 
 def of_step(
@@ -23,17 +24,20 @@ def of_step(
     collected: Collected,
     batches: Sequence[Batch | None],
     updates: Sequence[dict[str, float]],
+    unseen_mismatch: dict[str, float],
     engine: RolloutEngine,
     settings: Settings,
 ) -> dict[str, Any]:
-    """Every metric of a step except its timings. Raises RunError when train and rollout log-probs drifted apart, or
-    tokens are staler than the settings allow."""
-    scored = collected.completions
-    completions = [c.completion for c in scored]
-    n = len(completions)
-    verdicts = Counter(c.verdict for c in scored)
-    trained = learner_metrics(updates)
-    if trained.get("mismatch_mean", 0.0) > settings.rollout.mismatch_limit:
+    """Every metric of a step except its timings.
+
+    What was rolled out is counted over all completions made, also those that dynamic sampling replaced; pruning over
+    the others. `unseen_mismatch` is that of a step which trained nothing. Raises RunError when train and rollout
+    log-probs drifted apart, or tokens are staler than the settings allow.
+    """
+    made = [c for group in collected.made for c in group.completions]
+    completions = [c.completion for c in made]
+    trained = (combine(updates) if updates else {"tokens_trained": 0.0}) | unseen_mismatch
+    if not trained.get("mismatch_mean", 0.0) <= settings.rollout.mismatch_limit:
         raise RunError(
             f"rollout.mismatch_limit: train and rollout log-probs differ by {trained['mismatch_mean']:.3g} on average, "
             f"more than {settings.rollout.mismatch_limit:g}: the engine does not sample from the policy that is trained"
@@ -44,27 +48,54 @@ def of_step(
             f"async_steps: {settings.async_steps}, but step {step} has tokens of weights {stale['staleness_max']:.0f} "
             "updates old"
         )
-    weights = np.array([c.weight for c in scored])
+    packed = any(batch and batch.samples for batch in batches)
     return {
-        "reward": float(np.mean([c.reward for c in scored])),
-        "accuracy": float(np.mean([c.score for c in scored])),
+        **of_rewards(collected.made),
         "response_tokens": float(np.mean([len(c) for c in completions])),
-        "overlong": sum(c.finish == "length" for c in completions) / n,
-        **{f"verdict_{name}": verdicts.get(name, 0) for name in ("right", "wrong", "timeout", "error")},
-        "steps_per_response": float(np.mean([c.steps for c in scored])),
-        **early_exit.summarise(collected.groups),
+        "overlong": sum(c.finish == "length" for c in completions) / len(completions),
+        "steps_per_response": float(np.mean([c.steps for c in made])),
+        **early_exit.summarise(collected.made),
         "tokens_generated": sum(map(len, completions)),
         "prompts_drawn": collected.num_drawn,
         "prompts_pruned": collected.num_drawn - collected.num_kept,
-        "completions_dropped": int((weights == 0).sum()),
-        "effective_sample_size": pruning.effective_sample_size(weights[weights > 0]),
-        "added_variance": pruning.added_variance(np.abs([c.advantage for c in scored]), weights),
-        "packing_density": density(batches, settings.batch.tokens_per_row),
+        "prompts_replaced": len(collected.replaced),
+        "completions_replaced": len(made) - len(collected.completions),
+        **of_pruning(collected.completions),
+        **({"packing_density": density(batches, settings.batch.tokens_per_row)} if packed else {}),
         **trained,
         **stale,
         "canary_difference": engine.canary_difference,
         "memory_gib": device.peak_memory() / 2**30,
-        "weight_version": completions[0].spans[0].version if n and completions[0].spans else -1,
+        "weight_version": completions[0].spans[0].version if completions[0].spans else -1,
+    }
+
+
+def of_rewards(groups: Sequence[ScoredGroup]) -> dict[str, float]:
+    """What graders and shaping gave.
+
+    `accuracy` is the share of right verdicts, `score` the mean of the graders' numbers. `reward_std` is over all
+    completions, `equal_groups` the share of groups whose rewards are all equal.
+    """
+    scored = [c for group in groups for c in group.completions]
+    verdicts = Counter(c.verdict for c in scored)
+    rewards = [np.array([c.reward for c in group.completions]) for group in groups]
+    return {
+        "reward": float(np.mean([c.reward for c in scored])),
+        "reward_std": float(np.std([c.reward for c in scored])),
+        "equal_groups": sum(np.ptp(group) <= 1e-12 * np.abs(group).max() for group in rewards) / len(rewards),
+        "accuracy": verdicts["right"] / len(scored),
+        "score": float(np.mean([c.score for c in scored])),
+        **{f"verdict_{name}": verdicts[name] for name in ("right", "wrong", "timeout", "error")},
+    }
+
+
+def of_pruning(completions: Sequence[ScoredCompletion]) -> dict[str, float]:
+    """How much was dropped, and what it cost. Dynamic sampling's completions do not count."""
+    weights = np.array([c.weight for c in completions])
+    return {
+        "completions_dropped": int((weights == 0).sum()),
+        "effective_sample_size": pruning.effective_sample_size(weights[weights > 0]),
+        "added_variance": pruning.added_variance(np.abs([c.advantage for c in completions]), weights),
     }
 
 
@@ -75,16 +106,6 @@ def staleness(step: int, completions: Sequence[Completion]) -> dict[str, float]:
     if not tokens.sum():
         return {"staleness_max": 0.0, "staleness_mean": 0.0}
     return {"staleness_max": float(updates.max()), "staleness_mean": float((updates * tokens).sum() / tokens.sum())}
-
-
-def learner_metrics(updates: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Means over the step's updates that trained something: pruning may leave an update nothing. The mismatch is the
-    first update's, whose policy is the one that sampled."""
-    trained = [update for update in updates if update["tokens_trained"]] or updates[:1]
-    names = [name for name in trained[0] if not name.startswith("mismatch")]
-    mean = {name: float(np.mean([update[name] for update in trained])) for name in names}
-    mean |= {name: value for name, value in updates[0].items() if name.startswith("mismatch")}
-    return mean | {"tokens_trained": sum(update["tokens_trained"] for update in updates)}
 
 
 def density(batches: Sequence[Batch | None], tokens_per_row: int) -> float:

@@ -1,15 +1,18 @@
 // Which figures are drawn where. A key that no chart names ends up in a chart of its own, under Time and memory.
 
 const KEYS = ["k0", "k1", "k2", "k3", "k4", "k5", "k6", "k7"];
-const CURVES = [  // section, title, [[key, label]…], options; not drawn where it equals the figure `unlike`
+const CURVES = [  // section, title, [[key, label]…], options; a figure is not drawn where it equals the one that `unlike` names
   ["learning", "Reward", [["reward"]]],
+  ["learning", "Reward's standard deviation", [["reward_std"]], { note: "over all completions of the step" }],
+  ["learning", "Groups of equal rewards", [["equal_groups"]], { percent: true, note: "nothing is learned from them" }],
   ["learning", "Accuracy", [["accuracy", "training"], ["eval/accuracy", "held-out"]], { percent: true }],
+  ["learning", "Score", [["score", "training"], ["eval/score", "held-out"]], { unlike: { score: "accuracy", "eval/score": "eval/accuracy" }, note: "mean of the graders' numbers" }],
   ["learning", "Response tokens", [["response_tokens", "training"], ["eval/response_tokens", "held-out"]]],
   ["learning", "Steps a response", [["steps_per_response", "training"], ["eval/steps_per_response", "held-out"]]],
   ["learning", "Cut at the length limit", [["overlong", "training"], ["eval/overlong", "held-out"]], { percent: true }],
   ["learning", "Answers in the right form", [["eval/formatted", "held-out"]], { percent: true }],
   ["learning", "Loss", [["loss"]]],
-  ["learning", "Policy loss, penalties apart", [["policy_loss"]], { unlike: "loss" }],
+  ["learning", "Policy loss, penalties apart", [["policy_loss"]], { unlike: { policy_loss: "loss" } }],
   ["learning", "Entropy", [["entropy"]]],
   ["learning", "KL to the reference", [["kl"]]],
   ["learning", "Gradient norm", [["grad_norm"]]],
@@ -21,8 +24,8 @@ const CURVES = [  // section, title, [[key, label]…], options; not drawn where
   ["step-grpo", "Calibration error", [["probe_calibration_error"]], { note: "expected, over ten bins" }],
   ["step-grpo", "Tokens: saved and spent", [["tokens_saved", "saved (estimate)"], ["probe_tokens", "probes"], ["discarded_tokens", "cut off"]]],
   ["step-grpo", "Probes a completion", [["probes_per_completion"]]],
-  ["dppo", "Prompts", [["prompts_drawn", "drawn"], ["prompts_pruned", "pruned"]]],
-  ["dppo", "Completions dropped", [["completions_dropped"]]],
+  ["dppo", "Prompts", [["prompts_drawn", "drawn"], ["prompts_pruned", "pruned"], ["prompts_replaced", "replaced"]]],
+  ["dppo", "Completions not trained", [["completions_dropped", "dropped"], ["completions_replaced", "replaced"]]],
   ["dppo", "Effective sample size", [["effective_sample_size"]]],
   ["dppo", "Added variance", [["added_variance"]]],
   ["dppo", "Packing density", [["packing_density"]], { percent: true }],
@@ -36,7 +39,7 @@ const CURVES = [  // section, title, [[key, label]…], options; not drawn where
   ["machine", "Weight version of the rollouts", [["weight_version"]], { exact: true }],
 ];
 const PHASE = /^seconds_(?!total$)(.+)/, EXIT = /^exits\/(.+)/, BIN = /^probe_confidence\/([\d.]+)$/;
-const STACKED = /^(verdict_|seconds_|exits\/|probe_confidence\/|eval\/completions$|step$)/;
+const STACKED = /^(verdict_|seconds_|exits\/|probe_confidence\/|eval\/completions$|eval\/score_std$|mismatch_tokens$|step$)/;
 
 /** The x values of a run under each choice of axis. */
 function abscissae(metrics) {
@@ -63,7 +66,7 @@ function curves(runs) {
     keys.forEach(([key, label], j) => {
       used.add(key);
       runs.forEach((r, i) => {
-        const ys = r.metrics[key], twin = r.metrics[options.unlike];
+        const ys = r.metrics[key], twin = r.metrics[options.unlike?.[key]];
         if (drawable(ys) && !(twin && ys.every((v, at) => v === twin[at]))) lines.push(lineFor(r, i, key, label || (several ? "" : title.toLowerCase()), colourOf(key, i, j)));
       });
     });

@@ -93,16 +93,19 @@ def _static(each: Run, name: str, packed: rollouts.Packed) -> dict[str, Any]:
     shown = sum(row["completions"] for row in packed.index)
     seen = sum(row["all"] for row in packed.index)
     notices = [*each.notices, *([packed.notice] if packed.notice else [])]
-    if shown < seen or len(packed.index) < packed.steps_on_disk:
+    evaluations = sum(row["held_out"] for row in packed.index)
+    steps = len(packed.index) - evaluations
+    if shown < seen or steps < packed.steps_on_disk or evaluations < packed.evaluations_on_disk:
         notices.append(
-            f"rollouts shown: {shown:,} completions of {len(packed.index)} steps, out of {packed.steps_on_disk} steps "
-            f"on disk (the page holds at most {rollouts.BUDGET // 2**20} MB of them); all are in {each.folder}/rollouts"
+            f"rollouts shown: {shown:,} completions of {steps} steps, out of {packed.steps_on_disk} steps on disk, and "
+            f"of {evaluations} evaluations, out of {packed.evaluations_on_disk} (the page has at most "
+            f"{rollouts.BUDGET // 2**20} MB of them); all are in {each.folder}/rollouts and evaluations"
         )
     return {
         "name": name,
         "method": _method(each.settings),
         "progress": f"{each.last_step} of {each.steps} steps",
-        "finished": each.last_step >= each.steps,
+        "finished": each.finished,
         "tiles": [tile | {"text": _figure(tile["value"], tile["unit"]),
                           "old": None if tile["before"] is None else _figure(tile["before"], tile["unit"])}
                   for tile in run.tiles(each)],

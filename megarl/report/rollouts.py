@@ -1,7 +1,8 @@
 """Which rollouts the page has, and how: one compressed chunk a step, tokens as numbers of a shared dictionary.
 
-A page has at most `BUDGET` bytes of rollouts. When a run has more, the page gets evenly spread steps, the first and the
-last included, and the first whole groups of a step that is too large. The page says what it leaves out.
+Held-out responses are packed in the same way, after the rollouts. A page has at most `BUDGET` bytes of both. When a run
+has more, the page gets evenly spread steps, the first and the last included, and the first whole groups of a step that
+is too large. The page says what it leaves out.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from megarl.errors import UserError
 from megarl.models.tokenizer import load_tokenizer
 from megarl.report.run import Run, as_json, finite
 from megarl.rollout.detokenize import Vocabulary
-from megarl.run.records import rollout_lines, rollouts_files
+from megarl.run.records import EVALUATIONS, rollout_lines, rollouts_files
 
 BUDGET = 18 * 2**20  # of compressed rollouts, in base64, over all runs of a page
 PACKED = 0.22  # bytes in the page per byte on disk, roughly: steps are chosen before any is read
+HELD_OUT = 0.25  # of the budget, for held-out responses
 BINS = 10
 
 
@@ -28,9 +30,11 @@ BINS = 10
 class Packed:
     """The chosen rollouts of one run."""
 
-    chunks: dict[int, str] = field(default_factory=dict)  # by step
-    index: list[dict[str, int]] = field(default_factory=list)  # {step, groups, completions, all (on disk)}
+    chunks: dict[int | str, str] = field(default_factory=dict)  # by key: a step, or "eval-" and a step
+    index: list[dict[str, Any]] = field(default_factory=list)
+    """`{key, step, held_out, groups, completions, all}` of each chunk as shown; `all` counts what is on disk."""
     steps_on_disk: int = 0
+    evaluations_on_disk: int = 0
     tokens: list[Any] = field(default_factory=list)  # [id, text or bytes] by number
     calibration: list[list[float]] = field(default_factory=list)  # [probes, mean confidence, share right] by tenth
     notice: str = ""
@@ -38,30 +42,40 @@ class Packed:
 
 def pack(run: Run, budget: int = BUDGET) -> Packed:
     """Choose and pack the rollouts of a run, within about `budget` bytes."""
-    recorded = rollouts_files(run.folder)
-    files = list(recorded.values())
-    packed, numbers = Packed(steps_on_disk=len(files)), _Numbers(run)
+    files, held_out = rollouts_files(run.folder), rollouts_files(run.folder, EVALUATIONS)
+    packed, numbers = Packed(steps_on_disk=len(files), evaluations_on_disk=len(held_out)), _Numbers(run)
     packed.notice = numbers.notice
     sums = [[0, 0.0, 0] for _ in range(BINS)]
-    chosen = choose([file.stat().st_size for file in files], budget)
-    for place, i in enumerate(chosen):
-        share = (budget - sum(map(len, packed.chunks.values()))) / (len(chosen) - place)
-        records = [record for _, record in rollout_lines(files[i])]
-        groups = [list(group) for _, group in groupby(records, key=lambda r: r["uid"])]
-        for group in groups:
-            _count_probes(group, sums)
-        step = list(recorded)[i]
-        text, shown = _chunk(groups, numbers, share)
-        packed.chunks[step] = text
-        completions = sum(map(len, groups[:shown]))
-        packed.index.append({"step": step, "groups": shown, "completions": completions, "all": len(records)})
+    rest = budget * HELD_OUT if held_out and files else 0.0 if files else float(budget)
+    _pack_files(files, budget - rest, False, packed, numbers, sums)
+    _pack_files(held_out, rest, True, packed, numbers, sums)
     packed.tokens = numbers.table
     if any(n for n, _, _ in sums):
         packed.calibration = [[n, c / n if n else 0.0, r / n if n else 0.0] for n, c, r in sums]
     return packed
 
 
-def choose(sizes: list[int], budget: int) -> list[int]:
+def _pack_files(
+    recorded: dict[int, Path], budget: float, held_out: bool, packed: Packed, numbers: _Numbers, sums: list[list[Any]]
+) -> None:
+    """Add the chosen of these files to `packed`, within about `budget` bytes."""
+    files = list(recorded.values())
+    chosen, used = choose([file.stat().st_size for file in files], budget), 0
+    for place, i in enumerate(chosen):
+        records = [record for _, record in rollout_lines(files[i])]
+        groups = [list(group) for _, group in groupby(records, key=lambda r: r["uid"])]
+        for group in [] if held_out else groups:
+            _count_probes(group, sums)
+        step = list(recorded)[i]
+        key = f"eval-{step}" if held_out else step
+        packed.chunks[key], shown = _chunk(groups, numbers, (budget - used) / (len(chosen) - place))
+        used += len(packed.chunks[key])
+        completions = sum(map(len, groups[:shown]))
+        row = {"key": key, "step": step, "held_out": held_out, "groups": shown, "completions": completions}
+        packed.index.append(row | {"all": len(records)})
+
+
+def choose(sizes: list[int], budget: float) -> list[int]:
     """Positions of the files to read: all if they fit, else evenly spread ones with the first and the last."""
     total = sum(sizes) * PACKED
     if total <= budget or len(sizes) < 3:
@@ -120,7 +134,7 @@ def _chunk(groups: list[list[dict[str, Any]]], numbers: _Numbers, share: float) 
 def _group(records: list[dict[str, Any]], numbers: _Numbers) -> dict[str, Any]:
     first = records[0]
     return {
-        **{key: first.get(key) for key in ("uid", "prompt", "answer", "source", "keep")},
+        **{key: first.get(key) for key in ("uid", "prompt", "answer", "source", "keep", "replaced")},
         "completions": [_completion(record, numbers) for record in records],
     }
 
@@ -128,7 +142,8 @@ def _group(records: list[dict[str, Any]], numbers: _Numbers) -> dict[str, Any]:
 def _completion(r: dict[str, Any], numbers: _Numbers) -> dict[str, Any]:
     """`t` token numbers, `l` log-probs in thousandths below 0 (null where inserted), `o` origins as run lengths."""
     kept = (
-        "index", "finish", "exit_reason", "spans", "verdict", "formatted", "steps", "reward", "advantage", "weight",
+        "index", "finish", "exit_reason", "spans", "verdict", "score", "message", "formatted", "steps", "reward",
+        "advantage", "weight",
     )  # fmt: skip
     tokens = numbers.of(r["response_ids"])
     out = {key: finite(r.get(key)) for key in kept}

@@ -16,6 +16,7 @@ from megarl.data import ledger
 from megarl.run import atomic, provenance
 from megarl.run.changes import CONFIG
 from megarl.run.directory import read_metrics
+from megarl.view.summary import standard_error
 
 LEDGER_ROWS = 50_000  # of the look-up table; the totals always count everything
 
@@ -41,6 +42,11 @@ class Run:
         """Steps that the run was asked for."""
         return int(self.settings.get("steps", self.last_step))
 
+    @property
+    def finished(self) -> bool:
+        """Whether it has done them, or was over before."""
+        return self.last_step >= self.steps or bool(self.metrics and self.metrics[-1].get("ended"))
+
 
 def read(folder: Path) -> Run:
     """Read a run. Raises UserError when there are no metrics, and for a damaged file, which it names."""
@@ -49,6 +55,8 @@ def read(folder: Path) -> Run:
     settings = config.tree(file) if file.is_file() else {}
     if not settings:
         notices.append(f"{file} is missing: settings are not shown")
+    if metrics and (ended := metrics[-1].get("ended")):
+        notices.append(f"the run was over at step {metrics[-1]['step']}: {ended}")
     steps, notice = _ledger(folder / "checkpoints")
     notices += [notice] if notice else []
     return Run(folder, folder.resolve().name, metrics, settings, provenance.read(folder), steps, notices)
@@ -85,18 +93,23 @@ def tiles(run: Run) -> list[dict[str, Any]]:
     if evaluations:
         first, last = evaluations[0], evaluations[-1]
         n = last.get("eval/completions", 0)
-        error = math.sqrt(last["eval/accuracy"] * (1 - last["eval/accuracy"]) / n) if n else 0.0
-        note = f"± {100 * error:.1f}, {n} held-out responses"
+        note = f"± {100 * standard_error(last['eval/accuracy'], n):.1f}, {n} held-out responses"
         found.append(_tile("Held-out accuracy", first, last, "eval/accuracy", "%", note))
+        if last.get("eval/score", last["eval/accuracy"]) != last["eval/accuracy"]:
+            error = last.get("eval/score_std", 0.0) / math.sqrt(n) if n else 0.0
+            found.append(_tile("Held-out score", first, last, "eval/score", "", f"± {error:.3f}, the graders' mean"))
         if "eval/response_tokens" in last:
             found.append(_tile("Held-out response", first, last, "eval/response_tokens", "tokens"))
     for key, label, unit in (
         ("reward", "Reward", ""),
         ("accuracy", "Training accuracy", "%"),
+        ("score", "Training score", ""),
         ("response_tokens", "Response", "tokens"),
         ("early_exit_fraction", "Early exits", "%"),
     ):
         values = [line[key] for line in run.metrics if isinstance(line.get(key), int | float)]
+        if key == "score" and values == [line.get("accuracy") for line in run.metrics if key in line]:
+            continue  # graders of 1 and 0: the score is the accuracy
         if values:
             width = max(1, len(values) // 10)
             before, after = sum(values[:width]) / width, sum(values[-width:]) / width

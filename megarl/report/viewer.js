@@ -2,12 +2,31 @@
 
 const VERDICTS = { right: "✓", wrong: "✗", timeout: "…", error: "!" };
 
+/** What tells prompts apart: without the lines that all begin or end with, such as a system prompt. */
+function ownParts(prompts) {
+  const split = prompts.map((p) => p.trim().split("\n")), [one] = split;
+  const several = split.some((lines) => lines.join("\n") !== one.join("\n"));
+  if (!several) return prompts.map((p) => p.trim().slice(-240));
+  const least = Math.min(...split.map((lines) => lines.length));
+  const shared = (at, most) => { let n = 0; while (n < most && split.every((lines) => at(lines, n) === at(one, n))) n++; return n; };
+  const head = shared((lines, n) => lines[n], least - 1), tail = shared((lines, n) => lines.at(-1 - n), least - 1 - head);
+  const own = split.map((lines) => lines.slice(head, lines.length - tail).join("\n").trim());
+  const [text] = own;
+  let same = 0;
+  while (same < text.length && own.every((o) => o[same] === text[same])) same++;
+  const cut = same > 80 ? text.lastIndexOf(" ", same) + 1 : 0;
+  return own.map((o) => (cut ? `… ${o.slice(cut)}` : o));
+}
+
 function viewer(runs) {
   const root = $("#viewer");
   const indexed = runs.map((r) => r.rollouts);
   if (!indexed.some((i) => i.length)) { root.append(el("p", { class: "none" }, "No rollouts on disk.")); return; }
   const first = indexed.findIndex((i) => i.length);
-  const state = { run: first, step: indexed[first].at(-1).step, prompt: 0, query: "", colour: "structure", sort: "order", exit: "", kept: "", verdicts: new Set(Object.keys(VERDICTS)) };
+  // A key names what is shown: a step's number, or "eval-" and the step for held-out responses.
+  const newest = (index) => String((index.filter((s) => !s.held_out).at(-1) || index.at(-1))?.key);
+  const named = (s) => (s.held_out ? `${s.step}, held-out` : String(s.step));
+  const state = { run: first, step: newest(indexed[first]), prompt: 0, query: "", colour: "structure", sort: "order", exit: "", kept: "", verdicts: new Set(Object.keys(VERDICTS)) };
   const table = remembered((run) => chunk(`tokens-${run}`), 8);
   const step = remembered((key) => chunk(`step-${key}`), 4);
   const option = (value, label = value) => el("option", { value }, label);
@@ -17,12 +36,12 @@ function viewer(runs) {
   };
 
   const [runLabel, runSelect] = choice("v-run", "Run", runs.map((r, i) => option(i, r.name)), (v) => { state.run = Number(v); fillSteps(); state.prompt = 0; load(); });
-  const [stepLabel, stepSelect] = choice("v-step", "Step", [], (v) => { state.step = Number(v); state.prompt = 0; load(); });
+  const [stepLabel, stepSelect] = choice("v-step", "Step", [], (v) => { state.step = v; state.prompt = 0; load(); });
   const [sortLabel] = choice("v-sort", "Sort", [option("order", "as drawn"), option("reward", "mean reward"), option("spread", "spread of rewards"), option("length", "length")], (v) => { state.sort = v; list(); });
   const [exitLabel, exitSelect] = choice("v-exit", "Ended", [option("", "any way")], (v) => { state.exit = v; list(); });
   const [keptLabel] = choice("v-kept", "Training", [option("", "all"), option("kept", "kept"), option("dropped", "dropped")], (v) => { state.kept = v; list(); });
   const [colourLabel] = choice("v-colour", "Colour by", [option("structure", "structure"), option("logprob", "log-prob"), option("advantage", "advantage × weight")], (v) => { state.colour = v; group(); });
-  const jump = (by) => { const at = stepSelect.selectedIndex + by; if (at >= 0 && at < stepSelect.options.length) { stepSelect.selectedIndex = at; state.step = Number(stepSelect.value); state.prompt = 0; load(); } };
+  const jump = (by) => { const at = stepSelect.selectedIndex + by; if (at >= 0 && at < stepSelect.options.length) { stepSelect.selectedIndex = at; state.step = stepSelect.value; state.prompt = 0; load(); } };
   const search = el("input", { type: "search", id: "v-search", placeholder: "in prompts and responses", oninput: (e) => { state.query = e.target.value.toLowerCase(); list(); } });
   const everywhere = el("button", { type: "button", id: "v-everywhere", onclick: () => searchAll() }, "in all steps");
   const verdictBoxes = Object.entries(VERDICTS).map(([name, sign]) => el("label", { class: `chip ${name}` },
@@ -40,25 +59,25 @@ function viewer(runs) {
       el("span", {}, el("b", { class: "pill cut" }, "✂ cut"), " thought ended early"), el("span", {}, el("b", { class: "pill accepted" }, "◆ .97"), " accepted probe"), el("span", {}, el("b", { class: "pill declined" }, "◇ .41"), " declined")),
     hits, el("div", { class: "split" }, el("div", { class: "side" }, count, prompts), shown));
 
-  let data = [], tokens = [];
-  const passes = (c) => state.verdicts.has(c.verdict) && (!state.exit || c.exit_reason === state.exit) && (!state.kept || (c.weight > 0) === (state.kept === "kept"));
+  let data = [], tokens = [], asked = [];
+  const passes = (c) => state.verdicts.has(c.verdict) && (!state.exit || c.exit_reason === state.exit) && (!state.kept || c.weight === null || (c.weight > 0) === (state.kept === "kept"));
   const mean = (values) => values.reduce((a, b) => a + b, 0) / (values.length || 1);
   const spread = (values) => { const m = mean(values); return Math.sqrt(mean(values.map((v) => (v - m) ** 2))); };
   const ORDER = { reward: (g) => -mean(g.completions.map((c) => c.reward)), spread: (g) => -spread(g.completions.map((c) => c.reward)), length: (g) => -mean(g.completions.map((c) => c.n)) };
 
   function fillSteps() {
-    stepSelect.replaceChildren(...indexed[state.run].map((s) => option(s.step)));
-    if (!indexed[state.run].some((s) => s.step === state.step)) state.step = indexed[state.run].at(-1)?.step;
+    stepSelect.replaceChildren(...indexed[state.run].map((s) => option(s.key, named(s))));
+    if (!indexed[state.run].some((s) => String(s.key) === state.step)) state.step = newest(indexed[state.run]);
     stepSelect.value = state.step;
   }
 
   async function load() {
     const wanted = `${state.run}-${state.step}`;
-    if (state.step === undefined) { data = []; list(); return; }
+    if (state.step === "undefined") { data = []; list(); return; }
     root.setAttribute("aria-busy", "true");
     const [found, dictionary] = await Promise.all([step(wanted), table(state.run)]);
     if (wanted !== `${state.run}-${state.step}`) return;  // another was picked meanwhile
-    data = found; tokens = dictionary;
+    data = found; tokens = dictionary; asked = ownParts(data.map((g) => g.prompt));
     const reasons = [...new Set(data.flatMap((g) => g.completions.map((c) => c.exit_reason)))].sort();
     exitSelect.replaceChildren(option("", "any way"), ...reasons.map((r) => option(r, r.replace(/_/g, " "))));
     exitSelect.value = reasons.includes(state.exit) ? state.exit : (state.exit = "");
@@ -73,12 +92,12 @@ function viewer(runs) {
   function list() {
     const rows = data.map((g, i) => ({ g, i, n: g.completions.filter(matches(g)).length })).filter((r) => r.n);
     if (ORDER[state.sort]) rows.sort((a, b) => ORDER[state.sort](a.g) - ORDER[state.sort](b.g));
-    const index = indexed[state.run].find((s) => s.step === state.step);
+    const index = indexed[state.run].find((s) => String(s.key) === state.step);
     const cut = index && index.completions < index.all ? `, of ${figure(index.all)} in the step` : "";
     count.textContent = `${figure(rows.length)} prompts, ${figure(rows.reduce((a, r) => a + r.n, 0))} completions${cut}`;
     if (!rows.some((r) => r.i === state.prompt)) state.prompt = rows[0]?.i ?? -1;
     prompts.replaceChildren(...rows.map(({ g, i }) => el("li", {}, el("button", { type: "button", "data-prompt": i, "aria-current": i === state.prompt ? "true" : null, onclick: () => pick(i) },
-      el("span", { class: "q" }, g.prompt.trim().slice(-240)),
+      el("span", { class: "q" }, asked[i].slice(0, 240)),
       el("span", { class: "signs" }, g.completions.map((c) => el("i", { class: `sign ${c.verdict}${c.weight === 0 ? " dropped" : ""}`, title: c.verdict }, VERDICTS[c.verdict] || "?"))),
       el("span", { class: "mean" }, mean(g.completions.map((c) => c.reward)).toFixed(2))))));
     group();
@@ -106,16 +125,19 @@ function viewer(runs) {
     const keep = matches(g);
     shown.replaceChildren(
       el("div", { class: "prompt" }, el("h3", {}, "Prompt"), el("pre", { tabindex: 0 }, g.prompt),
-        el("p", {}, "answer ", el("b", {}, g.answer), " · ", el("span", {}, g.source), g.keep < 1 ? ` · survived pruning with probability ${figure(g.keep)}` : "")),
+        el("p", {}, "answer ", el("b", {}, g.answer), " · ", el("span", {}, g.source), g.keep < 1 ? ` · survived pruning with probability ${figure(g.keep)}` : "",
+          g.replaced ? " · replaced by dynamic sampling, because its scores are equal" : "")),
       el("div", { class: "cards" }, g.completions.map((c) => completion(c, keep(c)))));
   }
 
   function completion(c, kept) {
     const label = `Completion ${c.index + 1}, ${c.verdict}`;
+    const graded = () => typeof c.score === "number" && c.score !== Number(c.verdict === "right");
     const fact = (name, value, cls) => el("div", { class: cls }, el("dt", {}, name), el("dd", {}, value));
     return el("article", { class: `completion ${c.verdict}${c.weight === 0 ? " dropped" : ""}${kept ? "" : " faded"}`, "aria-label": label },
-      el("header", {}, el("b", { class: `verdict ${c.verdict}` }, `${VERDICTS[c.verdict] || "?"} ${c.verdict}`), el("span", { class: "how" }, c.exit_reason.replace(/_/g, " "), c.finish === "length" ? " · cut at the limit" : ""), el("span", { class: "no" }, `#${c.index + 1}`)),
+      el("header", {}, el("b", { class: `verdict ${c.verdict}` }, `${VERDICTS[c.verdict] || "?"} ${c.verdict}${graded() ? `, score ${figure(c.score)}` : ""}`), el("span", { class: "how" }, c.exit_reason.replace(/_/g, " "), c.finish === "length" ? " · cut at the limit" : ""), el("span", { class: "no" }, `#${c.index + 1}`)),
       el("dl", {}, fact("reward", figure(c.reward), "f-reward"), fact("advantage", (c.advantage > 0 ? "+" : "") + figure(c.advantage), "f-advantage"), fact("weight", c.weight === 0 ? "dropped" : figure(c.weight), "f-weight"), fact("tokens", figure(c.n), "f-tokens"), fact("steps", c.steps, "f-steps")),
+      c.message ? el("p", { class: "message" }, c.message) : null,
       responseBody(c, tokens, { markers: runs[state.run].markers, colour: state.colour, query: state.query, label }));
   }
 
@@ -123,22 +145,22 @@ function viewer(runs) {
     if (!state.query) { hits.replaceChildren(el("p", { class: "none" }, "Type what to search for.")); return; }
     const run = state.run, query = state.query, found = [], dictionary = await table(run);
     let total = 0;
-    for (const { step: number } of indexed[run]) {
-      hits.replaceChildren(el("p", { class: "none" }, `searching step ${number} …`));
-      const groups = await chunk(`step-${run}-${number}`);
+    for (const each of indexed[run]) {
+      hits.replaceChildren(el("p", { class: "none" }, `searching step ${named(each)} …`));
+      const groups = await chunk(`step-${run}-${each.key}`), parts = ownParts(groups.map((g) => g.prompt));
       groups.forEach((g, i) => {
         const n = g.completions.filter(matches(g, dictionary)).length;
         total += n;
-        if (n && found.length < 200) found.push([number, i, n, g.prompt]);
+        if (n && found.length < 200) found.push([each, i, n, parts[i]]);
       });
       if (query !== state.query || run !== state.run) return;
     }
     hits.replaceChildren(el("p", { class: "none" }, `${figure(total)} completions match in all steps${found.length === 200 ? "; the first 200 groups:" : ""}`),
-      el("ul", {}, found.map(([number, i, n, prompt]) => el("li", {}, el("button", { type: "button", onclick: async () => { state.step = number; stepSelect.value = number; state.prompt = i; await load(); } }, `step ${number} · ${n} × · ${prompt.trim().slice(-60)}`)))));
+      el("ul", {}, found.map(([each, i, n, part]) => el("li", {}, el("button", { type: "button", onclick: async () => { state.step = String(each.key); stepSelect.value = each.key; state.prompt = i; await load(); } }, `step ${named(each)} · ${n} × · ${part.slice(0, 60)}`)))));
   }
 
-  const [, run, number, prompt] = location.hash.match(/^#rollouts\/(\d+)\/(\d+)\/(\d+)$/) || [];
-  if (run !== undefined && indexed[run]?.some((s) => s.step === Number(number))) Object.assign(state, { run: Number(run), step: Number(number), prompt: Number(prompt) });
+  const [, run, key, prompt] = location.hash.match(/^#rollouts\/(\d+)\/((?:eval-)?\d+)\/(\d+)$/) || [];
+  if (run !== undefined && indexed[run]?.some((s) => String(s.key) === key)) Object.assign(state, { run: Number(run), step: key, prompt: Number(prompt) });
   runSelect.value = state.run;
   fillSteps();
   return load();

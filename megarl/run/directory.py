@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,13 @@ from megarl.errors import UserError
 from megarl.run import records
 from megarl.run.atomic import Appender, clear_errors, flush, write_text
 from megarl.run.changes import keep_former
-from megarl.run.records import METRICS, recorded, rollout_lines, rollouts_file, rollouts_files
+from megarl.run.records import EVALUATIONS, METRICS, ROLLOUTS, recorded, rollout_lines, rollouts_file, rollouts_files
 from megarl.run.trackers import Trackers
 from megarl.types import Completion, Probe, Prompt, ScoredCompletion, ScoredGroup, Span
 
-SCORES = ("verdict", "formatted", "steps", "reward", "advantage", "weight")  # recorded of a `ScoredCompletion`
+SCORES = ("verdict", "score", "message", "formatted", "steps", "reward", "advantage", "weight")
+"""What is recorded of a `ScoredCompletion`. Held-out responses have no advantage and no weight."""
+OLDER: dict[str, Any] = {"score": math.nan, "message": ""}  # of records that do not have them
 
 
 class RunDirectory:
@@ -71,8 +73,7 @@ class RunDirectory:
     def rollouts(self, step: int, groups: Sequence[ScoredGroup]) -> None:
         """Write every completion of a step, one JSON object a line: all of them or none. TensorBoard gets the first
         group."""
-        lines = (json.dumps(_record(group, c)) + "\n" for group in groups for c in group.completions)
-        write_text(rollouts_file(self.folder, step), lines)
+        write_text(rollouts_file(self.folder, step), _lines(groups))
         for first in groups[:1]:
             told = [_verbatim(first.prompt.text)]
             for c in first.completions:
@@ -88,6 +89,10 @@ class RunDirectory:
         self._metrics.flush()
         with clear_errors(self.folder):
             flush(self.folder)
+
+    def evaluation(self, step: int, groups: Sequence[ScoredGroup]) -> None:
+        """Write the held-out responses after `step`, as `rollouts` does."""
+        write_text(rollouts_file(self.folder, step, EVALUATIONS), _lines(groups))
 
     def close(self) -> None:
         self._trackers.close()
@@ -111,10 +116,11 @@ class RunDirectory:
         Step 0 means no checkpoint. The evaluation before the first step is then done again too.
         """
         write_text(self.folder / METRICS, (json.dumps(line) + "\n" for line in kept))
-        with clear_errors(self.folder / "rollouts"):
-            for each, file in rollouts_files(self.folder).items():
-                if each > step:
-                    file.unlink()
+        for kind in (ROLLOUTS, EVALUATIONS):
+            with clear_errors(self.folder / kind):
+                for each, file in rollouts_files(self.folder, kind).items():
+                    if each > step or not step:
+                        file.unlink()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -129,14 +135,17 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_rollouts(folder: Path, step: int) -> list[ScoredGroup]:
-    """The groups of a step as `RunDirectory.rollouts` got them: tokens, log-probs and rewards bit by bit.
+    """The groups of a step as `RunDirectory.rollouts` got them, without those that dynamic sampling replaced: tokens,
+    log-probs and rewards bit by bit.
 
-    The record lacks what training does not read: `score` is nan, `discarded_tokens` 0, `experts` None. Raises UserError
-    that names a damaged line.
+    The record lacks what training does not read: `discarded_tokens` is 0, `experts` None. Raises UserError that names a
+    damaged line.
     """
     groups: dict[str, ScoredGroup] = {}
     file = rollouts_file(folder, step)
     for n, record in rollout_lines(file):
+        if record.get("replaced"):
+            continue
         with records.damaged(file, n):
             uid = record["uid"]
             if uid not in groups:
@@ -159,7 +168,17 @@ def _completion(record: dict[str, Any]) -> ScoredCompletion:
         probes=tuple(Probe(at, tuple(ids), confidence, accepted) for at, confidence, accepted, ids in record["probes"]),
         text=record["response"],
     )
-    return ScoredCompletion(completion, score=math.nan, **{name: record[name] for name in SCORES})
+    scores = OLDER | {name: record[name] for name in SCORES if record.get(name) is not None or name not in OLDER}
+    return ScoredCompletion(completion, **scores)
+
+
+def as_records(groups: Sequence[ScoredGroup]) -> Iterator[dict[str, Any]]:
+    """Every completion of the groups as it is recorded: an object of JSON."""
+    return (_record(group, c) for group in groups for c in group.completions)
+
+
+def _lines(groups: Sequence[ScoredGroup]) -> Iterator[str]:
+    return (json.dumps(record) + "\n" for record in as_records(groups))
 
 
 def _record(group: ScoredGroup, scored: ScoredCompletion) -> dict[str, Any]:
@@ -179,9 +198,15 @@ def _record(group: ScoredGroup, scored: ScoredCompletion) -> dict[str, Any]:
         "exit_reason": str(c.exit_reason),
         "probes": [[p.position, round(p.confidence, 6), p.accepted, list(p.token_ids)] for p in c.probes],
         "spans": [[s.version, s.start, s.end] for s in c.spans],
-        **{name: getattr(scored, name) for name in SCORES},
+        **{name: _number(getattr(scored, name)) for name in SCORES},
         "keep": group.keep,
+        "replaced": group.replaced,
     }
+
+
+def _number(value: Any) -> Any:
+    """None for nan, which JSON lacks."""
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _hushed(hook: Any) -> Any:
@@ -214,7 +239,8 @@ def _tag(key: str) -> str:
 
 
 _GROUPS = {
-    "reward": "reward", "accuracy": "reward", "verdict": "reward", "response": "rollout", "steps_per": "rollout",
+    "reward": "reward", "accuracy": "reward", "score": "reward", "equal_groups": "reward",
+    "verdict": "reward", "response": "rollout", "steps_per": "rollout",
     "early": "rollout", "probe": "rollout", "exit": "rollout", "tokens_generated": "rollout", "tokens_saved": "rollout",
     "prompts": "pruning", "completions": "pruning", "effective": "pruning", "packing": "pruning",
     "mismatch": "mismatch", "seconds": "seconds",

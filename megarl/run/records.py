@@ -15,6 +15,7 @@ from megarl.errors import RunError, UserError
 from megarl.run.atomic import steps
 
 METRICS = "metrics.jsonl"
+ROLLOUTS, EVALUATIONS = "rollouts", "evaluations"  # folders of recorded completions
 LARGEST = 2**31  # no step, token or size of a run reaches it
 
 
@@ -71,23 +72,26 @@ def metrics_of(raw: bytes, file: Path, line: int) -> dict[str, Any]:
 
 
 def rollouts_of(raw: bytes, file: Path, line: int) -> dict[str, Any]:
-    """One line of rollouts/step_N.jsonl, its parts checked against `Rollout`. Raises UserError."""
+    """One line of rollouts/step_N.jsonl, its parts checked against `Rollout`; of evaluations/, against `HeldOut`.
+
+    Raises UserError.
+    """
     with damaged(file, line):
         found = _object(raw)
-        Rollout.model_validate(found).check()
+        (HeldOut if file.parent.name == EVALUATIONS else Rollout).model_validate(found).check()
         return found
 
 
-def rollouts_file(folder: Path, step: int) -> Path:
-    """Where a step's completions are."""
-    return folder / "rollouts" / f"step_{step:06d}.jsonl"
+def rollouts_file(folder: Path, step: int, kind: str = ROLLOUTS) -> Path:
+    """Where a step's completions are, or with `EVALUATIONS` the held-out responses after it."""
+    return folder / kind / f"step_{step:06d}.jsonl"
 
 
-def rollouts_files(folder: Path) -> dict[int, Path]:
-    """The steps that have rollouts, in order, and their files. Copies and other files beside them are left out."""
-    found = sorted((folder / "rollouts").glob("step_*.jsonl"))
+def rollouts_files(folder: Path, kind: str = ROLLOUTS) -> dict[int, Path]:
+    """The steps that have such a file, in order, and the files. Copies and other files beside them are left out."""
+    found = sorted((folder / kind).glob("step_*.jsonl"))
     steps = {int(name[1]): file for file in found if (name := re.fullmatch(r"step_(\d{6,10})", file.stem, re.ASCII))}
-    return {step: file for step, file in sorted(steps.items()) if file.name == rollouts_file(folder, step).name}
+    return {step: file for step, file in sorted(steps.items()) if file.name == rollouts_file(folder, step, kind).name}
 
 
 def rollout_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -127,6 +131,9 @@ class Rollout(BaseModel):
     advantage: float
     weight: float
     keep: Share
+    score: Finite | None = None
+    message: Text = ""
+    replaced: bool = False
 
     def check(self) -> None:
         if not len(self.response_ids) == len(self.origin) == len(self.logprobs):
@@ -136,6 +143,13 @@ class Rollout(BaseModel):
                 raise ValueError("probes: not of the form [position, confidence, accepted, token_ids]")
             if not all(map(_is_natural, token_ids)):
                 raise ValueError("probes: token_ids are not all token ids")
+
+
+class HeldOut(Rollout):
+    """A held-out response: it is not trained on."""
+
+    advantage: None  # type: ignore[assignment]
+    weight: None  # type: ignore[assignment]
 
 
 def _object(raw: bytes) -> dict[str, Any]:

@@ -21,6 +21,7 @@ _SHOWN = (  # (metric, label, format)
     ("nll", "nll", "{:.3f}"),
     ("reward", "reward", "{:.3f}"),
     ("accuracy", "acc", "{:.3f}"),
+    ("score", "score", "{:.3f}"),
     ("response_tokens", "tokens", "{:.0f}"),
     ("steps_per_response", "k", "{:.1f}"),
     ("early_exit_fraction", "exits", "{:.0%}"),
@@ -29,13 +30,15 @@ _SHOWN = (  # (metric, label, format)
     ("grad_norm", "|g|", "{:.2f}"),
     ("mismatch_mean", "mismatch", "{:.0e}"),
     ("eval/accuracy", "held-out acc", "{:.3f}"),
+    ("eval/score", "held-out score", "{:.3f}"),
     ("eval/response_tokens", "held-out tokens", "{:.0f}"),
 )
 
 
 def headline(metrics: dict[str, Any]) -> str:
-    """The most telling metrics of a step, as one line."""
-    shown = [each for each in _SHOWN if isinstance(metrics.get(each[0]), int | float)]
+    """The most telling metrics of a step, as one line. A score that is the accuracy is left out."""
+    same = {key for key in ("score", "eval/score") if metrics.get(key) == metrics.get(key.replace("score", "accuracy"))}
+    shown = [each for each in _SHOWN if isinstance(metrics.get(each[0]), int | float) and each[0] not in same]
     return " ".join(f"{label} {form.format(metrics[key])}" for key, label, form in shown)
 
 

@@ -87,6 +87,8 @@ def _plain(console: Console, follower: Follower, total: int, rollouts: int, once
             console.print(line(done, total, metrics), soft_wrap=True)
             if rollouts:
                 console.print(newest(follower.run, rollouts, step=done))
+            if metrics.get("ended"):
+                done = total
         if once or done >= total:
             return
         time.sleep(POLL)
@@ -98,6 +100,9 @@ def _live(console: Console, follower: Follower, total: int, rollouts: int) -> No
         while view.done < total:
             for metrics in follower.new():
                 view.step(metrics["step"], metrics)
+                if metrics.get("ended"):
+                    console.print(metrics["ended"], markup=False)
+                    return
             if spans := [span for span in read_phases(follower.run) if span.rank == 0 and span.end is None]:
                 view.phase(spans[-1].phase)
             key = _key(POLL)

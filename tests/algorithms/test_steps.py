@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from megarl import config
 from megarl.algorithms.steps import check_shaping, count_steps, overlong_punishment, shape_rewards, step_aware_reward
 from megarl.errors import UserError
+from megarl.rewards.grade import judge
 
 
 @pytest.mark.parametrize(
@@ -101,6 +102,23 @@ def test_step_aware_reward_is_its_formula(group, alpha, beta):
 def test_overlong_punishment_is_dapos(length, expected):
     """DAPO's own sizes: expected length 16384, cache 4096."""
     assert overlong_punishment(np.array([length]), 20480, 4096)[0] == expected
+
+
+@pytest.mark.parametrize("score", [0.5, 0.75, 1.0, 7.5])
+def test_what_the_verdict_calls_right_is_shaped(score):
+    """The step-aware term acts on every score that a verdict calls right, and on no other."""
+    assert judge(lambda response, answer: score, "", "").verdict == "right"
+    assert judge(lambda response, answer: 0.49, "", "").verdict == "wrong"
+    short, long, wrong = step_aware_reward(np.array([score, score, 0.49]), np.zeros(3), np.array([2, 6, 9]), 1.0, 0.5)
+    assert short > score > long and wrong == 0.49
+
+
+def test_a_function_of_the_users_is_rewarded_alone():
+    """Without `alpha`, the box counts a tenth with the grader that reads it, and nothing with another."""
+    arrays = {**GROUP, "formatted": np.array([True, False, True])}
+    for function, expected in ((None, [1.0, 0.9, 0.1]), ("mine:grade", [1.0, 1.0, 0.0])):
+        settings = config.Reward(function=function) if function else config.Reward()
+        np.testing.assert_allclose(shape_rewards(**arrays, settings=settings, max_response_tokens=100), expected)
 
 
 GROUP = {

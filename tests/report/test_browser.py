@@ -26,6 +26,7 @@ STEPS, GROUPS, PER_GROUP = 4, 6, 4
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "hostile"
     synthetic.write(folder, STEPS, GROUPS, PER_GROUP, hostile=True)
+    synthetic.write_held_out(folder, STEPS)
     write([folder])
     return folder
 
@@ -199,6 +200,21 @@ def test_the_viewer_shows_what_is_on_disk(browser, run):
     wait(lambda: f"{PER_GROUP} completions match" in find(browser, ".hits").text)
     find(browser, ".hits button").click()
     wait(lambda: "problem 4.1" in texts(browser, ".prompt pre")[0])
+    assert browser.get_log("browser") == []
+
+
+def test_held_out_responses_are_read_like_rollouts(browser, run):
+    """The page begins with the newest rollouts. The list leaves out what all prompts share; a card has the grader's
+    number and message."""
+    opened(browser, run / "report.html")
+    assert find(browser, "#v-step").get_attribute("value") == str(STEPS)
+    choose(browser, "#v-step", f"eval-{STEPS}")
+    wait(lambda: texts(browser, ".prompt pre")[0].startswith("system"))
+    assert f"{STEPS}, held-out" in texts(browser, "#v-step option")
+    assert texts(browser, ".q") == [f"problem {STEPS}.{g}" for g in range(GROUPS)]
+    assert texts(browser, ".message") == [f"why {i}" for i in range(PER_GROUP)]
+    assert all(text.endswith(", score 0.75") for text in texts(browser, ".completion .verdict"))
+    assert texts(browser, ".f-advantage dd") == ["–"] * PER_GROUP
     assert browser.get_log("browser") == []
 
 

@@ -6,6 +6,7 @@ import base64
 import gzip
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,48 @@ def test_the_ledger_is_summed_by_step_and_epoch(folder: Path) -> None:
     assert [e["epoch"] for e in view["epochs"]] == [0, 1, 2]
     assert sum(e["repeated"] for e in view["epochs"]) == 4 + 4 + 0  # steps share an epoch here: found, not hidden
     assert view["total"] == 30
+
+
+def test_held_out_responses_are_on_the_page(folder: Path, tmp_path: Path) -> None:
+    """Beside the rollouts, in order, with score and message; without them the rollouts have the whole budget."""
+    shutil.copytree(folder, tmp_path / "run")
+    for step in (2, 6):
+        records = synthetic.write_held_out(tmp_path / "run", step)
+    page = report.write([tmp_path / "run"]).read_text()
+    index = chunk(page, "main")[0]["rollouts"]
+    assert [row["key"] for row in index] == [1, 2, 3, 4, 5, 6, "eval-2", "eval-6"]
+    assert [row["held_out"] for row in index] == [False] * 6 + [True] * 2
+    shown = [c for group in chunk(page, "step-0-eval-6") for c in group["completions"]]
+    assert [(c["score"], c["message"], c["weight"]) for c in shown] == [
+        (0.75, f"why {r['index']}", None) for r in records
+    ]
+    with_them, without = (rollouts.pack(run.read(each)) for each in (tmp_path / "run", folder))
+    assert with_them.calibration == without.calibration
+
+
+def test_numbers_of_graders_are_told_from_accuracy(tmp_path: Path) -> None:
+    """Any numbers have a page, the mean score its own tile; where it is the accuracy there is none."""
+    end = {"step": 1, "eval/accuracy": 0.5, "eval/score": 7.5, "eval/score_std": 1.0, "eval/completions": 100}
+    lines = [{**end, "step": 0, "eval/score": -1.0}, {**end, "reward": 7.5, "accuracy": 0.25, "score": -0.75}]
+
+    def tiles() -> dict[str, tuple[float, str]]:
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        report.write([tmp_path])
+        return {tile["label"]: (tile["value"], tile["note"]) for tile in run.tiles(run.read(tmp_path))}
+
+    assert tiles()["Held-out accuracy"] == (0.5, "± 5.0, 100 held-out responses")
+    assert tiles()["Held-out score"] == (7.5, "± 0.100, the graders' mean")
+    assert tiles()["Training accuracy"][0] == 0.25 and tiles()["Training score"][0] == -0.75
+    lines = [{**lines[0], "eval/score": 0.5}, {**lines[1], "eval/score": 0.5, "score": 0.25}]
+    assert not {"Held-out score", "Training score"} & tiles().keys()
+    lines = [{**line, "eval/accuracy": 7.5} for line in lines]  # an older run's mean score
+    assert tiles()["Held-out accuracy"][0] == 7.5
+
+
+def test_a_run_that_was_over_early_says_why(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3, "reward": 1.0, "ended": "nothing is left to learn"}\n')
+    assert run.read(tmp_path).finished
+    assert "the run was over at step 3: nothing is left to learn" in report.write([tmp_path]).read_text()
 
 
 def test_a_run_that_just_began_has_a_page(tmp_path: Path) -> None:

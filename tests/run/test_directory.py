@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from megarl import config
 from megarl.errors import RunError, UserError
 from megarl.run import atomic, changes
 from megarl.run.directory import RunDirectory, read_metrics, read_rollouts
+from megarl.run.records import EVALUATIONS, rollouts_file
 from megarl.types import Completion, Probe, Prompt, ScoredCompletion, ScoredGroup, Span
 from tests.support.disks import limited_files
 
@@ -82,24 +84,60 @@ def test_rollouts_come_back_bit_by_bit(tmp_path: Path) -> None:
         for i in range(2)
     ]  # fmt: skip
     scored = [
-        ScoredCompletion(c, "right", 1.0, True, 3 + c.index, generator.random(), generator.random(), weight=1 / 3)
+        ScoredCompletion(
+            c, "error", 7.5, True, 3 + c.index, generator.random(), generator.random(), weight=1 / 3, message="why"
+        )
         for c in completions
     ]
     run = RunDirectory(tmp_path, settings(tmp_path), None)
-    run.rollouts(1, [ScoredGroup(prompt, scored, keep=1 / 3)])
+    replaced = ScoredGroup(dataclasses.replace(prompt, uid="other"), scored, replaced=True)
+    run.rollouts(1, [replaced, ScoredGroup(prompt, scored, keep=1 / 3)])
     run.close()
     (group,) = read_rollouts(tmp_path, 1)
     assert (group.prompt, group.keep) == (prompt, 1 / 3)
     for ours, theirs in zip(group.completions, scored, strict=True):
-        assert math.isnan(ours.score)  # it is not recorded
         for kind, one, other in (
             (ScoredCompletion, ours, theirs),
             (Completion, ours.completion, theirs.completion),
         ):
-            for name in kind.__dataclass_fields__.keys() - {"completion", "score", "discarded_tokens"}:
+            for name in kind.__dataclass_fields__.keys() - {"completion", "discarded_tokens"}:
                 np.testing.assert_array_equal(getattr(one, name), getattr(other, name), name)
                 assert type(getattr(one, name)) is type(getattr(other, name))
         assert ours.completion.logprobs.dtype == np.float32
+
+
+def test_held_out_responses_are_recorded_with_their_messages(tmp_path: Path) -> None:
+    """As strict JSON: they have no advantage and no weight. A resumed run forgets those after its checkpoint."""
+    empty = (np.zeros(1, np.int32), np.zeros(1, np.uint8), np.zeros(1, np.float32), "stop")
+    completion = ScoredCompletion(Completion("uid", 0, *empty, text="so"), "error", 0.0, False, 1, 0.0, message="why")
+    run = RunDirectory(tmp_path, settings(tmp_path), None)
+    for step in (0, 2, 4):
+        run.evaluation(step, [ScoredGroup(Prompt("uid", (1,), "what?", "2", "file:1"), [completion])])
+        run.metrics(step, {})
+    run.close()
+
+    def no_number(text: str) -> None:
+        raise AssertionError(text)
+
+    record = json.loads(rollouts_file(tmp_path, 2, EVALUATIONS).read_text(), parse_constant=no_number)
+    assert (record["prompt"], record["response"], record["message"]) == ("what?", "so", "why")
+    assert (record["verdict"], record["score"], record["advantage"], record["weight"]) == ("error", 0.0, None, None)
+    RunDirectory(tmp_path, settings(tmp_path), 2).close()
+    assert [rollouts_file(tmp_path, step, EVALUATIONS).exists() for step in (0, 2, 4)] == [True, True, False]
+    RunDirectory(tmp_path, settings(tmp_path), 0).close()
+    assert not rollouts_file(tmp_path, 0, EVALUATIONS).exists()
+
+
+def test_rollouts_of_older_runs_are_read(tmp_path: Path) -> None:
+    """Their records have no score, message or mark of dynamic sampling."""
+    test_rollouts_come_back_bit_by_bit(tmp_path)
+    file = rollouts_file(tmp_path, 1)
+    records = [json.loads(line) for line in file.read_text().splitlines() if '"replaced": false' in line]
+    new = ("score", "message", "replaced")
+    older = [{key: value for key, value in record.items() if key not in new} for record in records]
+    file.write_text("".join(json.dumps(record) + "\n" for record in older))
+    (group,) = read_rollouts(tmp_path, 1)
+    assert [(math.isnan(c.score), c.message, c.verdict) for c in group.completions] == [(True, "", "error")] * 2
 
 
 def test_metrics_reach_tensorboard(tmp_path: Path) -> None:

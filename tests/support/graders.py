@@ -27,3 +27,22 @@ def slow(response: str, answer: str) -> bool:
     with open(os.environ["MEGARL_TEST_GRADED"], "ab") as file:
         file.write(b"!")
     return odd(response, answer)
+
+
+def right(response: str, answer: str) -> bool:
+    return True
+
+
+def wrong(response: str, answer: str) -> bool:
+    return False
+
+
+NUMBERS = (7.5, -1.0, 0.4)
+
+
+def numbers(response: str, answer: str) -> float:
+    """One of three numbers that are neither 0 nor 1. One response in four is an error, with a message."""
+    n = len(response.split())
+    if n % 4 == 3:
+        raise ValueError(f"{n} words are too many")
+    return NUMBERS[n % 3]

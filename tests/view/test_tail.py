@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from megarl.errors import DeadlineExceeded
-from megarl.view.live import LiveView, clock
+from megarl.view.live import LiveView, clock, headline
 from megarl.view.tail import Follower, tail
 
 
@@ -62,6 +62,20 @@ def test_plain_lines_end_with_the_run(tmp_path: Path, capsys: pytest.CaptureFixt
     shown = capsys.readouterr().out
     assert [line for line in shown.splitlines() if line.startswith("step")][1].startswith("step 2/2  reward 0.200")
     assert "question 1 [bold]" in shown and "answer 2" in shown and "\x1b" not in shown
+
+
+def test_a_run_that_is_over_early_is_not_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    begin(tmp_path, 9)
+    add(tmp_path, 1)
+    with (tmp_path / "metrics.jsonl").open("a") as out:
+        out.write('{"step": 2, "reward": 1, "ended": "nothing is left to learn"}\n')
+    tail(tmp_path, rollouts=0, once=False)
+    assert "step 2/9" in capsys.readouterr().out
+
+
+def test_a_score_that_is_the_accuracy_is_not_shown_twice() -> None:
+    assert headline({"accuracy": 0.5, "score": 0.5, "eval/accuracy": 1.0, "eval/score": 1.0}).count("score") == 0
+    assert headline({"accuracy": 0.5, "score": 7.5}) == "acc 0.500 score 7.500"
 
 
 def test_a_run_that_never_begins_is_given_up(tmp_path: Path) -> None:

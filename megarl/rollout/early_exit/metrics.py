@@ -49,7 +49,7 @@ def summarise(groups: Sequence[ScoredGroup]) -> dict[str, float]:
 
 
 def _right(c: ScoredCompletion) -> bool:
-    return c.score >= 1
+    return c.verdict == "right"
 
 
 def _tokens_saved(groups: Sequence[ScoredGroup]) -> float:
