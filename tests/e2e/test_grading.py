@@ -34,7 +34,7 @@ def settings(folder: Path, grader: str, *overrides: str) -> config.Settings:
 
 def scores(run: Path) -> list[dict[str, Any]]:
     """What grading made of each completion, and its tokens."""
-    names = ("uid", "response_ids", "verdict", "reward", "advantage", "weight")
+    names = ("uid", "response_ids", "verdict", "reward", "advantage", "weight", "replaced")
     records = map(json.loads, (run / "rollouts" / "step_000001.jsonl").read_text().splitlines())
     return [{name: record[name] for name in names} for record in records]
 
@@ -89,8 +89,10 @@ def test_dynamic_sampling_times_its_graders_too(tmp_path: Path, monkeypatch: pyt
     spawn(train, 1, (wanted,), runs.DEADLINE)
     (line,) = read_metrics(wanted.run)
     assert line["prompts_drawn"] > 4, "no group was replaced"
-    for _, group in groupby(scores(wanted.run), key=lambda record: record["uid"]):
-        assert len({record["reward"] for record in group}) == 2
+    groups = [list(group) for _, group in groupby(scores(wanted.run), key=lambda record: record["uid"])]
+    assert len(groups) == line["prompts_drawn"]
+    for group in groups:
+        assert len({record["verdict"] for record in group}) == (1 if group[0]["replaced"] else 2)
     spans = [span.phase for span in read_phases(wanted.run) if span.step == 1]
     assert spans[: spans.index("logprobs")].count("reward") > 2  # one of each round, and the last, which builds
     assert line["seconds_reward"] >= graders.SLOW_SECONDS
