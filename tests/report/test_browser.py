@@ -211,7 +211,7 @@ def test_held_out_responses_are_read_like_rollouts(browser, run):
     choose(browser, "#v-step", f"eval-{STEPS}")
     wait(lambda: texts(browser, ".prompt pre")[0].startswith("system"))
     assert f"{STEPS}, held-out" in texts(browser, "#v-step option")
-    assert texts(browser, ".q") == [f"problem {STEPS}.{g}" for g in range(GROUPS)]
+    assert texts(browser, ".q") == [f"question {STEPS}.{g}" for g in range(GROUPS)]
     assert texts(browser, ".message") == [f"why {i}" for i in range(PER_GROUP)]
     assert all(text.endswith(", score 0.75") for text in texts(browser, ".completion .verdict"))
     assert texts(browser, ".f-advantage dd") == ["–"] * PER_GROUP

@@ -25,7 +25,8 @@ def write_held_out(folder: Path, step: int) -> list[dict]:
     """
     records = rows(folder, step)
     for record in records:
-        record["prompt"] = f"system\nYou are wise.\nuser\n{record['prompt'].partition(':')[0]}\nassistant\n"
+        question = record["prompt"].partition(":")[0].replace("problem", "question")
+        record["prompt"] = f"system\nYou are wise.\nuser\n{question}\nassistant\n"
         record |= {"score": 0.75, "message": f"why {record['index']}", "advantage": None, "weight": None}
     file = rollouts_file(folder, step, EVALUATIONS)
     file.parent.mkdir(exist_ok=True)
