@@ -17,7 +17,7 @@ from megarl.learner.parallel import World
 from megarl.loop.batching import BatchBuilder
 from megarl.loop.collectives import broadcast
 from megarl.loop.scoring import Collected
-from megarl.types import Batch, ScoredGroup
+from megarl.types import Batch, Sample, ScoredGroup
 
 
 def fill(batches: Sequence[Batch | None], learner: Learner, switches: Switches) -> None:
@@ -48,12 +48,13 @@ def penalise(groups: Sequence[ScoredGroup], learner: Learner, switches: Switches
 def unseen_mismatch(
     collected: Collected, batches: Sequence[Batch | None], learner: Learner, builder: BatchBuilder, world: World
 ) -> dict[str, float]:
-    """The mismatch of a step that trains nothing, over its sampled tokens; on the controller. Collective.
+    """The mismatch of a step that trains no sampled token, over those that it has; on the controller. Collective.
 
     Empty in other steps: there the updates measure it. At most `prompts_per_step` groups are scored, which dynamic
     sampling may have exceeded ten times.
     """
-    if not broadcast(not any(batch and batch.samples for batch in batches), world):
+    samples = [sample for batch in batches if batch for sample in batch.samples]
+    if not broadcast(not any(map(_compared, samples)), world):
         return {}
     groups = collected.made[: builder.settings.batch.prompts_per_step]
     values = learner.logprobs(builder.unweighted(groups) if groups else None, "policy")
@@ -61,3 +62,8 @@ def unseen_mismatch(
     if not rollout:
         return {}
     return mismatch(np.concatenate([values[i] for i in range(len(rollout))]), np.concatenate(rollout))
+
+
+def _compared(sample: Sample) -> bool:
+    """Whether an update measures the mismatch on it: whether the policy sampled any of its tokens."""
+    return sample.rollout_logprobs is not None and not np.isnan(sample.rollout_logprobs).all()
