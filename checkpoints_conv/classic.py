@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import pickle
 import re
-from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from itertools import product
@@ -20,7 +18,8 @@ from checkpoints_conv.unit import Unit
 from megarl.errors import UserError
 from megarl.models.config_json import read_shape
 from megarl.models.families import rules
-from megarl.models.files.archive import data_start, described, placed
+from megarl.models.files.archive import read_archive, start_of
+from megarl.models.files.regular import printable
 from megarl.models.files.tensor_io import Values, bands, in_one_piece, pwrite, tensor_bytes
 from megarl.models.layout import Layout, chunks, local_rules, padded_vocab
 from megarl.models.rules import Rule, Spec
@@ -73,15 +72,12 @@ class Classic:
         self.folder = config if config.is_dir() else config.parent
         self.model = read_shape(config)
         self._paths, numbers = _rank_files(folder)
-        loaded = [_load(path) for path in self._paths]
-        self.layout, ranks = _layout(folder, numbers, loaded[0], self.model)
+        loaded = [_chunks(path) for path in self._paths]
+        first = loaded[0]
+        self.layout, ranks = _layout(folder, numbers, first, self.model)
         self._files = dict(zip(ranks, zip(self._paths, loaded, strict=True), strict=True))
-        missing = set(_ranks(self.layout)) - set(ranks)
-        if missing:
-            raise UserError(f"{folder}: the file of rank {min(missing)} is missing")
-        first = _chunks(loaded[0])
         spec: Spec = "te" if any("linear_qkv.layer_norm_weight" in name for name in first[min(first)]) else "local"
-        if EMBEDDING not in first[min(first)]:
+        if EMBEDDING not in first[min(first)] or first[min(first)][EMBEDDING].dim() != 2:
             raise UserError(f"{self._paths[0]}: has no {EMBEDDING}")
         self._every = rules(self.model, spec, len(first[min(first)][EMBEDDING]) * self.layout.tp)
         self._places = places(self._every, self.model, self.layout)
@@ -93,7 +89,7 @@ class Classic:
             for place in (place for shard in self._places.get(rule.megatron, []) for place in shard):
                 expected[place.rank][place.chunk, place.name] = rule
         for rank, (path, states) in self._files.items():
-            found = {(chunk, name): value for chunk, state in _chunks(states).items() for name, value in state.items()}
+            found = {(chunk, name): value for chunk, state in states.items() for name, value in state.items()}
             for (chunk, name), rule in expected[rank].items():
                 if (chunk, name) not in found:
                     raise UserError(f"{path}: {chunk} has no {name}")
@@ -102,23 +98,21 @@ class Classic:
                     raise UserError(f"{path}: {name}: shape {shape}, {wanted} by the rule of {rule.megatron}")
             extra = found.keys() - expected[rank].keys()
             if extra:
-                raise UserError(f"{path}: {min(extra)[1]}: no rule of the map covers this tensor")
+                raise UserError(f"{path}: {printable(min(extra)[1])}: no rule of the map covers this tensor")
 
     def dtype(self, rule: Rule) -> torch.dtype:
-        return self._described(rule)[0][1].dtype
+        return self._shards(rule)[0].dtype
 
     def parts(self, rule: Rule) -> dict[str, Values]:
         own = self._own[rule.hf]
-        return parts_of(own, [placed(tensor, path) for path, tensor in self._described(rule)])
+        return parts_of(own, self._shards(rule))
 
     def files(self) -> list[Path]:
         return self._paths
 
-    def _described(self, rule: Rule) -> list[tuple[Path, Tensor]]:
-        """Each shard's file, and the shard without its data."""
-        held = (shard[0] for shard in self._places[self._own[rule.hf].megatron])
-        files = ((place, *self._files[place.rank]) for place in held)
-        return [(path, states[place.chunk][place.name]) for place, path, states in files]
+    def _shards(self, rule: Rule) -> list[Tensor]:
+        held = [shard[0] for shard in self._places[self._own[rule.hf].megatron]]
+        return [self._files[place.rank][1][place.chunk][place.name] for place in held]
 
 
 class ClassicWriter:
@@ -164,11 +158,10 @@ class ClassicWriter:
                 with torch.serialization.skip_data():
                     torch.save({**state, "args": arguments, "checkpoint_version": 3.0, "iteration": 0}, partial)
                 partial.rename(path)
-            holes = _chunks(_load(path))
             self._fds[rank] = os.open(path, os.O_WRONLY)
-            for chunk, tensors in holes.items():
+            for chunk, tensors in _chunks(path).items():
                 for name, tensor in tensors.items():
-                    self._starts[Place(rank, chunk, name)] = data_start(tensor)
+                    self._starts[Place(rank, chunk, name)] = start_of(tensor)
 
     def write(self, unit: Unit, tensors: Iterable[tuple[Rule, Mapping[str, Values]]]) -> list:
         touched: set[Rank] = set()
@@ -240,12 +233,11 @@ def _rank_files(folder: Path) -> tuple[list[Path], list[list[int]]]:
 
 
 def _layout(
-    folder: Path, numbers: list[list[int]], first: Mapping[str, Any], model: ModelShape
+    folder: Path, numbers: list[list[int]], states: Mapping[str, Mapping[str, Tensor]], model: ModelShape
 ) -> tuple[Layout, list[Rank]]:
     """The layout, from the files' numbers and the first file's layers; and the rank of each file."""
     if len({len(n) for n in numbers}) > 1:
         raise UserError(f"{folder}: has files of several layouts")
-    states = _chunks(first)
     layers = sum(
         len({name.split(".")[2] for name in state if name.startswith("decoder.layers.")}) for state in states.values()
     )
@@ -256,24 +248,28 @@ def _layout(
     if len(numbers[0]) != expected:
         raise UserError(f"{folder}: {len(numbers[0])} numbers in the folders' names do not fit {pp} pipeline stages")
     ranks = [Rank(n[0], n[1] if pp > 1 else 0, n[-1] if len(n) > 1 + (pp > 1) else 0) for n in numbers]
-    ep = 1 + max(rank.ep for rank in ranks)
-    return Layout(1 + max(rank.tp for rank in ranks), pp, len(states), ep), ranks
+    layout = Layout(1 + max(rank.tp for rank in ranks), pp, len(states), 1 + max(rank.ep for rank in ranks))
+    needed = layout.tp * layout.pp * layout.ep
+    if len(ranks) < needed:
+        missing = next(
+            rank for rank in map(Rank._make, product(*map(range, (layout.tp, pp, layout.ep)))) if rank not in ranks
+        )
+        raise UserError(f"{folder}: the file of rank {missing} is missing; {len(ranks)} of {needed} are there")
+    layout.check(model)
+    return layout, ranks
 
 
-def _chunks(file: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
-    """The state dict of each model chunk in a rank's file, without quantisation states."""
-    return {
-        key: {name: value for name, value in state.items() if "_extra_state" not in name}
-        for key, state in sorted(file.items())
-        if re.fullmatch(r"model\d*", key) and state
-    }
-
-
-def _load(path: Path) -> dict[str, Any]:
-    """A rank's file, its tensors on the meta device."""
-    try:
-        with torch.serialization.safe_globals([Namespace]):
-            return described(path, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as e:
-        reason = str(e).splitlines()[0]
-        raise UserError(f"{path}: damaged, or has more than tensors and arguments ({reason})") from None
+def _chunks(path: Path) -> dict[str, dict[str, Tensor]]:
+    """The state dict of each model chunk in a rank's file, described, without quantisation states."""
+    file = read_archive(path)
+    if not isinstance(file, dict):
+        raise UserError(f"{path}: has a {type(file).__name__}, not a mapping of model chunks")
+    chunks = {}
+    for key in sorted(key for key in file if isinstance(key, str) and re.fullmatch(r"model\d*", key) and file[key]):
+        if not isinstance(file[key], dict):
+            raise UserError(f"{path}: {key}: is a {type(file[key]).__name__}, not a mapping of tensors")
+        chunks[key] = {name: value for name, value in file[key].items() if "_extra_state" not in str(name)}
+        for name, value in chunks[key].items():
+            if not isinstance(name, str) or not isinstance(value, Tensor):
+                raise UserError(f"{path}: {key}: {printable(repr(name))} is a {type(value).__name__}, not a tensor")
+    return chunks

@@ -20,11 +20,9 @@ import torch
 from checkpoints_conv.checkpoint import Checkpoint
 from checkpoints_conv.unit import Unit, Writer, units_of
 from megarl.errors import UserError
+from megarl.models.files.companions import copy_companions, set_dtype
 from megarl.models.files.tensor_io import Values, loaded
 from megarl.models.rules import Rule
-
-WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".distcp"}
-SMALL = 64 * 2**20  # bytes; larger files beside the weights are not configuration
 
 
 @dataclass(frozen=True)
@@ -171,28 +169,15 @@ def _disk_errors(plan: Plan) -> Iterator[None]:
 
 
 def _copy_companions(plan: Plan) -> None:
-    """Copy config.json, tokenizer, generation settings and other small files beside the weights.
+    """Copy what is beside the weights.
 
     A config.json from elsewhere (such as the model that training began with) gets the type of these weights.
     """
-    for file in sorted(plan.source.folder.iterdir()):
-        weights = file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".index.json") or file.name.startswith(".")
-        tracker = file.name == "latest_checkpointed_iteration.txt"
-        if file.is_file() and not weights and not tracker and file.stat().st_size <= SMALL:
-            shutil.copyfile(file, plan.partial / file.name)
+    copy_companions(plan.source.folder, plan.partial)
     dtypes = {dtype for unit in plan.units for dtype in unit.dtypes}
     borrowed = not any(file.resolve().is_relative_to(plan.source.folder.resolve()) for file in plan.source.files())
     if len(dtypes) == 1 and (plan.dtype is not None or borrowed):
-        _set_dtype(plan.partial / "config.json", dtypes.pop())
-
-
-def _set_dtype(config: Path, dtype: torch.dtype) -> None:
-    """Write the type to config.json: libraries load weights in that type, not in their own."""
-    values = json.loads(config.read_text())
-    key = "dtype" if "dtype" in values else "torch_dtype"  # transformers 5 and 4
-    name = str(dtype).removeprefix("torch.")
-    if values.get(key) != name:
-        config.write_text(json.dumps({**values, key: name}, indent=2) + "\n")
+        set_dtype(plan.partial / "config.json", dtypes.pop())
 
 
 def sync(folder: Path) -> None:

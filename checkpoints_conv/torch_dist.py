@@ -35,13 +35,15 @@ from checkpoints_conv.unit import Unit
 from megarl.errors import UserError
 from megarl.models.config_json import read_shape
 from megarl.models.families import rules
-from megarl.models.files.archive import ALIGNMENT, OVERHEAD, ArchiveWriter, read_archive
+from megarl.models.files.archive import ALIGNMENT, OVERHEAD, ArchiveWriter, read_tensor
 from megarl.models.files.safetensors_file import DTYPES, NAMES
 from megarl.models.files.tensor_io import Values, in_one_piece, read
-from megarl.models.files.torch_metadata import load_metadata
+from megarl.models.files.torch_metadata import check_tiled, load_metadata
 from megarl.models.layout import Layout
 from megarl.models.rules import Rule
 from megarl.models.shape import ModelShape
+
+PADDING = 2**17  # most rows of padding that a vocabulary may have
 
 
 class Key(NamedTuple):
@@ -102,7 +104,7 @@ class TorchDist:
         for rule in self._own.values():
             key = self._find(rule)
             size, expected = tuple(self._facts[key.key].size), (*key.of, *rule.shape())
-            padded = rule.rows is not None and size[1:] == expected[1:] and size[0] >= expected[0]
+            padded = rule.rows is not None and size[1:] == expected[1:] and 0 <= size[0] - expected[0] < PADDING
             if size != expected and not padded:
                 raise UserError(
                     f"{key.key}: shape {list(size)} in the checkpoint, {list(expected)} by the rule of {rule.megatron}"
@@ -110,6 +112,8 @@ class TorchDist:
             stored, whole = sum(prod(chunk.sizes) for chunk in self._chunks[key.key, key.at]), prod(size[len(key.at) :])
             if stored != whole:
                 raise UserError(f"{self.weights}: {rule.megatron}: {stored} of {whole} values are stored")
+        for name, facts in self._facts.items():
+            check_tiled(self.weights, name, facts)
         for name, end in self._ends().items():
             file = self.weights / name
             if not file.is_file() or file.stat().st_size < end:
@@ -138,13 +142,14 @@ class TorchDist:
         n, facts = len(key.at), self._facts[key.key]
         full = None
         for chunk in self._chunks[key.key, key.at]:
-            stored = read_archive(self.weights / chunk.file, chunk.start, chunk.length).reshape(chunk.sizes[n:])
+            place = self.weights / chunk.file, chunk.start, chunk.length
+            stored = read_tensor(*place, chunk.sizes, facts.properties.dtype).reshape(chunk.sizes[n:])
             if stored.shape == facts.size[n:]:
                 return stored
             if full is None:
                 full = torch.empty(facts.size[n:], dtype=facts.properties.dtype)
-            place = tuple(slice(o, o + s) for o, s in zip(chunk.offsets[n:], chunk.sizes[n:], strict=True))
-            read(stored, full[place])
+            rows = tuple(slice(o, o + s) for o, s in zip(chunk.offsets[n:], chunk.sizes[n:], strict=True))
+            read(stored, full[rows])
         assert full is not None, "check_whole counts the values of every key"
         return full
 
@@ -173,8 +178,6 @@ class TorchDist:
                 raise UserError(
                     f"{self.weights}: {index.fqn}: a chunk spans several layers; Megatron stores one per layer"
                 )
-            if Path(chunk.file).name != chunk.file:
-                raise UserError(f"{self.weights}: .metadata: {chunk.file!r} is not a file of this folder")
             self._chunks[index.fqn, offsets[:n]].append(chunk)
 
 

@@ -15,11 +15,9 @@ from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     TorchDistSaveShardedStrategy,
@@ -32,18 +30,16 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megarl.errors import RunError, UserError
+from megarl.learner.checkpoint_reader import LoadCommon, LoadSharded
 from megarl.learner.learner import Learner
 from megarl.learner.model import unwrap, vocabulary_rows
 from megarl.learner.parallel import World
-from megarl.models.files.torch_metadata import load_metadata
+from megarl.models.files.regular import printable, read_json
 from megarl.models.shape import ModelShape
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "learner.json"
-READING_FAILED = (
-    CheckpointingException, CheckpointException, OSError, RuntimeError, EOFError, KeyError, ValueError, UnpicklingError
-)  # fmt: skip
 PROBE = 2**20  # bytes
 EXTRA_STATE = "_extra_state"  # Transformer Engine's FP8 history: rebuilt in a few steps, absent elsewhere
 
@@ -89,8 +85,9 @@ def load(learner: Learner, folder: Path) -> None:
         _allocate_state(learner)
     state = _sharded(learner, optimizer, loading=True)
     with _reading(folder):
-        load_metadata(folder / ".metadata")  # refuses a pickle with code in it, which torch's reader would run
-        state, left, absent = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RETURN_ALL)
+        state, left, absent = dist_checkpointing.load(
+            state, str(folder), LoadSharded(folder), LoadCommon(optimizer), strict=StrictHandling.RETURN_ALL
+        )
     _complain(folder, [key for key in absent if EXTRA_STATE not in key], "is missing")
     ignored = (EXTRA_STATE,) if optimizer or manifest is None else (EXTRA_STATE, "optimizer.")
     if manifest is not None:
@@ -100,7 +97,8 @@ def load(learner: Learner, folder: Path) -> None:
         weights = state[name] | {key: None for key in module.state_dict() if key.endswith(EXTRA_STATE)}
         module.load_state_dict(weights, strict=True)
     if optimizer:
-        _restore_optimizer(learner, state["optimizer"])
+        with _reading(folder):
+            _restore_optimizer(learner, state["optimizer"])
     else:
         learner.optimizer.reload_model_params()
         if manifest and learner.world.is_controller:
@@ -197,10 +195,12 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
         raise UserError(f"checkpoint: {folder} is not a whole checkpoint (no metadata.json)")
     if not (folder / MANIFEST).is_file():
         return None
-    try:
-        return json.loads((folder / MANIFEST).read_text())
-    except ValueError:
-        raise UserError(f"checkpoint: {folder / MANIFEST} is truncated") from None
+    manifest = read_json(folder / MANIFEST)
+    kinds = {"model": dict, "updates": int, "optimizer": bool, "distributed_optimizer": bool, "dtype": str}
+    for key, kind in (kinds | {"vocabulary_rows": int}).items():
+        if not isinstance(manifest, dict) or type(manifest.get(key)) is not kind:
+            raise UserError(f"checkpoint: {folder / MANIFEST}: {key} is missing or no {kind.__name__}")
+    return manifest
 
 
 def _check(manifest: dict[str, Any], learner: Learner, folder: Path) -> None:
@@ -252,7 +252,9 @@ def _writing(folder: Path):
 def _reading(folder: Path):
     try:
         yield
-    except READING_FAILED as e:
+    except RunError:
+        raise
+    except Exception as e:  # of many kinds, because damage can be anywhere
         raise UserError(f"checkpoint: {folder} is truncated or does not fit: {_line(_first_cause(e))}") from e
 
 
@@ -282,4 +284,4 @@ def _first_cause(error: BaseException) -> BaseException:
 
 
 def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return printable(error) or type(error).__name__

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -13,8 +12,7 @@ from safetensors.torch import save_file
 from megarl.errors import UserError
 from megarl.learner.learner import Learner
 from megarl.learner.parallel import World
-
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf")
+from megarl.models.files.companions import copy_companions, set_dtype
 
 
 def export(learner: Learner, world: World, source: Path, folder: Path, shard_bytes: int = 5 * 10**9) -> None:
@@ -28,7 +26,8 @@ def export(learner: Learner, world: World, source: Path, folder: Path, shard_byt
         if folder.exists():
             raise UserError(f"export: {folder} already exists")
         shutil.rmtree(partial, ignore_errors=True)
-        _copy_companions(source, partial)
+        partial.mkdir(parents=True)
+        copy_companions(source, partial)
     writer = _Shards(partial, shard_bytes) if world.is_controller else None
     for name, tensor in learner.named_tensors():
         if writer:
@@ -60,7 +59,8 @@ class _Shards:
 
     def finish(self) -> None:
         self._write()
-        self._record_dtype()
+        assert self._dtype is not None, "a model has tensors"
+        set_dtype(self.folder / "config.json", self._dtype)
         count = len(self._files)
         if count == 1:
             self._shard(0).rename(self.folder / "model.safetensors")
@@ -80,24 +80,3 @@ class _Shards:
 
     def _shard(self, number: int) -> Path:
         return self.folder / f"shard-{number}.safetensors"
-
-    def _record_dtype(self) -> None:
-        """Put the weights' type into config.json, where loaders look for it."""
-        file = self.folder / "config.json"
-        config = json.loads(file.read_text())
-        config.pop("torch_dtype", None)  # the name before transformers 5
-        config["dtype"] = str(self._dtype).removeprefix("torch.")
-        file.write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _copy_companions(source: Path, folder: Path) -> None:
-    folder.mkdir(parents=True)
-    for file in _companions(source):
-        shutil.copyfile(file, folder / file.name)
-
-
-def _companions(source: Path) -> Iterator[Path]:
-    """The files of a model folder other than weights."""
-    for file in sorted(source.iterdir()):
-        if file.is_file() and not any(file.match(pattern) for pattern in WEIGHTS):
-            yield file

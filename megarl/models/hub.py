@@ -77,7 +77,7 @@ def _snapshot(where: str, kind: str, name: str, patterns: list[str], download: b
     """The newest complete snapshot in the cache, downloaded first when there is none and this process may."""
     wanted: dict[str, Any] = {"repo_id": name, "repo_type": kind, "allow_patterns": patterns}
     if kind == "model":
-        wanted["ignore_patterns"] = "*/*"  # copies in other formats
+        wanted["ignore_patterns"] = [f"*/{each}" for each in patterns if each != "*.jinja"]  # copies in other formats
     try:
         return Path(snapshot_download(**wanted, local_files_only=True))
     except (OSError, HFValidationError) as e:

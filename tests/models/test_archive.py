@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megarl.errors import UserError
 from megarl.models.files import tensor_io
-from megarl.models.files.archive import ArchiveWriter, described, placed, read_archive
+from megarl.models.files.archive import ArchiveWriter, read_archive
 from megarl.models.files.tensor_io import bands, describe, loaded, write
 
 
@@ -53,7 +53,7 @@ def test_of_one_storage_each_tensor_reads_its_own(tmp_path: Path, monkeypatch: p
         "none": buffer[:0],
     }
     torch.save(tensors, tmp_path / "file")
-    found = {name: placed(tensor, tmp_path / "file") for name, tensor in described(tmp_path / "file").items()}
+    found = read_archive(tmp_path / "file")
     assert found.keys() == tensors.keys()
     preadv, counts = os.preadv, []
     monkeypatch.setattr("os.preadv", lambda *place: counts.append(preadv(*place)) or counts[-1])
@@ -71,7 +71,7 @@ def test_views_come_band_by_band(size: int, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(tensor_io, "BAND", size)
     tensor = torch.randn(20, 6, 10)
     torch.save(tensor, tmp_path / "file")
-    described_ = placed(described(tmp_path / "file"), tmp_path / "file")
+    described_ = read_archive(tmp_path / "file")
     views: list[Callable[[Tensor], Tensor]] = [
         lambda t: t,
         lambda t: t[3:17],

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megarl.errors import UserError
+from megarl.models.files.regular import opened, parse_json, printable
 from megarl.models.files.tensor_io import Values, describe, pwrite, write
 
 DTYPES = {
@@ -30,18 +31,16 @@ HEADER_LIMIT = 100_000_000  # bytes, as in the library
 
 def described_tensors(path: Path) -> dict[str, Tensor]:
     """Name → description of a file's tensors, in file order. UserError unless it is complete and well-formed."""
+    with opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(HEADER_LIMIT, size - 8):
+            raise UserError(f"{path}: not a safetensors file, or truncated inside its header")
+        text = file.read(length)
+    header = parse_json(path, text)
     try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(HEADER_LIMIT, size - 8):
-                raise UserError(f"{path}: not a safetensors file, or truncated inside its header")
-            text = file.read(length)
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror}") from None
-    try:
-        header = json.loads(text)
         header.pop("__metadata__", None)
+        _check_types(path, header)
         tensors, end = {}, 0
         for name, fact in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             tensor = torch.empty(fact["shape"], dtype=DTYPES[fact["dtype"]], device="meta")
@@ -49,11 +48,23 @@ def described_tensors(path: Path) -> dict[str, Tensor]:
                 raise ValueError(f"tensor {name} is not where its shape says")
             tensors[name] = describe(tensor, path, 8 + length + end)
             end += tensor.nbytes
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:
-        raise UserError(f"{path}: not a safetensors file ({e})") from None
+    except UserError:
+        raise
+    except Exception as e:  # of many kinds, because damage can be anywhere
+        raise UserError(f"{path}: not a safetensors file ({printable(e)})") from None
     if size != 8 + length + end:
         raise UserError(f"{path}: truncated or overlong: {size} bytes, {8 + length + end} by its header")
     return tensors
+
+
+def _check_types(path: Path, header: Mapping[str, Mapping[str, Any]]) -> None:
+    """UserError that names the first tensor of a type that is not trained here, such as packed 4-bit weights."""
+    for name, fact in header.items():
+        if isinstance(fact["dtype"], str) and fact["dtype"] not in DTYPES:
+            raise UserError(
+                f"{path}: {printable(name)}: has type {printable(fact['dtype'])}, which is not a type of weights here; "
+                "quantised weights cannot be trained, use the bf16 release"
+            )
 
 
 class SafetensorsWriter:
