@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from megarl.errors import UserError
+from megarl.models.files.regular import contents, short
 from megarl.models.files.tensor_io import Joined, Values
 from megarl.models.layout import Layout
 from megarl.models.rules import Rule
@@ -64,9 +67,11 @@ def megatron_folders(path: Path) -> list[Path]:
     """Where the tensors of `path` may be: there, in a run's folder for them, or in the tracker file's iteration."""
     found = [path, path / LEARNER]
     tracker = path / TRACKER
-    if tracker.is_file():
-        word = tracker.read_text().strip()
-        found.append(path / (f"iter_{int(word):07d}" if word.isdigit() else RELEASE))
+    if tracker.exists():
+        word = short(contents(tracker, 1000).decode(errors="replace"), 40)
+        if word != RELEASE and not re.fullmatch("[0-9]{1,12}", word):
+            raise UserError(f"{tracker}: names {word!r}, which is no iteration; write a number, or {RELEASE!r}")
+        found.append(path / (RELEASE if word == RELEASE else f"iter_{int(word):07d}"))
     return found
 
 

@@ -19,7 +19,7 @@ from megarl.errors import UserError
 from megarl.models.config_json import read_shape
 from megarl.models.families import rules
 from megarl.models.files.archive import read_archive, start_of
-from megarl.models.files.regular import printable
+from megarl.models.files.regular import short
 from megarl.models.files.tensor_io import Values, bands, in_one_piece, pwrite, tensor_bytes
 from megarl.models.layout import Layout, chunks, local_rules, padded_vocab
 from megarl.models.rules import Rule, Spec
@@ -98,7 +98,7 @@ class Classic:
                     raise UserError(f"{path}: {name}: shape {shape}, {wanted} by the rule of {rule.megatron}")
             extra = found.keys() - expected[rank].keys()
             if extra:
-                raise UserError(f"{path}: {printable(min(extra)[1])}: no rule of the map covers this tensor")
+                raise UserError(f"{path}: {short(min(extra)[1])}: no rule of the map covers this tensor")
 
     def dtype(self, rule: Rule) -> torch.dtype:
         return self._shards(rule)[0].dtype
@@ -271,5 +271,5 @@ def _chunks(path: Path) -> dict[str, dict[str, Tensor]]:
         chunks[key] = {name: value for name, value in file[key].items() if "_extra_state" not in str(name)}
         for name, value in chunks[key].items():
             if not isinstance(name, str) or not isinstance(value, Tensor):
-                raise UserError(f"{path}: {key}: {printable(repr(name))} is a {type(value).__name__}, not a tensor")
+                raise UserError(f"{path}: {key}: {short(repr(name))} is a {type(value).__name__}, not a tensor")
     return chunks

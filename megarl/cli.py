@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from megarl.errors import RunError, Stopped, UserError, nearest, printable
+
+if TYPE_CHECKING:
+    from megarl.config import Settings
 
 app = typer.Typer(
     name="megarl",
@@ -26,6 +29,10 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as key=val
 Ranks = Annotated[int | None, typer.Option(min=1, help="Ranks to start on this machine; default: one model copy.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the derived sizes and stop.")]
 
+TrustRun = Annotated[
+    bool, typer.Option("--trust-run", help="Import the code that the run names, though it belongs to another user.")
+]
+
 
 @app.command(context_settings=_KEY_VALUE)
 def train(
@@ -39,15 +46,15 @@ def train(
     allow_changes: Annotated[
         bool, typer.Option("--allow-changes", help="With --resume: let data, groups and rewards have other settings.")
     ] = False,
+    trust_run: TrustRun = False,
 ) -> None:
     """Train a policy by reinforcement learning. Starts its ranks, or runs as one rank of torchrun or srun."""
     from megarl.runtime.interrupt import starting
 
     with starting():  # a signal while the imports run, too
-        from megarl import config as settings_file
         from megarl import launch
 
-        launch.train(settings_file.load(config, overrides), nproc, resume, dry_run, allow_changes)
+        launch.train(_trusted(config, overrides, trust_run), nproc, resume, dry_run, allow_changes)
 
 
 @app.command(context_settings=_KEY_VALUE)
@@ -78,13 +85,12 @@ def eval(
         list[float] | None, typer.Option(help="Sampling temperature; repeat the option for several.")
     ] = None,
     responses: Annotated[Path | None, typer.Option(help="Write the responses there, as JSON lines.")] = None,
+    trust_run: TrustRun = False,
 ) -> None:
     """Measure accuracy, score and response length on held-out problems, by plain generation."""
     from megarl import launch
-    from megarl.evaluate import find
 
-    settings, trained = find(place, overrides)
-    launch.evaluate(settings, trained, temperature, nproc, responses)
+    launch.evaluate(_trusted(place, overrides, trust_run), place.is_dir(), temperature, nproc, responses)
 
 
 @app.command()
@@ -131,12 +137,12 @@ def serve(
     idle_timeout: Annotated[
         float, typer.Option(min=0, help="Seconds without a word from a client after which it ends, code 1; 0: never.")
     ] = 0.0,
+    trust_run: TrustRun = False,
 ) -> None:
     """Run an engine server of this configuration on this node; under srun, one a task (slurm/launch.sh)."""
-    from megarl import config as settings_file
     from megarl.rollout.servers.serve import serve as run
 
-    run(settings_file.load(config, overrides), port, idle_timeout)
+    run(_trusted(config, overrides, trust_run), port, idle_timeout)
 
 
 @app.command()
@@ -145,12 +151,12 @@ def doctor(
     overrides: Overrides = None,
     gpus: Annotated[int | None, typer.Option(help="Devices that this node must have.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the findings to this file.")] = None,
+    trust_run: TrustRun = False,
 ) -> None:
     """Look for what would stop a run here: versions, devices, fabric, disk, ports, engines, clocks. Code 1 if any."""
-    from megarl import config as settings_file
     from megarl.doctor.command import doctor as run
 
-    run(settings_file.load(config, overrides) if config else None, gpus, json)
+    run(_trusted(config, overrides, trust_run) if config else None, gpus, json)
 
 
 @app.command()
@@ -236,6 +242,16 @@ def bench(
     if name not in known:
         raise UserError(f"bench: no benchmark is called '{name}'{nearest(str(name), known)}")
     _run(benchmarks.load(str(name)).main, f"megarl bench {name}", context.args)
+
+
+def _trusted(place: Path, overrides: list[str] | None, trust_run: bool) -> Settings:
+    """The settings of a YAML file or a run directory. UserError if they name code of another user's."""
+    from megarl import config
+    from megarl.run import trust
+
+    settings = config.load(place / trust.CONFIG if place.is_dir() else place, overrides)
+    trust.check(place, settings, overrides, trust_run)
+    return settings
 
 
 def _run(function: Any, name: str, arguments: list[str]) -> None:

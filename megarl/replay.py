@@ -12,8 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from megarl.algorithms import presets, pruning
 from megarl.algorithms.loss import policy_loss
 from megarl.algorithms.metrics import combine
@@ -26,6 +24,7 @@ from megarl.loop.batching import BatchBuilder
 from megarl.loop.controller import STATE
 from megarl.loop.scoring import Collected
 from megarl.run import atomic
+from megarl.run.arrays import read_arrays
 from megarl.run.directory import read_metrics, read_rollouts
 from megarl.run.records import METRICS, damaged, rollouts_file
 from megarl.runtime.watchdog import doing
@@ -69,8 +68,8 @@ class Record:
         self.expected_length = pruning.ExpectedLength()
         if start:
             file = atomic.folder_of(settings.run / "checkpoints", start) / STATE
-            with np.load(file, allow_pickle=False) as state:
-                self.expected_length.restore({k[7:]: v for k, v in state.items() if k.startswith("length_")})
+            state = read_arrays(file)
+            self.expected_length.restore({k[7:]: v for k, v in state.items() if k.startswith("length_")})
 
     def batches(self, step: int) -> list[Batch]:
         """The step's batches, built again from its rollouts and their rewards."""

@@ -26,6 +26,7 @@ from megarl.loop.controller import STATE
 from megarl.rollout.servers import factory
 from megarl.rollout.servers.process import Server, free_port
 from megarl.run import atomic, lock
+from megarl.run.arrays import read_arrays
 from megarl.run.directory import read_metrics
 from megarl.runtime import spawn as ranks
 from megarl.train import train
@@ -361,8 +362,7 @@ def _account(killed: Settings, untouched: Settings) -> dict[str, int]:
 def _records(settings: Settings) -> tuple[Ledger, int]:
     """The ledger of the finished run, and the number of prompts that it took."""
     folder = atomic.folder_of(settings.run / "checkpoints", settings.steps)
-    with np.load(folder / STATE, allow_pickle=False) as state:
-        return Ledger.load(folder), int(state["position"])
+    return Ledger.load(folder), int(read_arrays(folder / STATE)["position"])
 
 
 def _differing(ours: list[Any], theirs: list[Any]) -> int:

@@ -34,7 +34,7 @@ from megarl.learner.checkpoint_reader import LoadCommon, LoadSharded
 from megarl.learner.learner import Learner
 from megarl.learner.model import unwrap, vocabulary_rows
 from megarl.learner.parallel import World
-from megarl.models.files.regular import printable, read_json
+from megarl.models.files.regular import read_json, short
 from megarl.models.shape import ModelShape
 
 log = logging.getLogger(__name__)
@@ -284,4 +284,4 @@ def _first_cause(error: BaseException) -> BaseException:
 
 
 def _line(error: BaseException) -> str:
-    return printable(error) or type(error).__name__
+    return short(error) or type(error).__name__

@@ -14,12 +14,13 @@ from megarl.config import Settings
 from megarl.data.ledger import Entry, Fate, Ledger
 from megarl.data.loader import Loader, PromptBatch
 from megarl.data.prompts import read_prompts
-from megarl.errors import RunError
+from megarl.errors import RunError, UserError
 from megarl.learner import precision as precisions
 from megarl.loop.scoring import Collected
 from megarl.models.config_json import read_shape
 from megarl.rewards.workers import Graders
 from megarl.run import provenance
+from megarl.run.arrays import read_arrays
 from megarl.run.directory import RunDirectory
 from megarl.types import Prompt, ScoredGroup
 from megarl.view.progress import RunProgress
@@ -145,13 +146,18 @@ class Controller:
 
     def load(self, folder: Path) -> None:
         """Take over what `save` wrote."""
-        with np.load(folder / STATE, allow_pickle=False) as state:
+        state = read_arrays(folder / STATE)
+        try:
             self.loader.restore(state)
             self.answer = state["answer"].tolist()
             self.expected_length.restore({k[7:]: v for k, v in state.items() if k.startswith("length_")})
             for step in sorted({int(k.split("_")[1]) for k in state if k.startswith("ahead_")}):
                 arrays = {k.split("_")[2]: v for k, v in state.items() if k.startswith(f"ahead_{step}_")}
                 self.ahead[step] = self.loader.batch_from(arrays)
+        except UserError:
+            raise
+        except Exception as e:  # of many kinds, because any array may be of any shape
+            raise UserError(f"{folder / STATE}: is not the state of this run: {type(e).__name__}: {e}") from None
         self.ledger = Ledger.load(folder)
 
     def _entries(self, collected: Collected) -> Iterator[Entry]:

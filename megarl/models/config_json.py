@@ -11,7 +11,7 @@ import torch
 
 from megarl.errors import UserError
 from megarl.models.families import FAMILIES
-from megarl.models.files.regular import printable, read_json
+from megarl.models.files.regular import read_json, short
 from megarl.models.rope import KINDS
 from megarl.models.shape import Experts, ModelShape, Rope
 
@@ -38,7 +38,7 @@ def read_shape(config: Mapping[str, Any] | Path) -> ModelShape:
     except UserError:
         raise
     except Exception as e:  # of many kinds, because any value may be of any type
-        raise UserError(f"config.json: does not describe a model: {printable(e) or type(e).__name__}") from None
+        raise UserError(f"config.json: does not describe a model: {short(e) or type(e).__name__}") from None
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def _shape(config: Mapping[str, Any]) -> ModelShape:
     if family is None:
         known = ", ".join(f.architecture for f in FAMILIES.values())
         raise UserError(
-            f"config.json: architecture {printable(architecture, 80)} is unknown (known: {known}); "
+            f"config.json: architecture {short(architecture, 80)} is unknown (known: {known}); "
             "docs/add_model_family.md shows how one is added"
         )
 
@@ -136,7 +136,7 @@ def _check_dtype(get: Get) -> None:
 
 
 def _shown(value: Any) -> str:
-    return printable(repr(value), 80)
+    return short(repr(value), 80)
 
 
 def _only(value: Any, found: Any, key: str, architecture: str) -> None:

@@ -10,6 +10,9 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from megarl.errors import UserError
+from megarl.models.files.regular import read_json, short
+
 
 class Vocabulary:
     """A tokenizer for token ids: their bytes, the text of a sequence, the ids of a text."""
@@ -84,6 +87,16 @@ _BYTE_OF = _byte_of_char()
 @lru_cache(maxsize=4)
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase, model: Path) -> Vocabulary:
     """The vocabulary of a model's tokenizer, with the end-of-text tokens that its generation_config.json names."""
-    file = model / "generation_config.json"
-    named = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
-    return Vocabulary(tokenizer, [named] if isinstance(named, int) else named or [])
+    return Vocabulary(tokenizer, end_ids(model / "generation_config.json"))
+
+
+def end_ids(file: Path) -> list[int]:
+    """The end-of-text tokens that a generation_config.json names; none if there is no such file."""
+    settings = read_json(file) if file.exists() else {}
+    if not isinstance(settings, dict):
+        raise UserError(f"{file}: is a {type(settings).__name__}, not a mapping of settings")
+    named = settings.get("eos_token_id")
+    ids = [] if named is None else named if isinstance(named, list) else [named]
+    if not all(type(each) is int and 0 <= each < 2**31 for each in ids):
+        raise UserError(f"{file}: eos_token_id: {short(repr(named), 80)} is not a token id or a list of them")
+    return ids

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import random
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +16,10 @@ from checkpoints_conv.torch_dist import TorchDistWriter
 from megarl.errors import UserError
 from megarl.models.config_json import read_shape
 from megarl.models.families import rules
-from megarl.models.files.hf import HfWeights
 from megarl.models.files.tensor_io import loaded
 from megarl.models.layout import Layout
 from megarl.models.shape import ModelShape
+from megarl.rollout.detokenize import end_ids
 from tests.support.conversions import convert_folder, read_all, write_model
 from tests.support.damage import damaged_bytes, damaged_json
 
@@ -42,6 +39,7 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kind]:
     model = write_model(root / "model", "qwen3_moe", **SIZES)
     shards = write_model(root / "shards", "qwen2", files=3, **SIZES)
     pickled = write_model(root / "pickled", "llama", **SIZES)
+    (model / "generation_config.json").write_text('{"eos_token_id": [1, 2], "temperature": 0.6, "top_k": 20}')
     torch.save(read_all(pickled), pickled / "pytorch_model.bin")
     (pickled / "model.safetensors").unlink()
     shape = read_shape(model)
@@ -57,6 +55,9 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kind]:
         "distcp": Kind(release / "__1_0.distcp", lambda: everything(root / "dist")),
         "classic": Kind(rank, lambda: everything(root / "classic")),
         "common": Kind(release / "common.pt", lambda: read_common(release)),
+        "generation_config.json": Kind(
+            model / "generation_config.json", lambda: end_ids(model / "generation_config.json"), json=True
+        ),
         "tracker": Kind(root / "dist" / "latest_checkpointed_iteration.txt", lambda: everything(root / "dist")),
     }
 
@@ -101,7 +102,10 @@ def fuzz(kind: Kind, seeds: range) -> int:
     return refused
 
 
-NAMES = ("config.json", "safetensors", "index", "bin", "metadata", "distcp", "classic", "common", "tracker")
+NAMES = (
+    "config.json", "generation_config.json", "safetensors", "index", "bin", "metadata", "distcp", "classic", "common",
+    "tracker",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)

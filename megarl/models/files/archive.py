@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any, BinaryIO, NamedTuple
-from zipfile import ZIP_STORED, ZipFile
+from zipfile import ZIP_STORED, ZipFile, ZipInfo
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch import Tensor
 from megarl.errors import UserError
 from megarl.models.files import pickled
 from megarl.models.files.pickled import Maker, records
-from megarl.models.files.regular import opened, printable
+from megarl.models.files.regular import opened, short
 from megarl.models.files.tensor_io import describe, pwrite, write
 
 ALIGNMENT = 64  # bytes, of an archive in its file; the tensor's bytes are aligned like this in the archive
@@ -76,13 +76,13 @@ def read_archive(path: Path, start: int = 0, length: int | None = None) -> Any:
     with opened(path) as file:
         end = os.fstat(file.fileno()).st_size
         length = end - start if length is None else length
-        where = f"{printable(path)}: damaged at byte {start}"
+        where = f"{short(path)}: damaged at byte {start}"
         if start < 0 or length < 0 or start + length > end:
             raise UserError(f"{where}: the file has {end} bytes")
         try:
             return _Archive(path, _Window(file, start, length), start).read()
         except Exception as e:  # of many kinds, because damage can be anywhere
-            raise UserError(f"{where} ({printable(e) or type(e).__name__})") from None
+            raise UserError(f"{where} ({short(e) or type(e).__name__})") from None
 
 
 def read_tensor(path: Path, start: int, length: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -90,13 +90,24 @@ def read_tensor(path: Path, start: int, length: int, shape: Sequence[int], dtype
     tensor = read_archive(path, start, length)
     if not isinstance(tensor, Tensor) or tensor.shape != tuple(shape) or tensor.dtype != dtype:
         found = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
-        raise UserError(f"{printable(path)}: has {found} at byte {start}; .metadata says {dtype} {list(shape)}")
+        raise UserError(f"{short(path)}: has {found} at byte {start}; .metadata says {dtype} {list(shape)}")
     return tensor
 
 
 def start_of(tensor: Tensor) -> int:
     """The byte of the file where the storage of a description begins."""
     return tensor.untyped_storage().place.start  # type: ignore[attr-defined]
+
+
+def stored_entries(archive: ZipFile, length: int) -> list[ZipInfo]:
+    """The entries of a zip file of `length` bytes. ValueError if they would take more than that when unpacked."""
+    entries = archive.infolist()
+    packed = next((e for e in entries if e.compress_type != ZIP_STORED or e.file_size != e.compress_size), None)
+    if packed:
+        raise ValueError(f"{packed.filename} is compressed; nothing in files of this kind is")
+    if sum(entry.file_size for entry in entries) > length:
+        raise ValueError("its records overlap")
+    return entries
 
 
 class _Archive:
@@ -106,13 +117,10 @@ class _Archive:
         self._path, self._window, self._start = path, window, start
         self._storages: dict[str, Tensor] = {}  # by record; one-dimensional descriptions
         with ZipFile(window) as archive:  # type: ignore[arg-type]
-            entries = archive.infolist()
-        packed = next((e for e in entries if e.compress_type != ZIP_STORED or e.file_size != e.compress_size), None)
-        if packed:
-            raise ValueError(f"{packed.filename} is compressed, which torch.save does to nothing")
+            entries = stored_entries(archive, window.length)
         self._entries = {entry.filename.partition("/")[2]: entry for entry in entries}
-        if len(self._entries) < len(entries) or sum(e.file_size for e in entries) > window.length:
-            raise ValueError("its records overlap")
+        if len(self._entries) < len(entries):
+            raise ValueError("it has two records of one name")
 
     def read(self) -> Any:
         if "byteorder" in self._entries and self._record("byteorder", 16) != b"little":

@@ -13,7 +13,7 @@ from megarl.errors import UserError, nearest
 from megarl.models.config_json import read_shape
 from megarl.models.families import rules
 from megarl.models.files.archive import read_archive
-from megarl.models.files.regular import printable, read_json
+from megarl.models.files.regular import read_json, short
 from megarl.models.files.safetensors_file import described_tensors
 from megarl.models.files.tensor_io import bands, loaded
 from megarl.models.layout import Layout
@@ -45,7 +45,7 @@ class HfWeights:
     def tensor(self, name: str) -> Tensor:
         """The tensor's description."""
         if name not in self.names:
-            near = printable(nearest(name, self.names), 200)
+            near = short(nearest(name, self.names), 200)
             raise UserError(f"{self.folder}: tensor {name} is missing {near}".rstrip())
         return self._tensors[name]
 
@@ -87,7 +87,7 @@ class HfWeights:
         extra = {name for name in extra if not name.endswith(".rotary_emb.inv_freq")}
         if extra:
             more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
-            raise UserError(f"{self.folder}: {printable(min(extra))}{more}: no rule of the map covers this tensor")
+            raise UserError(f"{self.folder}: {short(min(extra))}{more}: no rule of the map covers this tensor")
 
     def _check_head(self) -> None:
         """A tied model's files may repeat the embedding as the output layer. UserError if it is another one.
@@ -140,13 +140,13 @@ def _found(folder: Path, allow_pickle: bool) -> Found:
         for name, tensor in read(folder / file).items():
             if name in found:
                 raise UserError(
-                    f"{folder}: tensor {printable(name)} stands twice, in {found[name][0]} and in {file}; delete the "
+                    f"{folder}: tensor {short(name)} stands twice, in {found[name][0]} and in {file}; delete the "
                     "files of the older save"
                 )
             found[name] = file, tensor
     for name, file in indexed.items():
         if name not in found or found[name][0] != file:
-            raise UserError(f"{folder / file}: tensor {printable(name)} is missing, though the index lists it there")
+            raise UserError(f"{folder / file}: tensor {short(name)} is missing, though the index lists it there")
     return found
 
 
@@ -178,12 +178,12 @@ def _weight_map(index: Path) -> dict[str, str]:
     files = sorted(set(found.values()))
     strange = next((file for file in files if Path(file).name != file), None)
     if strange is not None:
-        raise UserError(f"{index}: weight_map: {printable(repr(strange))} is not a file of this folder")
+        raise UserError(f"{index}: weight_map: {short(repr(strange))} is not a file of this folder")
     there = {file.name for file in index.parent.iterdir()}
     missing = [file for file in files if file not in there]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"{index}: names {printable(missing[0])}{more}, which is missing; {len(files)} files are named")
+        raise UserError(f"{index}: names {short(missing[0])}{more}, which is missing; {len(files)} files are named")
     return found
 
 
@@ -194,7 +194,7 @@ def _pickled_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: not a file of tensors (it has a {type(found).__name__})")
     for name, tensor in found.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise UserError(f"{path}: not a file of tensors ({printable(repr(name), 80)} is a {type(tensor).__name__})")
+            raise UserError(f"{path}: not a file of tensors ({short(repr(name), 80)} is a {type(tensor).__name__})")
     return found
 
 
@@ -214,6 +214,6 @@ def _apart(tensors: Found) -> Found:
             for expert in range(len(tensor)):
                 own = f"{stem}.{expert}.{part}.weight"
                 if own in tensors:
-                    raise UserError(f"{file}: tensor {printable(own)} stands twice, alone and in {printable(name)}")
+                    raise UserError(f"{file}: tensor {short(own)} stands twice, alone and in {short(name)}")
                 found[own] = file, block[expert]
     return found

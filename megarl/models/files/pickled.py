@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from megarl.models.files.regular import printable
+from megarl.models.files.regular import short
 
 OPCODES = (
     "PROTO", "FRAME", "STOP", "MARK", "POP", "POP_MARK", "NONE", "NEWTRUE", "NEWFALSE", "INT", "BININT", "BININT1",
@@ -63,7 +63,7 @@ def load(data: bytes, known: Known, persistent: Callable[[Any], Any] | None = No
     try:
         return _Unpickler(data, known, persistent).load()
     except Exception as e:  # of many kinds, because damage can be anywhere
-        raise ValueError(printable(e) or type(e).__name__) from None
+        raise ValueError(short(e) or type(e).__name__) from None
 
 
 def size(values: Any = ()) -> torch.Size:

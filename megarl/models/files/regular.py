@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megarl.errors import UserError
+from megarl.errors import UserError, one_line
 
 JSON_LIMIT = 100_000_000  # bytes
 
@@ -18,12 +18,12 @@ def opened(path: Path) -> BinaryIO:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as e:
-        raise UserError(f"{printable(path)}: {e.strerror}") from None
+        raise UserError(f"{short(path)}: {e.strerror}") from None
     except ValueError:  # a NUL byte, half a surrogate pair
-        raise UserError(f"{printable(path)}: is not a file name") from None
+        raise UserError(f"{short(path)}: is not a file name") from None
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise UserError(f"{printable(path)}: is not a regular file")
+        raise UserError(f"{short(path)}: is not a regular file")
     return open(fd, "rb")
 
 
@@ -32,7 +32,7 @@ def contents(path: Path, limit: int) -> bytes:
     with opened(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
-            raise UserError(f"{printable(path)}: has {size:,} bytes; a file of its kind has at most {limit:,}")
+            raise UserError(f"{short(path)}: has {size:,} bytes; a file of its kind has at most {limit:,}")
         return file.read(limit)
 
 
@@ -46,12 +46,12 @@ def parse_json(path: Path, text: bytes) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as e:
-        raise UserError(f"{printable(path)}: is not JSON: {printable(e)}") from None
+        raise UserError(f"{short(path)}: is not JSON: {short(e)}") from None
 
 
-def printable(text: object, limit: int = 300) -> str:
-    """`text` on one line, without control characters, cut after `limit` characters."""
-    words = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+def short(text: object, limit: int = 300) -> str:
+    """`text` on one line, as a terminal may show it, cut after `limit` characters."""
+    words = " ".join(one_line(str(text)).split())
     return words if len(words) <= limit else words[: limit - 1] + "…"
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megarl.errors import UserError
-from megarl.models.files.regular import opened, parse_json, printable
+from megarl.models.files.regular import opened, parse_json, short
 from megarl.models.files.tensor_io import Values, describe, pwrite, write
 
 DTYPES = {
@@ -51,7 +51,7 @@ def described_tensors(path: Path) -> dict[str, Tensor]:
     except UserError:
         raise
     except Exception as e:  # of many kinds, because damage can be anywhere
-        raise UserError(f"{path}: not a safetensors file ({printable(e)})") from None
+        raise UserError(f"{path}: not a safetensors file ({short(e)})") from None
     if size != 8 + length + end:
         raise UserError(f"{path}: truncated or overlong: {size} bytes, {8 + length + end} by its header")
     return tensors
@@ -62,7 +62,7 @@ def _check_types(path: Path, header: Mapping[str, Mapping[str, Any]]) -> None:
     for name, fact in header.items():
         if isinstance(fact["dtype"], str) and fact["dtype"] not in DTYPES:
             raise UserError(
-                f"{path}: {printable(name)}: has type {printable(fact['dtype'])}, which is not a type of weights here; "
+                f"{path}: {short(name)}: has type {short(fact['dtype'])}, which is not a type of weights here; "
                 "quantised weights cannot be trained, use the bf16 release"
             )
 

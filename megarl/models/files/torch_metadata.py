@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import (
 from megarl.errors import UserError
 from megarl.models.files import pickled
 from megarl.models.files.pickled import Maker, Record, records
-from megarl.models.files.regular import contents, printable
+from megarl.models.files.regular import contents, short
 
 LIMIT = 2**30  # bytes
 _KNOWN = {
@@ -56,7 +56,7 @@ def load_metadata(file: Path) -> Metadata:
         raise
     except Exception as e:  # of many kinds, because damage can be anywhere
         raise UserError(
-            f"{file}: not the metadata of a torch_dist checkpoint ({printable(e) or type(e).__name__})"
+            f"{file}: not the metadata of a torch_dist checkpoint ({short(e) or type(e).__name__})"
         ) from None
 
 
@@ -64,9 +64,9 @@ def check_tiled(folder: Path, key: str, facts: TensorStorageMetadata) -> None:
     """Raise UserError unless each value of the tensor stands in one chunk: none is missing, none stands twice."""
     stored, whole = sum(chunk.sizes.numel() for chunk in facts.chunks), facts.size.numel()
     if stored != whole:
-        raise UserError(f"{folder}: {printable(key)}: {stored} of {whole} values are stored")
+        raise UserError(f"{folder}: {short(key)}: {stored} of {whole} values are stored")
     if not _disjoint([(c.offsets, c.sizes) for c in facts.chunks if c.sizes.numel()]):
-        raise UserError(f"{folder}: {printable(key)}: some of its values are stored twice")
+        raise UserError(f"{folder}: {short(key)}: some of its values are stored twice")
 
 
 Box = tuple[torch.Size, torch.Size]  # offsets and sizes
