@@ -183,8 +183,8 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         "names model-00001-of-00002.safetensors and 1 more, which is missing",
     ),
     "an index that lies": (
-        lambda f: index(f, lambda i: i["weight_map"].update({"model.norm.weight": "model-00001-of-00002.safetensors"})),
-        "model.norm.weight is missing, though the index lists it there",
+        lambda f: index(f, swap),
+        "is missing, though the index lists it there",
     ),
     "an index of elsewhere": (
         lambda f: index(f, lambda i: i["weight_map"].update({"model.norm.weight": "../x.safetensors"})),
@@ -220,6 +220,12 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a type of no sense": (lambda f: edit_config(f, torch_dtype="float99"), "torch_dtype: 'float99' is not a type"),
 }
+
+
+def swap(known: dict[str, Any]) -> None:
+    """An index that says of every tensor that it is in the other file."""
+    first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    known["weight_map"] = {name: second if file == first else first for name, file in known["weight_map"].items()}
 
 
 def stray(file: Path) -> None:

@@ -161,7 +161,16 @@ def test_a_mixture_of_experts_resumes_under_another_expert_layout(tmp_path: Path
         assert (counts, own) == ([BEFORE], True)
 
 
-REFUSED = ("missing", "cut", "lost", "torn", "common", "code in a pickle", "code in the common part")
+REFUSED = (
+    "missing",
+    "cut",
+    "lost",
+    "torn",
+    "common",
+    "code in a pickle",
+    "code by a dotted name",
+    "code in the common part",
+)
 
 
 class _Code:
@@ -219,11 +228,21 @@ def test_refuses_what_is_not_a_whole_fitting_checkpoint(runs: dict[str, Any], tm
     (folders["common"] / "common.pt").write_bytes((saved / "common.pt").read_bytes()[:100])
     code = _Code(f"touch {tmp_path / 'code_ran'}")
     (folders["code in a pickle"] / ".metadata").write_bytes(pickle.dumps(code))
+    (folders["code by a dotted name"] / ".metadata").write_bytes(
+        b"\x80\x04\x8c'torch.distributed.checkpoint.filesystem\x8c\tos.system\x93"
+        + b"("
+        + b"\x8c"
+        + bytes([len(code.command)])
+        + code.command.encode()
+        + b"tR."
+    )
     torch.save({"optimizer": code}, folders["code in the common part"] / "common.pt")
     messages = spawn(_refusals, 1, (runs["model"], other, {**folders, "whole": saved}), TIMEOUT)[0]
     assert messages.keys() == {*REFUSED, "other model", "other optimizer", "disk full"}
     assert not (tmp_path / "code_ran").exists()
     assert "posix.system" in messages["code in a pickle"]
+    assert "filesystem.os.system" in messages["code by a dotted name"]
+    assert "posix.system" in messages["code in the common part"]
     assert not [message for message in messages.values() if "\n" in message]
     assert re.search(r"its hidden is 64, that of .* is 128", messages["other model"])
     assert "distributed_optimizer" in messages["other optimizer"]

@@ -62,6 +62,8 @@ def load(data: bytes, known: Known, persistent: Callable[[Any], Any] | None = No
     """
     try:
         return _Unpickler(data, known, persistent).load()
+    except EOFError:
+        raise ValueError("it ends too early") from None
     except Exception as e:  # of many kinds, because damage can be anywhere
         raise ValueError(short(e) or type(e).__name__) from None
 
@@ -113,7 +115,11 @@ class _Unpickler(_PYTHONS):
         _check_keys(self.stack[::2])
         self.load_dict()
 
-    dispatch: ClassVar[dict[int, Any]] = dict(zip(_CODES, map(_PYTHONS.dispatch.get, _CODES), strict=True))
+    def refuse(self) -> None:
+        raise ValueError("it has an instruction that no checkpoint needs")
+
+    dispatch: ClassVar[dict[int, Any]] = dict.fromkeys(range(256), refuse)
+    dispatch |= dict(zip(_CODES, map(_PYTHONS.dispatch.get, _CODES), strict=True))
     dispatch |= {pickle.REDUCE[0]: make, pickle.NEWOBJ[0]: make, pickle.BUILD[0]: build}
     dispatch |= {pickle.SETITEM[0]: set_item, pickle.SETITEMS[0]: set_items, pickle.DICT[0]: mapping}
 
