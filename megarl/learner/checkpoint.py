@@ -193,7 +193,7 @@ def _manifest(learner: Learner) -> dict[str, Any]:
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
     if not (folder / "metadata.json").is_file():
         raise UserError(f"checkpoint: {folder} is not a whole checkpoint (no metadata.json)")
-    if not (folder / MANIFEST).is_file():
+    if not (folder / MANIFEST).exists():
         return None
     manifest = read_json(folder / MANIFEST)
     kinds = {"model": dict, "updates": int, "optimizer": bool, "distributed_optimizer": bool, "dtype": str}
@@ -254,7 +254,10 @@ def _reading(folder: Path):
         yield
     except RunError:
         raise
-    except Exception as e:  # of many kinds, because damage can be anywhere
+    except (
+        Exception,
+        CheckpointException,
+    ) as e:  # of many kinds, because damage can be anywhere; torch's is no Exception
         raise UserError(f"checkpoint: {folder} is truncated or does not fit: {_line(_first_cause(e))}") from e
 
 
