@@ -38,7 +38,7 @@ def test_objects_and_bombs_are_refused(tmp_path: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     np.savez_compressed(file, a=np.zeros(10))
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("a.npy", bytes(10**8))
+        archive.writestr("a.npy", bytes(10**7))
     with pytest.raises(UserError, match="is compressed"):
         read_arrays(file)
     header = io.BytesIO()
@@ -47,18 +47,18 @@ def test_objects_and_bombs_are_refused(tmp_path: Path) -> None:
         archive.writestr("a.npy", header.getvalue() + bytes(80))
     with pytest.raises(UserError, match="does not have the float64 values of its shape"):
         read_arrays(file)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000  # KB
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KB
 
 
 def test_damage_is_one_line(tmp_path: Path) -> None:
     file, refused = tmp_path / "x.npz", 0
     np.savez(file, **ARRAYS)
     whole = file.read_bytes()
-    for seed in range(300):
+    for seed in range(100):
         file.write_bytes(damaged_bytes(whole, seed))
         try:
             read_arrays(file)
         except UserError as e:
             assert str(e).isprintable(), seed
             refused += 1
-    assert refused > 150
+    assert refused > 40

@@ -92,9 +92,7 @@ def test_a_yaml_file_that_is_no_runs_is_the_users_choice(run: Path, tmp_path: Pa
     check(tmp_path / "mine.yaml")
 
 
-@pytest.mark.parametrize(
-    "command", [["eval", "{run}"], ["train", "{run}/config.yaml", "--resume"], ["serve", "{run}/config.yaml"]]
-)
+@pytest.mark.parametrize("command", ["eval {run}", "train {run}/config.yaml --resume", "serve {run}/config.yaml"])
 def test_the_commands_refuse_before_they_import(
     command: str, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,6 +7,7 @@ FAMILY = Family(
     name="qwen2",
     architecture="Qwen2ForCausalLM",
     qkv_bias=True,
+    defaults={"num_key_value_heads": 32},
     required={"use_sliding_window": False, "hidden_act": "silu"},
     model=MODEL,
     layer=(

@@ -8,7 +8,7 @@ FAMILY = Family(
     name="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
     qk_norm=True,
-    defaults={"norm_topk_prob": False},
+    defaults={"norm_topk_prob": False, "num_key_value_heads": 4},
     required={
         "attention_bias": False,
         "use_sliding_window": False,
