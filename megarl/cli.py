@@ -27,6 +27,7 @@ _PASS_ON: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": 
 Config = Annotated[Path, typer.Argument(help="YAML file of settings.", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as key=value, e.g. optimizer.lr=1e-5.")]
 Ranks = Annotated[int | None, typer.Option(min=1, help="Ranks to start on this machine; default: one model copy.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue from the run's newest complete checkpoint.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the derived sizes and stop.")]
 
 TrustRun = Annotated[
@@ -39,9 +40,7 @@ def train(
     config: Config,
     overrides: Overrides = None,
     nproc: Ranks = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue from the run's newest complete checkpoint.")
-    ] = False,
+    resume: Resume = False,
     dry_run: DryRun = False,
     allow_changes: Annotated[
         bool, typer.Option("--allow-changes", help="With --resume: let data, groups and rewards have other settings.")
@@ -62,16 +61,17 @@ def sft(
     config: Config,
     overrides: Overrides = None,
     nproc: Ranks = None,
+    resume: Resume = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Fine-tune a model on prompts and responses (data.train). The result is RUN/model."""
+    """Fine-tune a model on prompts and responses (data.train); the result is RUN/model. See docs/sft.md."""
     from megarl.runtime.interrupt import starting
 
     with starting():
         from megarl import config as settings_file
         from megarl import launch
 
-        launch.sft(settings_file.load(config, overrides), nproc, dry_run)
+        launch.sft(settings_file.load(config, overrides), nproc, resume, dry_run)
 
 
 @app.command(context_settings=_KEY_VALUE)

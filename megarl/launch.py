@@ -88,11 +88,11 @@ def train(
 
 
 @starting()
-def sft(settings: Settings, nproc: int | None, dry_run: bool) -> None:
+def sft(settings: Settings, nproc: int | None, resume: bool, dry_run: bool) -> None:
     """As `train`, for supervised fine-tuning."""
     world_size = _world_size(settings, nproc)
     locate(settings)
-    shape = preflight(settings, world_size, False, go_on="delete it, or name another folder: sft cannot continue one")
+    shape = preflight(settings, world_size, resume)
     sizes = derived(settings, shape, world_size)
     sizes = {name: sizes[name] for name in ("model", "layout", "precision", "rows", "steps", "run")}
     sizes["updates"] = f"1 a step, {settings.batch.prompts_per_step} demonstrations each"
@@ -101,7 +101,14 @@ def sft(settings: Settings, nproc: int | None, dry_run: bool) -> None:
         return
     from megarl.sft import sft as run
 
-    if not _start(run, settings, (), world_size, sizes, saves=True):
+    controller = parallel.launch_info().rank == 0
+    with lasting(settings.run / "logs"):
+        try:
+            finished = _start(run, settings, (resume,), world_size, sizes, saves=True)
+        finally:
+            if controller and recorded(settings.run):
+                report.at_end(settings.run)
+    if not finished:
         raise Stopped
 
 
@@ -189,13 +196,8 @@ def locate(settings: Settings) -> None:
     settings.data.eval = [file for each in settings.data.eval for file in hub.data(each, "data.eval")]
 
 
-def preflight(
-    settings: Settings,
-    world_size: int,
-    resume: bool,
-    go_on: str = "add --resume to continue it, or name another folder",
-) -> ModelShape:
-    """Every check that needs no weights. Raises UserError; writes nothing. `go_on`: advice when there is a run."""
+def preflight(settings: Settings, world_size: int, resume: bool) -> ModelShape:
+    """Every check that needs no weights. Raises UserError; writes nothing."""
     if not (settings.model.path / "config.json").is_file():
         raise UserError(f"model.path: {settings.model.path} has no config.json")
     for name, files in (("train", settings.data.train), ("eval", settings.data.eval)):
@@ -214,7 +216,7 @@ def preflight(
     if checkpoints.exists() and not checkpoints.is_dir():
         raise UserError(f"run: {checkpoints} is a file; move it away, or name another folder")
     if not resume and recorded(settings.run):
-        raise UserError(f"run: {settings.run} already has a run; {go_on}")
+        raise UserError(f"run: {settings.run} already has a run; add --resume to continue it, or name another folder")
     return shape
 
 

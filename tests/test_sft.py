@@ -2,6 +2,7 @@
 was trained. Whether the taught reasoner solves problems is the README's figure, not this test's."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from examples.quickstart.make_problems import write_jsonl
 from examples.quickstart.search_verify import lesson_rows
 from megarl.config import Settings, load
-from megarl.data.demonstrations import read_demonstrations
+from megarl.data.demonstrations import Demonstration, read_demonstrations
+from megarl.errors import UserError
 from megarl.learner.export import WEIGHTS
 from megarl.runtime.spawn import spawn
 from megarl.sft import draw_order, sft
@@ -33,9 +35,26 @@ def settings(folder: Path, **overrides: object) -> Settings:
     return load(Path("examples/quickstart/sft.yaml"), [f"{key}={value}" for key, value in changes.items()])
 
 
+def metrics(given: Settings) -> list[dict[str, float]]:
+    lines = map(json.loads, (given.run / "metrics.jsonl").read_text().splitlines())
+    return [{name: value for name, value in line.items() if not name.startswith("seconds")} for line in lines]
+
+
 def run(given: Settings, nproc: int) -> list[float]:
     spawn(sft, nproc, (given,), timeout=240.0)
-    return [json.loads(line)["loss"] for line in (given.run / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in metrics(given)]
+
+
+def likelihood(model: torch.nn.Module, rows: list[Demonstration]) -> tuple[float, int]:
+    """By transformers: the negative log-likelihood of all responses, and how many tokens they have."""
+    nll, tokens = 0.0, 0
+    for row in rows:
+        ids = torch.from_numpy(row.token_ids).long()
+        with torch.no_grad():
+            logprobs = model(ids[None]).logits[0, :-1].log_softmax(-1)
+        nll -= float(logprobs.gather(1, ids[1:, None])[row.response_start - 1 :].sum())
+        tokens += len(ids) - row.response_start
+    return nll, tokens
 
 
 @pytest.mark.parallel
@@ -66,13 +85,7 @@ def test_the_export_is_the_trained_model(tmp_path: Path) -> None:
     assert [path.name for path in given.run.iterdir() if path.suffix == ".partial"] == []
 
     rows, _ = read_demonstrations(given.data.train, AutoTokenizer.from_pretrained(folder), given.data, 2048)
-    nll, tokens = 0.0, 0
-    for row in rows[:16]:
-        ids = torch.from_numpy(row.token_ids).long()
-        with torch.no_grad():
-            logprobs = model(ids[None]).logits[0, :-1].log_softmax(-1)
-        nll -= float(logprobs.gather(1, ids[1:, None])[row.response_start - 1 :].sum())
-        tokens += len(ids) - row.response_start
+    nll, tokens = likelihood(model, rows[:16])
     assert loss == pytest.approx(nll / tokens, abs=1e-5)
 
 
@@ -82,3 +95,47 @@ def test_the_order_is_the_files_or_a_new_one_each_round() -> None:
     rounds = [tuple(next(shuffled) for _ in range(5)) for _ in range(6)]
     assert all(sorted(r) == [0, 1, 2, 3, 4] for r in rounds)
     assert len(set(rounds)) > 1
+
+
+@pytest.mark.parallel
+@pytest.mark.slow
+def test_a_resumed_run_repeats_the_whole_one(tmp_path: Path) -> None:
+    """Cut after a checkpoint, with a held-out loss on the way: every figure and the model are equal, bit by bit.
+
+    Other data would give rows twice or never, and is refused. A run that is done writes a lost model again.
+    """
+    quick = {
+        "optimizer.warmup_steps": 2, "steps": 6, "checkpoint.every": 2, "checkpoint.keep": 9, "data.shuffle": True,
+        "evaluation.every": 2, "evaluation.limit": 20,
+    }  # fmt: skip
+    whole = settings(tmp_path, run=tmp_path / "whole", **quick)
+    whole.data.eval = list(whole.data.train)
+    spawn(sft, 2, (whole,), timeout=240.0)
+    cut = whole.model_copy(update={"run": tmp_path / "cut"})
+    shutil.copytree(whole.run, cut.run)
+    shutil.rmtree(cut.run / "model")
+    for step in (4, 6):
+        shutil.rmtree(cut.run / "checkpoints" / f"step_{step:06d}")
+    spawn(sft, 2, (cut, True), timeout=240.0)
+    assert metrics(cut) == metrics(whole)
+    assert [line["step"] for line in metrics(whole) if "eval/loss" in line] == [0, 2, 4, 6]
+    models = [(given.run / "model" / "model.safetensors").read_bytes() for given in (whole, cut)]
+    assert models[0] == models[1]
+
+    shutil.rmtree(cut.run / "model")
+    spawn(sft, 1, (cut, True), timeout=240.0)
+    assert (cut.run / "model" / "model.safetensors").read_bytes() == models[0]
+    with pytest.raises(UserError, match="seed: differs"):
+        spawn(sft, 1, (cut.model_copy(update={"seed": 9}), True), timeout=240.0)
+
+
+@pytest.mark.parallel
+def test_the_held_out_loss_is_transformers_own(tmp_path: Path) -> None:
+    """Before the first step, on the shipped weights: the mean over the response tokens of `data.eval`."""
+    more = {"model.weights": "pretrained", "steps": 1, "evaluation.limit": 12, "rollout.temperature": 0.5}
+    given = settings(tmp_path, **more)
+    given.data.eval = list(given.data.train)
+    spawn(sft, 2, (given,), timeout=240.0)
+    rows, _ = read_demonstrations(given.data.eval, AutoTokenizer.from_pretrained(REASONER), given.data, 2048)
+    nll, tokens = likelihood(AutoModelForCausalLM.from_pretrained(REASONER), rows[:12])
+    assert metrics(given)[0] == {"step": 0, "eval/loss": pytest.approx(nll / tokens, abs=1e-5)}

@@ -7,17 +7,26 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 from megarl.config import Settings
 from megarl.learner import checkpoint
 from megarl.learner.learner import Learner
 from megarl.learner.parallel import World
 from megarl.loop.collectives import broadcast
-from megarl.loop.controller import Controller
 from megarl.run import atomic
 from megarl.runtime.watchdog import waiting
 from megarl.view.progress import RunProgress
+
+
+class Saved(Protocol):
+    """What rank 0 saves beside the learner."""
+
+    def save(self, folder: Path) -> None: ...
+
+    def load(self, folder: Path) -> None: ...
 
 
 class Checkpoints:
@@ -32,7 +41,7 @@ class Checkpoints:
         settings: Settings,
         world: World,
         learner: Learner,
-        controller: Controller | None,
+        controller: Saved | None,
         progress: RunProgress,
     ) -> None:
         self.folder = settings.run / "checkpoints"

@@ -11,7 +11,7 @@ const CURVES = [  // section, title, [[key, label]…], options; a figure is not
   ["learning", "Steps a response", [["steps_per_response", "training"], ["eval/steps_per_response", "held-out"]]],
   ["learning", "Cut at the length limit", [["overlong", "training"], ["eval/overlong", "held-out"]], { percent: true }],
   ["learning", "Answers in the right form", [["eval/formatted", "held-out"]], { percent: true }],
-  ["learning", "Loss", [["loss"]]],
+  ["learning", "Loss", [["loss", "training"], ["eval/loss", "held-out"]]],
   ["learning", "Policy loss, penalties apart", [["policy_loss"]], { unlike: { policy_loss: "loss" } }],
   ["learning", "Entropy", [["entropy"]]],
   ["learning", "KL to the reference", [["kl"]]],
@@ -39,7 +39,7 @@ const CURVES = [  // section, title, [[key, label]…], options; a figure is not
   ["machine", "Weight version of the rollouts", [["weight_version"]], { exact: true }],
 ];
 const PHASE = /^seconds_(?!total$)(.+)/, EXIT = /^exits\/(.+)/, BIN = /^probe_confidence\/([\d.]+)$/;
-const STACKED = /^(verdict_|seconds_|exits\/|probe_confidence\/|eval\/completions$|eval\/score_std$|mismatch_tokens$|step$)/;
+const STACKED = /^(nll$|verdict_|seconds_|exits\/|probe_confidence\/|eval\/completions$|eval\/score_std$|mismatch_tokens$|step$)/;
 
 /** The x values of a run under each choice of axis. */
 function abscissae(metrics) {

@@ -103,7 +103,7 @@ def _static(each: Run, name: str, packed: rollouts.Packed) -> dict[str, Any]:
         )
     return {
         "name": name,
-        "method": _method(each.settings),
+        "method": _method(each),
         "progress": f"{each.last_step} of {each.steps} steps",
         "finished": each.finished,
         "tiles": [tile | {"text": _figure(tile["value"], tile["unit"]),
@@ -115,12 +115,17 @@ def _static(each: Run, name: str, packed: rollouts.Packed) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _method(settings: dict[str, Any]) -> str:
+def _method(each: Run) -> str:
     """What was trained and how, in a few words."""
+    settings = each.settings
     if not settings:
         return ""
-    parts = [Path(settings["model"]["path"]).name, settings.get("algorithm", {}).get("preset", "").upper()]
-    if settings.get("rollout", {}).get("early_exit", {}).get("enabled"):
+    imitated = each.environment.get("job") == "sft"
+    parts = [
+        Path(settings["model"]["path"]).name,
+        "SFT" if imitated else settings.get("algorithm", {}).get("preset", "").upper(),
+    ]
+    if not imitated and settings.get("rollout", {}).get("early_exit", {}).get("enabled"):
         parts.append("Step-GRPO")
     pruning = settings.get("pruning", {})
     if pruning.get("prompts") or pruning.get("completions"):

@@ -57,9 +57,10 @@ def read(folder: Path) -> Run:
         notices.append(f"{file} is missing: settings are not shown")
     if metrics and (ended := metrics[-1].get("ended")):
         notices.append(f"the run was over at step {metrics[-1]['step']}: {ended}")
-    steps, notice = _ledger(folder / "checkpoints")
+    environment = provenance.read(folder)
+    steps, notice = ([], "") if environment.get("job") == "sft" else _ledger(folder / "checkpoints")
     notices += [notice] if notice else []
-    return Run(folder, folder.resolve().name, metrics, settings, provenance.read(folder), steps, notices)
+    return Run(folder, folder.resolve().name, metrics, settings, environment, steps, notices)
 
 
 def _ledger(checkpoints: Path) -> tuple[list[ledger.Step], str]:
@@ -100,7 +101,10 @@ def tiles(run: Run) -> list[dict[str, Any]]:
             found.append(_tile("Held-out score", first, last, "eval/score", "", f"± {error:.3f}, the graders' mean"))
         if "eval/response_tokens" in last:
             found.append(_tile("Held-out response", first, last, "eval/response_tokens", "tokens"))
+    if losses := [line for line in run.metrics if "eval/loss" in line]:
+        found.append(_tile("Held-out loss", losses[0], losses[-1], "eval/loss", ""))
     for key, label, unit in (
+        ("nll", "Training loss", ""),
         ("reward", "Reward", ""),
         ("accuracy", "Training accuracy", "%"),
         ("score", "Training score", ""),

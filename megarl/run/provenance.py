@@ -24,11 +24,12 @@ PACKAGES = (
 VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_NNODES")
 
 
-def describe(ranks: int) -> dict[str, Any]:
+def describe(ranks: int, job: str = "train") -> dict[str, Any]:
     """One flat mapping, for a table. Of the environment variables it has only `VARIABLES`."""
     found: dict[str, Any] = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
+        "job": job,
         "ranks": ranks,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}",
@@ -42,8 +43,8 @@ def describe(ranks: int) -> dict[str, Any]:
     return found | {name: os.environ[name] for name in VARIABLES if name in os.environ}
 
 
-def write(folder: Path, ranks: int) -> None:
-    write_text(folder / FILE, json.dumps(describe(ranks), indent=1) + "\n")
+def write(folder: Path, ranks: int, job: str = "train") -> None:
+    write_text(folder / FILE, json.dumps(describe(ranks, job), indent=1) + "\n")
 
 
 def read(folder: Path) -> dict[str, Any]:

@@ -29,6 +29,7 @@ _SHOWN = (  # (metric, label, format)
     ("completions_dropped", "dropped", "{:.0f}"),
     ("grad_norm", "|g|", "{:.2f}"),
     ("mismatch_mean", "mismatch", "{:.0e}"),
+    ("eval/loss", "held-out loss", "{:.3f}"),
     ("eval/accuracy", "held-out acc", "{:.3f}"),
     ("eval/score", "held-out score", "{:.3f}"),
     ("eval/response_tokens", "held-out tokens", "{:.0f}"),

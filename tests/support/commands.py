@@ -142,6 +142,12 @@ LESSON = [
          leaves="runs/sft/model/model.safetensors"),
     here("megarl sft CONFIG", "run=runs/sft_2 steps=1 optimizer.warmup_steps=0 parallel.tp=1",
          run="megarl sft examples/quickstart/sft.yaml", leaves="runs/sft_2/model/model.safetensors"),
+    *(here(command, f"run={run} steps=1 optimizer.warmup_steps=0 parallel.tp=1", leaves=f"{run}/{file}",
+           run=command.replace("CONFIG", "examples/quickstart/sft.yaml").replace("[", "").replace("]", ""))
+      for command, run, file in (("megarl sft CONFIG --resume", "runs/sft_2", "report.html"),
+                                 ("megarl sft CONFIG [--resume]", "runs/sft_3", "model/model.safetensors"))),
+    here("megarl sft CONFIG --dry-run", "run=runs/sft_4", run="megarl sft examples/quickstart/sft.yaml --dry-run",
+         says="demonstrations each"),
     here("cp runs/sft/model/model.safetensors examples/quickstart/reasoner/"),
 ]  # fmt: skip
 OWN_MODEL = [
