@@ -6,6 +6,7 @@ Floors, from the top down. A module imports only from its own room and from the 
     scaling
     launch
     bench
+    checks
     train, sft, evaluate, replay, markers
     loop, report, doctor
     rollout, planner

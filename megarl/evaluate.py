@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from megarl.config import Settings
-from megarl.errors import UserError
 from megarl.learner import parallel
 from megarl.learner.learner import Learner
 from megarl.loop.checkpoints import Checkpoints
@@ -30,8 +29,6 @@ def evaluate(
     `trained`: take the weights of the newest whole checkpoint of `settings.run`, else those of `settings.model.path`.
     `responses`: a file that gets every response as one JSON object a line, with its temperature.
     """
-    if not settings.data.eval:
-        raise UserError("data.eval: [] has no held-out problems; e.g. data.eval=[heldout.jsonl]")
     with ExitStack() as stack:
         deadline = settings.collective_timeout + settings.rollout.timeout
         world = parallel.start(settings.parallel, settings.precision, settings.seed, deadline)

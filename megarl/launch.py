@@ -4,28 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from megarl import config, report
-from megarl.algorithms import presets, steps
+from megarl.checks import Mistakes, data, folder, reward
+from megarl.checks import settings as checks
 from megarl.config import Settings
-from megarl.data.files import check_exists
-from megarl.data.prompts import first_answers, read_prompts
 from megarl.errors import RunError, Stopped, UserError
-from megarl.learner import parallel, precision, router
-from megarl.models import hub
+from megarl.learner import parallel
 from megarl.models.config_json import read_shape
-from megarl.models.families import rules
-from megarl.models.files.hf import HfWeights
 from megarl.models.shape import ModelShape
-from megarl.models.tokenizer import load_tokenizer
 from megarl.planner.fitting import fitting
-from megarl.rewards.workers import Graders
-from megarl.rollout.early_exit import plan
 from megarl.rollout.servers import flags
-from megarl.run import changes, provenance, trackers
+from megarl.run import changes, provenance
 from megarl.run.directory import read_metrics
 from megarl.run.records import METRICS, recorded
 from megarl.runtime.interrupt import starting
@@ -37,8 +29,8 @@ from megarl.view.console import console
 from megarl.view.summary import summary
 from megarl.view.table import show, show_rows
 
-MADE_UP = "Let me guess.\n</think>\n\n\\boxed{0}"
-"""A response to try the reward function on."""
+Check = Callable[[ModelShape], dict[str, Any]]
+"""A check that raises UserError, or returns what it found in words."""
 
 
 @starting()
@@ -58,18 +50,27 @@ def train(
     settings, RunError when the run fails, Stopped when it was asked to leave and has saved.
     """
     world_size = _world_size(settings, nproc)
-    locate(settings)
-    shape = preflight(settings, world_size, resume)
+    more: list[Check] = [
+        lambda shape: data.prompts(settings, shape),
+        lambda shape: {"weights": checks.weights(settings, shape)},
+        lambda shape: {"reward": reward.tried(settings, settings.data.train)},
+    ]
     if resume:
-        changes.check(settings, allow_changes)
-        if (settings.run / METRICS).is_file():
-            read_metrics(settings.run)  # refuses a damaged one before anything starts
-    reward = try_reward(settings, settings.data.train)
-    sizes = derived(settings, shape, world_size)
+        more.insert(0, lambda shape: _resumed(settings, allow_changes))
     if dry_run:
-        fits = fitting(settings, shape, world_size)
-        found = {"weights": weights(settings, shape), "memory, on GPUs": fits}
-        show(sizes | prompts(settings) | found | {"reward": reward, "engine flags": flags.checked(settings)})
+        more.append(
+            lambda shape: {
+                "memory, on GPUs": fitting(settings, shape, world_size),
+                "engine flags": flags.checked(settings),
+                "disk": folder.check(settings, shape, resume),
+            }
+        )
+    shape, found = _checked(settings, world_size, resume, *more)
+    sizes = derived(settings, shape, world_size)
+    if notes := checks.notes(settings, resume):
+        sizes["note"] = "\n".join(notes)
+    if dry_run:
+        show(sizes | found)
         return []
     from megarl.train import train as run
 
@@ -91,13 +92,20 @@ def train(
 def sft(settings: Settings, nproc: int | None, resume: bool, dry_run: bool) -> None:
     """As `train`, for supervised fine-tuning."""
     world_size = _world_size(settings, nproc)
-    locate(settings)
-    shape = preflight(settings, world_size, resume)
+    shape, found = _checked(
+        settings,
+        world_size,
+        resume,
+        lambda shape: data.demonstrations(settings, shape),
+        lambda shape: {"weights": checks.weights(settings, shape)},
+    )
     sizes = derived(settings, shape, world_size)
     sizes = {name: sizes[name] for name in ("model", "layout", "precision", "rows", "steps", "run")}
     sizes["updates"] = f"1 a step, {settings.batch.prompts_per_step} demonstrations each"
+    if notes := checks.notes(settings, resume):
+        sizes["note"] = "\n".join(notes)
     if dry_run:
-        show(sizes)
+        show(sizes | found)
         return
     from megarl.sft import sft as run
 
@@ -127,9 +135,16 @@ def evaluate(
     if responses and not responses.absolute().parent.is_dir():
         raise UserError(f"--responses: {responses.absolute().parent} is no folder; name a file in one that exists")
     world_size = _world_size(settings, nproc)
-    locate(settings)
-    preflight(settings, world_size, resume=True)
-    try_reward(settings, settings.data.eval)
+    if not settings.data.eval:
+        raise UserError("data.eval: [] has no held-out problems; e.g. data.eval=[heldout.jsonl]")
+    _checked(
+        settings,
+        world_size,
+        None,
+        lambda shape: data.prompts(settings, shape, ("eval",)),
+        lambda shape: {} if trained else {"weights": checks.weights(settings, shape)},
+        lambda shape: {"reward": reward.tried(settings, settings.data.eval)},
+    )
     from megarl.evaluate import evaluate as run
 
     wanted = temperatures or [settings.evaluation.temperature]
@@ -189,54 +204,46 @@ def _start(
         return spawn(run, world_size, (settings, *arguments), saves=saves, heartbeat=heartbeat)[0]
 
 
-def locate(settings: Settings) -> None:
-    """Replace Hub ids by files in the cache, in place, so that every rank reads the same. Raises UserError."""
-    settings.model.path = hub.model(settings.model.path, settings.model.weights == "pretrained")
-    settings.data.train = [file for each in settings.data.train for file in hub.data(each, "data.train")]
-    settings.data.eval = [file for each in settings.data.eval for file in hub.data(each, "data.eval")]
+def _resumed(settings: Settings, allow_changes: bool) -> dict[str, Any]:
+    """Refuse a run that cannot go on under these settings, or whose metrics are damaged."""
+    changes.check(settings, allow_changes)
+    if (settings.run / METRICS).is_file():
+        read_metrics(settings.run)
+    return {}
 
 
 def preflight(settings: Settings, world_size: int, resume: bool) -> ModelShape:
-    """Every check that needs no weights. Raises UserError; writes nothing."""
-    if not (settings.model.path / "config.json").is_file():
-        raise UserError(f"model.path: {settings.model.path} has no config.json")
-    for name, files in (("train", settings.data.train), ("eval", settings.data.eval)):
-        for file in files:
-            check_exists(file, f"data.{name}")
-    shape = read_shape(settings.model.path)
-    parallel.check(settings.parallel, shape)
-    router.check(settings, shape)
-    parallel.check_ranks(settings.parallel, world_size)
-    precision.check(settings.precision)
-    trackers.check(settings.trackers)
-    presets.resolve(settings.algorithm, settings.rollout.max_response_tokens, settings.batch.updates_per_step)
-    steps.check_shaping(settings.reward, settings.rollout.max_response_tokens)
-    plan.check(settings.rollout, load_tokenizer(settings.model.path))
-    checkpoints = settings.run / "checkpoints"
-    if checkpoints.exists() and not checkpoints.is_dir():
-        raise UserError(f"run: {checkpoints} is a file; move it away, or name another folder")
-    if not resume and recorded(settings.run):
-        raise UserError(f"run: {settings.run} already has a run; add --resume to continue it, or name another folder")
+    """Every check that needs neither weights nor data. Raises UserError, a line a mistake; writes nothing."""
+    mistakes = Mistakes()
+    with mistakes:
+        shape = checks.check(settings, world_size)
+        with mistakes:
+            folder.check(settings, shape, resume)
+    mistakes.answer()
     return shape
 
 
-def try_reward(settings: Settings, files: list[Path]) -> str:
-    """Grade a made-up response to the first problems of `files`, as the controller does; what came of it, in words.
+def _checked(
+    settings: Settings, world_size: int, resume: bool | None, *more: Check
+) -> tuple[ModelShape, dict[str, Any]]:
+    """The model's shape, and what `more` checks found in words. Rank 0 alone makes those, which read files.
 
-    Raises UserError if the function cannot be imported, takes other arguments, or gives no verdict at all.
+    `resume` None: the run's folder is only read.
+
+    Raises UserError, a line for each mistake that any check found; nothing was started or written then.
     """
-    answers = first_answers(files, 3) if parallel.launch_info().rank == 0 else []
-    if not answers:
-        return "not tried"
-    function = settings.reward.function
-    try:
-        with closing(Graders(function, workers=1, timeout=settings.reward.timeout)) as graders:
-            grades = [grade.result() for grade in [graders.submit(MADE_UP, answer) for answer in answers]]
-    except RunError as e:
-        raise UserError(f"reward.function: '{function}': {e}") from None
-    if all(grade.verdict in ("error", "timeout") for grade in grades):
-        raise UserError(f"reward.function: '{function}' fails on a made-up response: {grades[0].message}")
-    return f"{function}: {', '.join(grade.verdict for grade in grades)} for a made-up response"
+    checks.locate(settings)
+    mistakes, found = Mistakes(), dict[str, Any]()
+    with mistakes:
+        checks.check(settings, world_size) if resume is None else preflight(settings, world_size, resume)
+    with mistakes:
+        shape = checks.shape_of(settings)
+        checks.freeze_date(settings, resume is not False)
+        for check in more if parallel.launch_info().rank == 0 else ():
+            with mistakes:
+                found |= check(shape)
+    mistakes.answer()
+    return shape, found
 
 
 def derived(settings: Settings, shape: ModelShape, world_size: int) -> dict[str, Any]:
@@ -265,22 +272,3 @@ def derived(settings: Settings, shape: ModelShape, world_size: int) -> dict[str,
         else settings.steps,
         "run": settings.run,
     }
-
-
-def weights(settings: Settings, shape: ModelShape) -> str:
-    """Where the first weights come from. Raises UserError unless the files have exactly the model's tensors."""
-    if settings.model.weights == "random":
-        return "drawn from the seed"
-    files = HfWeights(settings.model.path)
-    files.check(rules(shape))
-    return f"{len(files.names)} tensors in {len(files.files())} files, each with its rule in the map"
-
-
-def prompts(settings: Settings) -> dict[str, str]:
-    """Read the data as a run would, and count its rows. Raises UserError for the first malformed row."""
-    tokenizer, found = load_tokenizer(settings.model.path), {}
-    for name in ("train", "eval"):
-        if files := getattr(settings.data, name):
-            _, report = read_prompts(files, tokenizer, settings.data, setting=f"data.{name}")
-            found[f"data.{name}"] = str(report)
-    return found

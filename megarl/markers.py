@@ -17,8 +17,9 @@ from transformers import PreTrainedTokenizerBase
 from megarl import config
 from megarl.algorithms.steps import count_steps
 from megarl.config.reading import recipe
-from megarl.data.files import check_exists, records
-from megarl.data.prompts import read_prompts, renderer
+from megarl.data.files import expand, records
+from megarl.data.prompts import read_prompts
+from megarl.data.rendering import Renderer
 from megarl.errors import UserError
 from megarl.models import hub
 from megarl.models.files.hf import HfWeights
@@ -80,7 +81,7 @@ def markers(model: str, prompts: Path | None, given: Path | None, samples: int, 
     tokenizer = load_tokenizer(folder)
     vocabulary = vocabulary_of(tokenizer, folder)
     data = config.Data(train=[prompts] if prompts else [])
-    example = renderer(tokenizer, data)([{"role": "user", "content": "What is 1 + 1?"}], "the example")
+    example = Renderer(tokenizer, data)([{"role": "user", "content": "What is 1 + 1?"}], "the example")
     data = data.model_copy(update=recipe(Template(tokenizer, example).recipe).get("data", {}))
     table = read_prompts(data.train, tokenizer, data, setting="--prompts")[0] if prompts else []
     asked = [table[i] for i in range(min(samples, len(table)))]
@@ -181,7 +182,7 @@ def _read(place: Path) -> Iterator[Response]:
     """The responses in a file, or of a run's newest step; of chat messages the last one."""
     if place.is_dir():
         place = max((place / "rollouts").glob("step_*.jsonl"), default=place / "rollouts" / "step_000001.jsonl")
-    check_exists(place, "--responses")
+    [place] = expand([place], "--responses")
     mark, rows = records(place, COLUMNS)
     number = None
     for number, row in rows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ def invoke(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return int(left.value.code or 0)
 
 
+ENGINE = ["rollout.engine=sglang", f"rollout.servers.python={sys.executable}"]
 MISTAKES = {
     "unknown key": (["optimizer.lrr=1"], ["optimizer.lrr", "'lr'"]),
     "tp over the key/value groups": (["parallel.tp=4"], ["parallel.tp", "4", "2"]),
@@ -38,11 +40,11 @@ MISTAKES = {
     "marker": (["rollout.early_exit.markers=[]"], ["markers", "Wait"]),
     "idle switch": (["algorithm.loss_divisor=5"], ["algorithm.loss_divisor"]),
     "engine flags": (
-        ["rollout.engine=sglang", "rollout.servers.flags=[--tp-size=3]", "rollout.early_exit.enabled=false"],
+        [*ENGINE, "rollout.servers.flags=[--tp-size=3]", "rollout.early_exit.enabled=false"],
         ["rollout.servers.flags", "size 3", "valid value: 2"],
     ),
     "engine flag and value in one": (
-        ["rollout.engine=sglang", "rollout.servers.flags=['--tp-size 2']", "rollout.early_exit.enabled=false"],
+        [*ENGINE, "rollout.servers.flags=['--tp-size 2']", "rollout.early_exit.enabled=false"],
         ["rollout.servers.flags", "two texts"],
     ),
     "prompt limit": (["data.max_prompt_tokens=2"], ["data.max_prompt_tokens", "2", "shortest"]),

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megarl.config.section import Fraction, Natural, Positive, Rate, Section
+from megarl.config.section import Fraction, Natural, Positive, Rate, Seconds, Section
 
 DEFAULT_GRADER = "megarl.rewards.math:grade"
 
@@ -19,7 +19,7 @@ class Reward(Section):
     or `right`, `wrong`, `timeout` or `error`. The dry run tries it."""
     workers: Positive = 2
     """Grader processes. Raise it when `seconds_reward` is a large part of a step."""
-    timeout: Annotated[float, Field(gt=0)] = 10.0
+    timeout: Seconds = 10.0
     """Seconds for one verdict. After that the worker is killed and the verdict is `timeout`."""
     shaping: Literal["none", "step_aware", "length_penalty", "overlong"] = "none"
     """What is added to correctness. `step_aware` is Step-GRPO's, `length_penalty` is linear, `overlong` is DAPO's soft

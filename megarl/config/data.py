@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Literal
+from datetime import date
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from megarl.config.section import Positive, Section
+from megarl.config.section import Place, Positive, Section
 
 
 class Data(Section):
     """The problems. Columns are found by name, e.g. `problem` or `prompt`, and `answer`."""
 
-    train: list[Path]
-    """JSONL, JSON or Parquet files of problems. `hf://datasets/OWNER/NAME/FILE` is read from the Hugging Face Hub; FILE
-    may contain `*`."""
-    eval: list[Path] = []
+    train: list[Place]
+    """JSONL, JSON or Parquet files of problems, also compressed as .jsonl.gz or .json.gz. A folder means its Parquet
+    and JSONL files, and a name with `*` every file that matches. `hf://datasets/OWNER/NAME/FILE` is read from the
+    Hugging Face Hub."""
+    eval: list[Place] = []
     """Held-out problems, in the same formats. Default: no evaluation."""
     chat_template: Literal["auto", "none"] = "auto"
     """`auto` applies the tokenizer's chat template if it has one. `none` tokenizes the prompt as it is."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Variables for the chat template, e.g. `{enable_thinking: false}` for Qwen3. The template must use each of
+    them."""
+    template_date: date | None = None
+    """The date for chat templates that write today's. Default: the day on which the run starts, also after a
+    resume."""
     system_prompt: str | None = None
     """System message before every prompt. It needs a chat template. Default: the data's own, if any."""
+    answers: Literal["required", "optional"] = "required"
+    """Whether every row needs an answer. With `optional`, the reward function gets an empty text for a row without
+    one."""
     max_prompt_tokens: Positive = 2048
     """Prompts with more tokens are skipped and counted."""
     shuffle: bool = True
@@ -38,8 +48,9 @@ class Batch(Section):
     prompts_per_update: Positive | None = None
     """Prompts per optimizer update; it must divide `prompts_per_step`. Default: all of them, which is exactly
     on-policy."""
-    tokens_per_row: Positive = 16384
-    """Tokens in one packed row, and so in one micro-batch. Lower it when training runs out of memory."""
+    tokens_per_row: Positive = 18432
+    """Tokens in one packed row, and so in one micro-batch. It must fit the longest prompt with a full response. Lower
+    it when training runs out of memory."""
 
     @property
     def updates_per_step(self) -> int:

@@ -6,6 +6,7 @@ import math
 import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -158,7 +159,15 @@ def _kind(annotation: Any, metadata: Any = ()) -> str:
         plural = _kind(inner[0]) + ("" if get_origin(inner[0]) is Literal else "s")
         name = f"list of {plural}" if origin is list else f"{len(inner)} {plural}"
     else:
-        name = {Path: "path", str: "text", bool: "bool", int: "integer", float: "number"}.get(
-            annotation, getattr(annotation, "__name__", str(annotation))
-        )
+        names = {
+            Path: "path",
+            str: "text",
+            bool: "bool",
+            int: "integer",
+            float: "number",
+            dict: "mapping",
+            date: "date",
+        }
+        kind = origin or annotation
+        name = names.get(kind, getattr(kind, "__name__", str(kind)))
     return f"{name}, {bounds}" if bounds else name

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megarl.config.section import Fraction, Natural, Positive, Section
+from megarl.config.section import Fraction, Natural, Place, Positive, Rate, Section
 
 
 class Model(Section):
     """The policy."""
 
-    path: Path
+    path: Place
     """Folder in Hugging Face's layout (config.json, tokenizer files, *.safetensors), or a Hub id such as
     `Qwen/Qwen3-4B`."""
     weights: Literal["pretrained", "random"] = "pretrained"
@@ -120,7 +119,7 @@ class Optimizer(Section):
     """Updates of linear warm-up from 0."""
     decay: Literal["constant", "linear", "cosine"] = "constant"
     """How the learning rate goes from `lr` to `min_lr` after the warm-up."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Rate, Rate] = (0.9, 0.95)
     """Decay rates of the first and the second moment."""
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
     """Added to the root of the second moment."""

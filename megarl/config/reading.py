@@ -10,11 +10,13 @@ from typing import Any, get_args
 import yaml
 from pydantic import ValidationError
 
-from megarl.config import aliases
+from megarl.config import aliases, yaml_file
+from megarl.config.section import expanded, is_text, unquoted
 from megarl.config.settings import Settings
 from megarl.errors import UserError, nearest
 
 RECIPES = Path(__file__).parents[1] / "recipes"
+SHOWN = 200  # characters of a value in an error
 COMPOSING = ("recipe", "include")  # keys of a YAML file that name further files
 
 Tree = dict[str, Any]
@@ -66,23 +68,7 @@ def _validated(tree: Tree) -> Settings:
 
 
 def _read(path: Path, included_by: Path | None = None) -> Tree:
-    name = f"{included_by}: include: {path}" if included_by else f"config: {path}"
-    if not path.is_file():
-        there = [f.name for f in path.parent.glob("*.yaml")]
-        raise UserError(f"{name} does not exist{nearest(path.name, there) if there else ''}")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except UnicodeDecodeError as e:
-        raise UserError(f"{name} is not UTF-8 (byte {e.start + 1})") from None
-    except RecursionError:
-        raise UserError(f"{name} is nested too deep") from None
-    except OSError as e:
-        raise UserError(f"{name} cannot be read: {e.strerror}") from None
-    except Exception as e:  # besides YAMLError, whatever a value's constructor raises
-        raise UserError(f"{name} is not YAML: {' '.join(str(e).split())}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{name} is a {type(tree).__name__}, not a mapping of settings")
-    return tree
+    return yaml_file.read(path, f"{included_by}: include: {path}" if included_by else f"config: {path}")
 
 
 def _composed(tree: Tree, file: Path, outer: tuple[Path, ...] = ()) -> Tree:
@@ -95,12 +81,19 @@ def _composed(tree: Tree, file: Path, outer: tuple[Path, ...] = ()) -> Tree:
     chain, made = (*outer, file), Tree()
     for each in [
         *(_recipe_file(name) for name in (names.split("+") if names is not None else ())),
-        *(file.parent / i for i in include),
+        *(file.parent / _expanded(i) for i in include),
     ]:
         if each.resolve() in [other.resolve() for other in chain]:
             raise UserError(f"include: {' includes '.join(map(str, (*chain, each)))}: a circle; remove one of these")
         made = _merged(made, _composed(_read(each, file), each, chain))
     return _merged(made, {key: value for key, value in tree.items() if key not in COMPOSING})
+
+
+def _expanded(name: str) -> str:
+    try:
+        return str(expanded(name))
+    except ValueError as e:
+        raise UserError(f"include: {name!r}: {e}") from None
 
 
 def _recipe_file(name: str) -> Path:
@@ -124,19 +117,55 @@ def _pair(text: str) -> tuple[str, Any]:
         )
     if not equals or not key:
         raise UserError(f"override: '{text}' is not of the form key=value")
-    value: Any = written
-    with suppress(yaml.YAMLError):
-        value = yaml.safe_load(written)
-    if isinstance(value, str):  # YAML 1.1 reads "1e-4" as a string; people mean the number
+    return key, _text(written) if is_text(_annotation(key)) else _value(text, written)
+
+
+def _text(written: str) -> str | None:
+    """A text as the shell passed it on: prose needs no YAML quotes. Quotes around all of it are YAML's; `null` and
+    nothing are None."""
+    if written in ("", "null"):
+        return None
+    if written[0] == written[-1] and written[0] in "\"'":
+        with suppress(yaml.YAMLError):
+            value = yaml.safe_load(written)
+            return value if isinstance(value, str) else written
+    return written
+
+
+def _value(text: str, written: str) -> Any:
+    """What `written` is in YAML, or as a number: YAML 1.1 reads "1e-4" as text."""
+    try:
+        value = yaml_file.parse(written)
+    except UserError as e:
+        raise UserError(f"{text}: {e}") from None
+    except yaml.YAMLError as e:
+        reason = getattr(e, "problem", None) or "it has a character that YAML does not know"
+        raise UserError(f"{text}: {written!r} is not a YAML value: {reason}; quote it if it is text") from None
+    except (RecursionError, ValueError):
+        raise UserError(f"{text}: is not a YAML value: nested too deeply, or no date; quote it if it is text") from None
+    if isinstance(value, str):
         with suppress(ValueError):
             value = float(written)
-    return key, value
+    return value
+
+
+def _annotation(key: str) -> Any:
+    """The type of the setting `key`; None for a name that is none."""
+    section: Any = Settings
+    *parents, leaf = key.split(".")
+    for name in parents:
+        field = getattr(section, "model_fields", {}).get(name)
+        section = field and field.annotation
+    field = getattr(section, "model_fields", {}).get(leaf)
+    return field and field.annotation
 
 
 def _override(tree: Tree, text: str, key: str, value: Any) -> None:
     *parents, leaf = key.split(".")
     for name in parents:
         tree = tree.setdefault(name, {})
+        if tree is None:
+            raise UserError(f"override: '{text}': the file has {name}: with nothing below it; remove that line")
         if not isinstance(tree, dict):
             raise UserError(f"override: '{text}': {name} has a value, not settings below it")
     tree[leaf] = value
@@ -149,8 +178,17 @@ def _lines(error: Any) -> list[str]:
         return _unknown(location, error["input"])
     if error["type"] == "missing":
         return [f"{location}: is required"]
-    message = str(error["msg"]).removeprefix("Value error, ")
-    return [f"{location}: {error['input']!r}: {message}" if location else message]
+    message, given = str(error["msg"]).removeprefix("Value error, "), error["input"]
+    if not location:
+        return [message]
+    if given is None and error["type"] == "model_type":
+        return [f"{location}: has nothing below it; add its settings or remove the line"]
+    if error["type"] in ("string_type", "path_type", "literal_error") and unquoted(given):
+        message += "; YAML does not read this as text: quote it"
+    elif error["type"] == "int_parsing":
+        message += "; write its digits, without exponent and quotes"
+    shown = repr(given)
+    return [f"{location}: {shown if len(shown) <= SHOWN else shown[:SHOWN] + '…'}: {message}"]
 
 
 def _unknown(key: str, value: Any) -> list[str]:

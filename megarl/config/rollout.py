@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from megarl.config.section import Fraction, Natural, Positive, Section
+from megarl.config.section import Fraction, Natural, Place, Positive, Seconds, Section
 
 
 class EarlyExit(Section):
@@ -37,7 +36,7 @@ class EarlyExit(Section):
     reject_early: bool = True
     """Stop a probe once its confidence can no longer reach the threshold. The exits are the same, for fewer tokens.
     Only for `engine: local` and geometric averaging."""
-    probe_temperature: Annotated[float, Field(ge=0.0)] = 0.0
+    probe_temperature: Annotated[float, Field(ge=0.0, le=100)] = 0.0
     """Temperature of trial answers. 0 is greedy, as in the released code. DEER uses 1."""
     thinking_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.9
     """Share of the response budget that the thought may use."""
@@ -77,17 +76,17 @@ class Servers(Section):
     """Servers to start on this machine."""
     addresses: list[str] = []
     """`http://host:port` of running servers. If empty, megarl starts `count` servers."""
-    python: Path | None = None
+    python: Place | None = None
     """Python interpreter of the engine's environment. Default: `.engines/<engine>/bin/python`."""
     flags: list[str] = []
     """Further arguments of the server, one list item per word."""
     api_key_env: str | None = None
     """Environment variable with the API key. The key is never logged."""
-    start_timeout: Annotated[float, Field(gt=0)] = 600.0
+    start_timeout: Seconds = 600.0
     """Seconds for a server to become healthy."""
-    request_timeout: Annotated[float, Field(gt=0)] = 1800.0
+    request_timeout: Seconds = 1800.0
     """Seconds for one request, retries included."""
-    attempt_timeout: Annotated[float, Field(gt=0)] = 900.0
+    attempt_timeout: Seconds = 900.0
     """Seconds for one attempt at a request. After that another server gets it."""
     restarts: Natural = 3
     """Maximum restarts per server. For servers that megarl did not start: maximum reconnects."""
@@ -107,7 +106,7 @@ class Rollout(Section):
     `servers.addresses`, `local` is a server too."""
     max_response_tokens: Positive = 16384
     """Response budget in tokens, thought and answer together."""
-    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    temperature: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     """Sampling temperature of training rollouts. Training log-probs use it too."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Nucleus of training rollouts. Keep 1, so that training sees the distribution that was sampled."""
@@ -115,7 +114,7 @@ class Rollout(Section):
     """Sample from the k likeliest tokens. 0 means all."""
     local_max_sequences: Positive = 64
     """Sequences that one `local` engine decodes at once. Lower it to save memory."""
-    timeout: Annotated[float, Field(gt=0)] = 3600.0
+    timeout: Seconds = 3600.0
     """Seconds for the rollouts of one step."""
     partial: bool = False
     """Let unfinished completions continue under new weights after an update. Each span of tokens keeps its weight
@@ -143,7 +142,7 @@ class Evaluation(Section):
 
     every: Natural = 20
     """Steps between evaluations. With 0, only before the first and after the last step."""
-    temperature: Annotated[float, Field(ge=0.0)] = 0.6
+    temperature: Annotated[float, Field(ge=0.0, le=100)] = 0.6
     """Sampling temperature. 0 is greedy."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
     """Nucleus; 1 means all tokens."""

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from megarl.config.algorithm import Algorithm, Pruning, Reward
 from megarl.config.data import Batch, Data, Packing
 from megarl.config.learner import Checkpoint, Experts, Model, Optimizer, Parallel, Precision
 from megarl.config.rollout import Evaluation, Rollout
-from megarl.config.section import Natural, Positive, Section
+from megarl.config.section import Natural, Place, Positive, Seconds, Section
 
 
 class Settings(Section):
     """The settings of a whole run."""
 
-    run: Path
+    run: Place
     """The run directory. Resolved settings, metrics, rollouts, checkpoints and the report go there."""
-    seed: int = 0
+    seed: Natural = 0
     """Seed of data order, sampling, pruning and random weights. The same seed repeats a run."""
     steps: Positive = 100
     """Training steps. Each has one rollout and one or more updates."""
@@ -43,9 +42,9 @@ class Settings(Section):
     optimizer: Optimizer = Optimizer()
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
-    collective_timeout: Annotated[float, Field(gt=0)] = 1800.0
+    collective_timeout: Seconds = 1800.0
     """Seconds for one collective between ranks. After that the run ends and names the collective."""
-    heartbeat_timeout: Annotated[float, Field(gt=0)] = 300.0
+    heartbeat_timeout: Seconds = 300.0
     """Seconds without a sign of life before a rank or its node counts as lost and the run ends."""
 
     @model_validator(mode="after")
@@ -64,6 +63,7 @@ def _check(settings: Settings) -> None:
         _check_experts,
         _check_routing,
         _check_optimizer,
+        _check_kl,
         _check_pruning,
         _check_asynchrony,
         _check_early_exit,
@@ -118,6 +118,15 @@ def _check_optimizer(settings: Settings) -> None:
     o = settings.optimizer
     if o.min_lr > o.lr:
         raise ValueError(f"optimizer.min_lr: {o.min_lr:g} is above lr; set at most {o.lr:g}")
+
+
+def _check_kl(settings: Settings) -> None:
+    kl = settings.algorithm.kl
+    if kl.coef and kl.estimator == "k1" and kl.apply_to == "loss":
+        raise ValueError(
+            "algorithm.kl.estimator: k1 as a loss has no gradient in expectation and adds only noise; set k2 or k3, or "
+            "apply_to: reward"
+        )
 
 
 def _check_pruning(settings: Settings) -> None:

@@ -134,8 +134,8 @@ class Loader:
         self.history.restore({name[8:]: value for name, value in state.items() if name.startswith("history_")})
         if str(state["fingerprint"]) != self.prompts.fingerprint:
             raise UserError(
-                "data.train: the run to resume has other prompts, or another order; resume with the data that it was "
-                "started with"
+                "data.train: the run to resume has other prompts, or another order or data.chat_template_kwargs; "
+                "resume with those that it was started with"
             )
         self.position = int(state["position"])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -28,7 +29,9 @@ class _Ragged:
 class PromptTable(Sequence[Prompt]):
     """An append-only sequence of prompts; `table[i]` builds the `Prompt` on access."""
 
-    def __init__(self) -> None:
+    def __init__(self, identity: str = "") -> None:
+        """`identity`: what the prompts' texts depend on besides files and model (`Renderer.identity`)."""
+        self._identity = identity.encode()
         self._uids = bytearray()  # 16 bytes each
         self._tokens = _Ragged(array("i"))
         self._texts = _Ragged(bytearray())
@@ -67,5 +70,15 @@ class PromptTable(Sequence[Prompt]):
 
     @property
     def fingerprint(self) -> str:
-        """Identifies the prompts and their order. A resumed run must find the same."""
-        return hashlib.blake2b(self._uids, digest_size=16).hexdigest()
+        """Identifies the prompts, their order and how they are rendered. A resumed run must find the same."""
+        return hashlib.blake2b(self._uids + self._identity, digest_size=16).hexdigest()
+
+    def shared_with(self, other: PromptTable) -> int:
+        """How many of the prompts are in `other` too, compared by their texts without regard to spaces and case."""
+        mine = Counter(self._digest(i) for i in range(len(self)))
+        theirs = {digest for i in range(len(other)) if (digest := other._digest(i)) in mine}
+        return sum(mine[digest] for digest in theirs)
+
+    def _digest(self, i: int) -> bytes:
+        text = b"".join(bytes(self._texts[i]).lower().split())
+        return hashlib.blake2b(text, digest_size=16).digest()

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.table import Table
 
 from megarl.config import Settings
-from megarl.doctor import machine, peers, software
+from megarl.doctor import data, machine, peers, software
 from megarl.doctor.finding import Finding
 from megarl.errors import RunError
 from megarl.view.console import console, plain
@@ -32,6 +32,7 @@ def examine(settings: Settings | None, gpus: int | None) -> Iterator[Finding]:
         return
     yield from machine.disk(settings)
     yield from software.engines(settings)
+    yield from data.prompt(settings)
     if tasks > 1 and "MASTER_ADDR" in env:
         rank = int(env["SLURM_PROCID"])
         yield from peers.meet(rank, tasks, env["MASTER_ADDR"], int(env["MASTER_PORT"]), settings.run)

@@ -17,13 +17,13 @@ from megarl.config import Settings
 from megarl.doctor.finding import Finding, fail, ok, warn
 from megarl.models import hub
 from megarl.models.config_json import read_shape
+from megarl.run import room
 
 GIB = 2**30
 BUSY = 2.0  # GiB in use on a device before the run, above which another process uses it
 PROBE = 32 << 20  # bytes written to measure the disk
 SLOW_DISK = 100.0  # MB/s
 SKEW = 2.0  # seconds between this clock and the file system's
-BYTES_PER_PARAMETER = 14  # of a checkpoint: bf16 weights, fp32 master copy and two moments
 
 
 def devices(expected: int | None) -> Iterator[Finding]:
@@ -107,7 +107,7 @@ def disk(settings: Settings) -> Iterator[Finding]:
     except Exception as e:  # any unreadable model
         yield fail("model", f"{settings.model.path}: {' '.join(str(e).split())}", "set model.path")
         return
-    needed = (settings.checkpoint.keep + 1) * parameters * BYTES_PER_PARAMETER
+    needed = room.needed(settings, parameters)
     text = f"run: {run}: {free / GIB:.1f} GiB free, {needed / GIB:.1f} needed for checkpoints"
     if free < needed:
         yield fail("disk", text, "checkpoint.keep=1, or another folder: run=…")

@@ -40,6 +40,8 @@ class Controller:
         if settings.data.eval:
             table, report = read_prompts(settings.data.eval, tokenizer, settings.data, setting="data.eval")
             progress.say(f"held-out prompts: {report}")
+            if shared := table.shared_with(prompts):
+                progress.say(f"WARNING: {shared} of {len(table)} held-out prompts are also training prompts")
             self.held_out = [table[i] for i in range(min(len(table), settings.evaluation.limit or len(table)))]
         self.loader = Loader(prompts, settings.pruning, settings.seed, settings.data.shuffle)
         self.ahead: dict[int, PromptBatch] = {}  # of steps whose rollout has begun, or had when the run was saved

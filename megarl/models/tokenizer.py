@@ -15,5 +15,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise UserError(f"model.path: {folder} is not a folder")
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as e:
-        raise UserError(f"model.path: {folder} has no tokenizer: {str(e).splitlines()[0]}") from None
+    except Exception as e:  # whatever the libraries make of damaged files
+        reason = next(iter(str(e).splitlines()), "") or type(e).__name__
+        raise UserError(f"model.path: {folder} has no tokenizer that can be read: {reason}") from None

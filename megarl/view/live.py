@@ -59,6 +59,10 @@ class LiveView:
         self._began = time.monotonic()
         self._seconds: deque[float] = deque(maxlen=10)
 
+    def since(self, began: float) -> None:
+        """Count the time from `began`, in seconds since the epoch, instead of from now."""
+        self._began = time.monotonic() - (time.time() - began)
+
     def phase(self, name: str) -> None:
         self.current = name
 

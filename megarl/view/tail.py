@@ -103,8 +103,11 @@ def _live(console: Console, follower: Follower, total: int, rollouts: int) -> No
                 if metrics.get("ended"):
                     console.print(metrics["ended"], markup=False)
                     return
-            if spans := [span for span in read_phases(follower.run) if span.rank == 0 and span.end is None]:
-                view.phase(spans[-1].phase)
+            spans = [span for span in read_phases(follower.run) if span.rank == 0]
+            if spans:  # step 0 is each start's, also after a resume
+                view.since(max((span.begin for span in spans if span.step == 0), default=spans[0].begin))
+            if running := [span for span in spans if span.end is None]:
+                view.phase(running[-1].phase)
             key = _key(POLL)
             if key == "q":
                 return

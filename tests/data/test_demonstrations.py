@@ -73,3 +73,18 @@ def test_an_empty_or_missing_file_is_refused(tmp_path: Path) -> None:
         read(write(tmp_path / "a.jsonl"))
     with pytest.raises(UserError, match="data.train: .*b.jsonl does not exist .did you mean 'a.jsonl'"):
         read(tmp_path / "b.jsonl")
+
+
+def test_a_completion_may_be_a_list_of_one_message(tmp_path: Path) -> None:
+    """TRL's conversational rows."""
+    prompt, completion = [{"role": "user", "content": "5 2"}], [{"role": "assistant", "content": "no"}]
+    ((row,), _) = read(write(tmp_path / "a.jsonl", {"prompt": prompt, "completion": completion}))
+    assert TOKENIZER.decode(row.token_ids[row.response_start :]) == " no<eos>"
+
+
+def test_a_token_beyond_the_vocabulary_and_an_endless_row(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", {"prompt": "5 2", "response": "no"}, {"prompt": "5", "response": "5 " * 10**7})
+    kept, too_long = read(file)
+    assert (len(kept), too_long) == (1, 1)
+    with pytest.raises(UserError, match="a.jsonl:1: token .* is beyond the model's vocabulary of 3 "):
+        read_demonstrations([file], TOKENIZER, Data(train=[file]), 100, vocab=3)

@@ -1,11 +1,16 @@
 """Token ids to bytes: exact for byte-level tokenizers, right for those that put blanks between words."""
 
+import json
+from pathlib import Path
+
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from megarl.rollout.detokenize import Vocabulary
+from megarl.errors import UserError
+from megarl.rollout.detokenize import Vocabulary, vocabulary_of
 from tests.support.tiny_rollout import word_tokenizer
 
 
@@ -45,3 +50,19 @@ def test_ids_beyond_the_tokenizer_have_no_text(words):
 
 def test_end_ids_are_the_tokenizers_and_the_models():
     assert Vocabulary(word_tokenizer(["a"]), [7, 0]).end_ids == (0, 7)
+
+
+@pytest.mark.parametrize("named", ["[1, 2", "[]", "7", '{"eos_token_id": "</s>"}', '{"eos_token_id": [true]}', "\xff"])
+def test_a_damaged_generation_config_is_named(tmp_path: Path, named: str) -> None:
+    (tmp_path / "generation_config.json").write_text(named, encoding="latin-1")
+    with pytest.raises(UserError, match="generation_config.json: ") as caught:
+        vocabulary_of(word_tokenizer(["a"]), tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("named", "ids"), [([5, 0], (0, 5)), (7, (0, 7)), (None, (0,))])
+def test_responses_end_at_the_tokens_of_tokenizer_and_generation_config(
+    tmp_path: Path, named: object, ids: tuple[int, ...]
+) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
+    assert vocabulary_of(word_tokenizer(["a"]), tmp_path).end_ids == ids

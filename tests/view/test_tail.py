@@ -97,8 +97,14 @@ def test_the_time_left_is_the_median_step_times_what_is_left() -> None:
 
 
 def test_on_a_terminal_r_shows_the_last_rollouts_and_the_view_ends_with_the_run(tmp_path: Path) -> None:
-    """A real pseudo-terminal: the key is answered before the last step is written, which then ends the command."""
+    """A real pseudo-terminal: the key is answered before the last step is written, which then ends the command. The
+    clock counts from the run's newest start."""
     begin(tmp_path, 2)
+    now = time.time()
+    phases = [["B", "sync", 0, now - 90000], ["E", "sync", 0, now - 89999], ["B", "rollout", 1, now - 89998]]
+    phases += [["B", "sync", 0, now - 3730], ["E", "sync", 0, now - 3725], ["B", "rollout", 1, now - 3700]]
+    (tmp_path / "phases").mkdir()
+    (tmp_path / "phases" / "rank_00000.jsonl").write_text("".join(json.dumps(line) + "\n" for line in phases))
     add(tmp_path, 1)
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "megarl.cli", "tail", str(tmp_path)]
@@ -119,6 +125,7 @@ def test_on_a_terminal_r_shows_the_last_rollouts_and_the_view_ends_with_the_run(
                     time.sleep(0.02)
 
         read_until(b"step 1/2")
+        read_until(b"1:02:")
         os.write(ours, b"r")
         read_until(b"answer 1")
         add(tmp_path, 2)

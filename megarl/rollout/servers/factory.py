@@ -55,6 +55,8 @@ def check(rollout: Rollout) -> None:
     if servers.api_key_env and servers.api_key_env not in os.environ:
         raise UserError(f"rollout.servers.api_key_env: the variable {servers.api_key_env} is not set")
     check_flags(servers.flags)
+    if not servers.addresses:
+        device_share(0, servers)
     if servers.attempt_timeout > servers.request_timeout:
         raise UserError(
             f"rollout.servers.attempt_timeout: {servers.attempt_timeout:g} is above request_timeout; "
