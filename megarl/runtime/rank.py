@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from megarl.errors import RanksLost, RunError, UserError, printable
-from megarl.runtime import interrupt, watchdog
+from megarl.runtime import watchdog
+from megarl.runtime.interrupt import SIGNALS, Interrupt
 from megarl.runtime.output import outlive_reader
 from megarl.runtime.seal import seal_objects
 from megarl.runtime.tether import die_with_parent
@@ -51,9 +52,11 @@ def main(
     target: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
-    """`key`: the run's, see seal.py. `saves`: signals wait until the target listens to them by an `Interrupt`."""
-    signal.pthread_sigmask(signal.SIG_BLOCK if saves else signal.SIG_UNBLOCK, interrupt.SIGNALS)
+    """`key`: the run's, see seal.py. `saves`: signals are for the target's `Interrupt`, and never end this process."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if saves:
+        Interrupt().__enter__()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     faulthandler.register(STACKS, stacks.fileno(), all_threads=True)
     die_with_parent(os.getppid())
     _die_with_reader(pipe)

@@ -28,6 +28,8 @@ from megarl.runtime.store import VARIABLE, LocalStore
 
 GRACE = 5.0  # seconds between SIGTERM and SIGKILL
 TICK = 1.0  # seconds between two looks at the pulses
+START_TIMEOUT = 120.0  # seconds more for the first pulse, before which a rank imports what it runs
+START = "its start"
 STACKS_TIMEOUT = 2.0  # seconds for a rank to write its stacks
 PRELOAD = ["megarl.runtime.fork_server", "megarl.learner.learner"]
 """Imported once, in the clean process from which CPU ranks are forked."""
@@ -42,7 +44,7 @@ class Rank:
     messages: Connection
     stacks: Connection
     heard: float  # when, by the launcher's clock
-    place: str = "its start"  # where its last pulse was sent
+    place: str = ""  # where its last pulse was sent
 
 
 def spawn(
@@ -142,9 +144,10 @@ def _environment(number: int, nproc: int, store: LocalStore) -> dict[str, str]:
 @contextlib.contextmanager
 def _passing_on(ranks: list[Rank]) -> Iterator[None]:
     """Pass the first signal on. As SIGTERM, because a rank may have had a Ctrl-C already."""
-    with Interrupt(lambda: _signal(ranks, signal.SIGTERM)) as interrupt:
-        if interrupt.asked:
-            _signal(ranks, signal.SIGTERM)
+    interrupt = Interrupt(lambda: _signal(ranks, signal.SIGTERM))
+    if interrupt.asked:
+        _signal(ranks, signal.SIGTERM)
+    with interrupt:
         yield
 
 
@@ -238,10 +241,10 @@ def _receive(sender: Rank) -> tuple[str, Any]:
 
 def _check_pulses(ranks: list[Rank], now: float, heartbeat: Heartbeat) -> None:
     """Raise RunError if no rank has sent a pulse in time. A single silent rank is first left to the other ranks."""
-    silent = [each for each in ranks if now - each.heard > heartbeat.timeout]
+    silent = [each for each in ranks if now - each.heard > heartbeat.timeout + (0 if each.place else START_TIMEOUT)]
     if not silent or (len(silent) < len(ranks) and all(now - each.heard < 2 * heartbeat.timeout for each in silent)):
         return
-    said = [f"rank {each.number} ({_state(each)}, last at {each.place})" for each in silent[:4]]
+    said = [f"rank {each.number} ({_state(each)}, last at {each.place or START})" for each in silent[:4]]
     more = f" and {len(silent) - 4} more" if len(silent) > 4 else ""
     written = [each for each in silent if _write_stacks(each, heartbeat.logs)]
     raise RunError(
@@ -272,7 +275,9 @@ def _write_stacks(silent: Rank, logs: Path) -> bool:
     with contextlib.suppress(OSError):  # a full disk must not prevent the end
         logs.mkdir(parents=True, exist_ok=True)
         with (logs / f"stacks_rank_{silent.number}.txt").open("ab") as file:
-            file.write(f"no pulse reached the launcher; last at {silent.place}; the stacks:\n".encode() + text + b"\n")
+            file.write(
+                f"no pulse reached the launcher; last at {silent.place or START}; the stacks:\n".encode() + text + b"\n"
+            )
     return bool(text)
 
 
