@@ -267,6 +267,7 @@ def _write_stacks(silent: Rank, logs: Path) -> bool:
     """Have a rank write its stacks, and go on for it if it is stopped. Whether it did."""
     for number in (rank.STACKS, signal.SIGCONT):
         _signal([silent], number)
+    head = f"no pulse reached the launcher; last at {silent.place or START}; the stacks:\n"
     text = b""
     while wait([silent.stacks], STACKS_TIMEOUT if not text else STACKS_TIMEOUT / 10):
         if not (more := os.read(silent.stacks.fileno(), 1 << 16)):
@@ -275,9 +276,7 @@ def _write_stacks(silent: Rank, logs: Path) -> bool:
     with contextlib.suppress(OSError):  # a full disk must not prevent the end
         logs.mkdir(parents=True, exist_ok=True)
         with (logs / f"stacks_rank_{silent.number}.txt").open("ab") as file:
-            file.write(
-                f"no pulse reached the launcher; last at {silent.place or START}; the stacks:\n".encode() + text + b"\n"
-            )
+            file.write(head.encode() + text + b"\n")
     return bool(text)
 
 
