@@ -111,7 +111,7 @@ def test_a_second_ctrl_c_ends_the_run_at_once(tmp_path: Path) -> None:
             pause.wait(0.2)
 
     said = finish(job, ask_twice)
-    assert job.returncode == 128 + signal.SIGINT, said
+    assert job.returncode in (128 + signal.SIGINT, -signal.SIGINT), said  # a shell shows both as 130
 
 
 def test_training_goes_on_without_a_reader(tmp_path: Path) -> None:
