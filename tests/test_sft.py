@@ -2,7 +2,9 @@
 was trained. Whether the taught reasoner solves problems is the README's figure, not this test's."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from megarl.config import Settings, load
 from megarl.data.demonstrations import Demonstration, read_demonstrations
 from megarl.errors import UserError
 from megarl.learner.export import WEIGHTS
+from megarl.learner.learner import Learner
 from megarl.runtime.spawn import spawn
 from megarl.sft import draw_order, sft
 
@@ -87,6 +90,31 @@ def test_the_export_is_the_trained_model(tmp_path: Path) -> None:
     rows, _ = read_demonstrations(given.data.train, AutoTokenizer.from_pretrained(folder), given.data, 2048)
     nll, tokens = likelihood(model, rows[:16])
     assert loss == pytest.approx(nll / tokens, abs=1e-5)
+
+
+def asked_to_stop(given: Settings) -> bool:
+    """Rank 1 alone gets SIGTERM, after the second update."""
+    original = Learner.train_step
+
+    def train_step(self: Learner, *arguments: object) -> object:
+        found = original(self, *arguments)
+        if self.version == 2 and self.world.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return found
+
+    Learner.train_step = train_step
+    return sft(given)
+
+
+@pytest.mark.parallel
+@pytest.mark.slow
+def test_a_signal_to_one_rank_saves_and_ends_all(tmp_path: Path) -> None:
+    """Proves that the update is finished, its checkpoint written, and that the command says that it is not done."""
+    given = settings(tmp_path, **{"parallel.tp": 2})
+    assert spawn(asked_to_stop, 2, (given,), timeout=240.0, saves=True) == [False, False]
+    assert len((given.run / "metrics.jsonl").read_text().splitlines()) == 2
+    assert (given.run / "checkpoints" / "step_000002" / "learner").is_dir()
+    assert not (given.run / "model").exists()
 
 
 def test_the_order_is_the_files_or_a_new_one_each_round() -> None:

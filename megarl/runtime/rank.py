@@ -67,6 +67,7 @@ def main(
     if heartbeat:
         outlive_reader(heartbeat.logs)
     watchdog.announce = lambda verdict: _send(pipe, ("verdict", verdict))
+    _send(pipe, ("pulse", watchdog.place()))
     threading.Thread(target=_beat, args=(pipe, heartbeat), name="pulse to the launcher", daemon=True).start()
     try:
         message = ("done", target(*args))
@@ -97,8 +98,8 @@ def _send(pipe: Connection, message: tuple[str, Any]) -> None:
 def _beat(pipe: Connection, heartbeat: Heartbeat | None) -> None:
     pause, period = threading.Event(), watchdog.pulse_period(heartbeat.timeout if heartbeat else math.inf)
     while True:
-        _send(pipe, ("pulse", watchdog.place()))
         pause.wait(period)
+        _send(pipe, ("pulse", watchdog.place()))
 
 
 def _die_with_reader(pipe: Connection) -> None:

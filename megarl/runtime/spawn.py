@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
@@ -121,8 +121,11 @@ def _context() -> SpawnContext | ForkServerContext:
     context.set_forkserver_preload(PRELOAD)
     os.environ[fork_server.STARTER] = str(os.getpid())
     try:
-        with blocked():  # a signal to our process group ends neither it nor multiprocessing's resource tracker
-            forkserver.ensure_running()
+        # A signal to our process group must end neither the fork server nor multiprocessing's resource tracker. To
+        # start the tracker unblocks signals, so it comes first.
+        for helper in (resource_tracker, forkserver):
+            with blocked():
+                helper.ensure_running()
     finally:
         del os.environ[fork_server.STARTER]
     return context

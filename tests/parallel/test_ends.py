@@ -118,16 +118,8 @@ os.kill(int(sys.argv[1]), signal.SIGCONT)
 @pytest.mark.parametrize("number", [signal.SIGTSTP, signal.SIGSTOP])
 def test_a_stopped_launcher_goes_on(tmp_path: Path, number: int) -> None:
     """Ctrl-Z, or SIGSTOP, for three times as long as a silent rank may take: no rank is lost by it."""
-    code = (
-        "import os, sys; from pathlib import Path; from megarl.runtime.rank import Heartbeat\n"
-        "from megarl.runtime.spawn import spawn; from tests.parallel.test_ends import SHORT, stop_the_caller\n"
-        "if __name__ == '__main__':\n"
-        "    folder = Path(sys.argv[1])\n"
-        "    arguments = os.getpid(), int(sys.argv[2])\n"
-        "    spawn(stop_the_caller, 1, arguments, heartbeat=Heartbeat(SHORT, folder)); print('whole')\n"
-    )
     script = tmp_path / "caller.py"
-    script.write_text(code)
+    script.write_text(STOPPED)
     command = [sys.executable, str(script), str(tmp_path), str(int(number))]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
     done = subprocess.run(command, capture_output=True, text=True, timeout=BOUND, env=environment)
@@ -152,9 +144,25 @@ def test_ctrl_z_stops_the_ranks_too(tmp_path: Path) -> None:
         caller.wait()
 
 
+STOPPED = """
+import os, sys
+from pathlib import Path
+from megarl.runtime.rank import Heartbeat
+from megarl.runtime.spawn import PRELOAD, spawn
+from tests.parallel.test_ends import SHORT, stop_the_caller
+
+PRELOAD[1:] = ["megarl.runtime.rank"]  # not Megatron, which takes long
+if __name__ == "__main__":
+    arguments = os.getpid(), int(sys.argv[2])
+    spawn(stop_the_caller, 1, arguments, heartbeat=Heartbeat(SHORT, Path(sys.argv[1])))
+    print("whole")
+"""
+
 RANKS = """
 import os, signal
-from megarl.runtime.spawn import spawn
+from megarl.runtime.spawn import PRELOAD, spawn
+
+PRELOAD[1:] = ["megarl.runtime.rank"]
 
 def hold():
     print(os.getpid(), flush=True)
