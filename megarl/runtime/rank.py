@@ -69,17 +69,7 @@ def main(
     watchdog.announce = lambda verdict: _send(pipe, ("verdict", verdict))
     _send(pipe, ("pulse", watchdog.place()))
     threading.Thread(target=_beat, args=(pipe, heartbeat), name="pulse to the launcher", daemon=True).start()
-    try:
-        message = ("done", target(*args))
-    except KeyboardInterrupt:
-        message = ("interrupted", None)
-    except UserError as e:
-        message = ("user", str(e))
-    except RunError as e:
-        message = ("lost" if isinstance(e, RanksLost) else "run", str(e))
-    except BaseException as e:
-        print(printable(traceback.format_exc()), file=sys.stderr)
-        message = ("raised", ("".join(traceback.format_exception_only(e)).strip(), traceback.format_exc()))
+    message = _outcome(target, args)
     _send(pipe, message)  # before the connections to other ranks close, so that the parent hears the cause first
     with contextlib.suppress(OSError):
         sys.stdout.flush()
@@ -87,6 +77,23 @@ def main(
     if torch.distributed.is_initialized() and message[0] == "done":
         torch.distributed.destroy_process_group()
     os._exit(0 if message[0] == "done" else 1)
+
+
+def _outcome(target: Callable[..., Any], args: tuple[Any, ...]) -> tuple[str, Any]:
+    """Run the target. What became of it, for the launcher."""
+    try:
+        return "done", target(*args)
+    except KeyboardInterrupt:
+        return "interrupted", None
+    except UserError as e:
+        return "user", str(e)
+    except RunError as e:
+        return "lost" if isinstance(e, RanksLost) else "run", str(e)
+    except BaseException as e:
+        if watchdog.peer_left(e):
+            return "lost", f"another rank has left amid {watchdog.place()}"
+        print(printable(traceback.format_exc()), file=sys.stderr)
+        return "raised", ("".join(traceback.format_exception_only(e)).strip(), traceback.format_exc())
 
 
 def _send(pipe: Connection, message: tuple[str, Any]) -> None:

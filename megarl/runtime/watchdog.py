@@ -110,7 +110,7 @@ class Watchdog:
             text = str(e).lower()
             if any(word in text for word in TIMED_OUT):
                 raise DeadlineExceeded(f"the other ranks in {what}", seconds) from e
-            if any(word in text for word in LEFT):
+            if peer_left(e):
                 raise RanksLost(f"another rank has left amid {what}") from e
             raise
 
@@ -267,6 +267,11 @@ def _within(work: Callable[[Store], Any], store: Store, seconds: float = 2.0) ->
     thread.start()
     thread.join(seconds)
     return results[0] if results else None
+
+
+def peer_left(error: BaseException) -> bool:
+    """Whether this is torch's error for a rank that has gone: a consequence, anywhere in the job."""
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in LEFT)
 
 
 def place() -> str:

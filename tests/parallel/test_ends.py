@@ -80,6 +80,27 @@ def test_a_second_ctrl_c_ends_at_once() -> None:
         spawn(never_leave, 1, (os.getpid(),), BOUND, saves=True)
 
 
+def join_while_the_other_leaves() -> None:
+    """Rank 1 ends where torch makes groups, out of any named wait."""
+    import torch.distributed as dist
+
+    from megarl.runtime.store import connect
+
+    number = int(os.environ["RANK"])
+    dist.init_process_group("gloo", store=connect(2), rank=number, world_size=2)
+    if number == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.barrier()
+
+
+def test_a_rank_killed_anywhere_is_the_cause_that_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+    """Not torch's error on the rank that missed it, whose traceback is not printed either."""
+    with pytest.raises(RunError) as failed:
+        spawn(join_while_the_other_leaves, 2, (), BOUND)
+    assert str(failed.value) == "rank 1 was ended by SIGKILL"
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def hang(how: str, stuck: list[int]) -> None:
     if int(os.environ["RANK"]) in stuck:
         if how == "stopped":
