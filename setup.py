@@ -14,7 +14,15 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["megarl", "megarl.*", "checkpoints_conv", "checkpoints_conv.*"]),
     package_data={
-        "megarl": ["py.typed", "report/*.html", "report/*.css", "report/*.js", "recipes/*.yaml", "config/*.yaml"]
+        "megarl": [
+            "py.typed",
+            "report/*.html",
+            "report/*.css",
+            "report/*.js",
+            "recipes/*.yaml",
+            "config/*.yaml",
+            "bench/*.jsonl",
+        ]
     },
     # Upper bounds exclude what may break; requirements.lock has the versions that the tests passed with.
     install_requires=[

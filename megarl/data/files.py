@@ -12,6 +12,7 @@ from typing import IO, Any, cast
 
 import pyarrow.parquet
 
+from megarl.data.references import parse_float, parse_int
 from megarl.errors import UserError, nearest
 
 Records = tuple[str, Iterator[tuple[int, Any]]]  # the mark between a file's name and a row's number, the numbered rows
@@ -127,7 +128,7 @@ def _without_mark(text: bytes, name: str) -> bytes:
 
 def _parse(text: bytes, where: str, complaint: str) -> Any:
     try:
-        return json.loads(text.decode())
+        return json.loads(text.decode(), parse_int=parse_int, parse_float=parse_float)
     except RecursionError:
         raise UserError(f"{where}: {complaint}: nested too deeply") from None
     except json.JSONDecodeError as e:

@@ -1,8 +1,8 @@
 r"""Files → prompts: the hub's layouts, the length filter, one-line errors that name file and line.
 
-The prompt is the first of the columns `PROMPTS` that a row has, as text or as a list of chat messages. The answer is
-the first of `ANSWERS`; from a worked solution only `#### n` (GSM8K) or `\boxed{…}` (MATH) is kept. The assistant's last
-message is the reply in a `messages` column; in the others it begins the response and stays in the prompt.
+The prompt is the first of the columns `PROMPTS` that a row has, as text or as a list of chat messages. references.py
+reads the answer. The assistant's last message is the reply in a `messages` column; in the others it begins the response
+and stays in the prompt.
 """
 
 from __future__ import annotations
@@ -20,16 +20,14 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from megarl import config
-from megarl.boxed import last_boxed
 from megarl.data.files import columns_of, expand, records
+from megarl.data.references import ANSWERS, reference
 from megarl.data.rendering import Message, Renderer
 from megarl.data.table import PromptTable
 from megarl.errors import UserError
 from megarl.types import Prompt
 
 PROMPTS = ("prompt", "problem", "question", "messages")
-ANSWERS = ("answer", "ground_truth", "reward_model.ground_truth", "expected_answer", "final_answer", "solution")
-WORKED = ("solution", "the assistant's message")  # may be a derivation rather than an answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,30 +160,18 @@ def _row(record: Any, file: str, number: int, needed: bool) -> _Row:
     """`needed`: whether a row must have an answer."""
     where = f"{file}{number}"
     messages, reply = conversation(record, where, "answer")
-    candidates = {name: _field(record, name) for name in ANSWERS} | {WORKED[1]: reply}
-    column = next((name for name, value in candidates.items() if value not in (None, "", [], {})), None)
-    answer = _answer(candidates[column], column) if column else ""
+    answer, why_none = reference(record, reply, where)
     if needed and not answer:
-        why = f"{column} has neither \\boxed{{…}} nor #### n" if column else f"none of {', '.join(ANSWERS)}"
         raise UserError(
-            f"{where}: prompt without answer: {why} (has: {columns_of(record)}); if the reward function needs none, "
-            "set data.answers: optional"
+            f"{where}: prompt without answer: {why_none} (has: {columns_of(record)}); if the reward function needs "
+            "none, set data.answers: optional"
         )
-    answer = answer or ""
     key = json.dumps([*([m["role"], m["content"]] for m in messages), answer], ensure_ascii=False)
     try:
         uid = hashlib.blake2b(key.encode(), digest_size=16).digest()
     except UnicodeEncodeError:
         raise UserError(f"{where}: has half of a surrogate pair, which is not text") from None
     return _Row(uid, messages, answer, file, number)
-
-
-def _field(record: dict[str, Any], name: str) -> Any:
-    """`record[a][b]` for the name `a.b`; None where there is no such field."""
-    value: Any = record
-    for key in name.split("."):
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
 
 
 def conversation(record: Any, where: str, beside: str) -> tuple[list[Message], str | None]:
@@ -219,23 +205,3 @@ def _messages_in(text: str) -> list[Any] | None:
         found = json.loads(text)
         return found if all(isinstance(m, dict) and m.keys() >= {"role", "content"} for m in found) else None
     return None
-
-
-def _answer(value: Any, column: str) -> str | None:
-    """The reference answer as the grader gets it: text as it is, numbers in decimals, anything else as JSON.
-
-    None for a worked solution of several lines that does not mark its answer.
-    """
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
-    if not isinstance(value, str):
-        return json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
-    if "####" in value:
-        return value.rpartition("####")[2].strip().replace(",", "")  # GSM8K writes thousands as 1,000
-    if (boxed := last_boxed(value)) is not None:
-        return boxed
-    if bare := re.findall(r"\\boxed\s+([^$\n]+)", value):
-        return str(bare[-1]).strip()
-    if column == WORKED[1]:
-        return None
-    return None if column in WORKED and "\n" in value.strip() else value.strip()

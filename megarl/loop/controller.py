@@ -18,6 +18,7 @@ from megarl.errors import RunError, UserError
 from megarl.learner import precision as precisions
 from megarl.loop.scoring import Collected
 from megarl.models.config_json import read_shape
+from megarl.rewards.references import unreadable
 from megarl.rewards.workers import Graders
 from megarl.run import provenance
 from megarl.run.arrays import read_arrays
@@ -27,6 +28,7 @@ from megarl.view.progress import RunProgress
 
 STATE = "data.npz"
 TOLD = 5  # messages of failed grades that are said; the rollouts have all of them
+CHECK_SECONDS = 30.0  # for reading every reference answer once, before the first step
 
 
 class Controller:
@@ -48,6 +50,10 @@ class Controller:
         self.ledger = Ledger()
         self.expected_length = pruning.ExpectedLength()
         self.answer: Sequence[int] | None = None  # the canary's, see loop/rollout_engine.py
+        reward = settings.reward
+        found = unreadable(reward.function, (prompts, self.held_out), reward.workers, reward.timeout, CHECK_SECONDS)
+        if found.rows:
+            progress.say(f"reference answers: {found}")
         self.graders = Graders(settings.reward.function, settings.reward.workers, settings.reward.timeout)
         self.run: RunDirectory | None = None
         self._told: set[str] = set()  # messages of grades that failed

@@ -7,6 +7,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, InvalidStateError, wait
 from contextlib import suppress
 from typing import Any
 
+from megarl.boxed import with_opening
 from megarl.errors import DeadlineExceeded, RunError
 from megarl.rewards.grade import Grade
 from megarl.rewards.workers import Graders
@@ -25,7 +26,8 @@ class Grading:
         """Send one completion to the graders, unless it was sent before. Returns at once."""
         key = prompt.uid, completion.index
         if key not in self._grades:
-            self._grades[key] = self._graders.submit(completion.text, prompt.answer)
+            response = with_opening(prompt.text, completion.text)
+            self._grades[key] = self._graders.submit(response, prompt.answer)
             self._grades[key].add_done_callback(self._check)
 
     def wait(self, groups: Sequence[Group], seconds: float) -> list[list[Grade]]:

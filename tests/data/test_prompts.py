@@ -58,7 +58,7 @@ LAYOUTS = [  # (as the hub has it, prompt, answer)
     (
         {"problem": "Solve it", "level": "5", "solution": r"Long.\nSo \boxed{1} or\n$\boxed{\frac{\{1\}}{2}}$."},
         "Solve it",
-        r"\frac{\{1\}}{2}",
+        r"1, \frac{\{1\}}{2}",
     ),
     ({"problem": "Old style", "solution": "We get\n$\\boxed 7$ and done."}, "Old style", "7"),
     ({"problem": "p", "solution": "work\n\\boxed{6}", "answer": "5"}, "p", "5"),

@@ -54,6 +54,15 @@ def test_grades_come_in_the_groups_order(backwards: bool) -> None:
     assert not grading.broken.done()
 
 
+def test_a_thought_that_the_prompt_opened_is_opened_for_the_grader() -> None:
+    """Else a response that was cut off in its thought would be graded by what it thought."""
+    graders = PlayedGraders()
+    grading = Grading(graders)  # type: ignore[arg-type]
+    (completion,) = group("a", 1).completions
+    grading.submit(Prompt("a", (1,), "2 + 3 = ? <think>\n", "5", ""), completion)
+    assert list(graders.futures) == [("<think>a0", "5")]
+
+
 def test_missing_grades_have_a_deadline() -> None:
     grading, graders = begun([group("a", 3)])
     graders.futures["a1", "answer a"].set_result(Grade("right", 1.0, True))

@@ -178,6 +178,8 @@ BENCHMARKS = [
            run=f"megarl bench dppo --seeds 1 --methods grpo{json} --overrides '{STUDY} evaluation.samples=1'")
       for options, json in (("", ""), (CONFIRMED, ""), (CONFIRMED, " --json docs/results/dppo.json"))),
     here("megarl bench parity", "--layout tp1", says="qwen3_moe"),
+    *(elsewhere(f"megarl bench grading{cases}", "tests/bench/test_grading_bench.py::test_rows_of_own_cases",
+                "main(json=out, cases=file") for cases in ("", " --cases FILE")),
     here("megarl bench invariance", "--draws 1", says="rel_grad"),
     here("megarl bench unbiased", "--estimators zero_variance_dropped", says="max_rel_bias"),
     elsewhere("megarl bench conversion", "tests/bench/test_conversion_bench.py::test_every_direction_has_its_copy",

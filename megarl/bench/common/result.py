@@ -16,9 +16,18 @@ from megarl.run.atomic import write_text
 from megarl.view.table import show_rows
 
 
-def publish(name: str, rows: list[dict[str, Any]], file: Path | None = None, **extra: Any) -> None:
-    """Print `rows` as a table; write `{"command", "commit", "machine", "rows", **extra}` to `file` when given."""
-    show_rows(name, rows)
+def publish(
+    name: str,
+    rows: list[dict[str, Any]],
+    file: Path | None = None,
+    shown: list[dict[str, Any]] | None = None,
+    **extra: Any,
+) -> None:
+    """Print `shown` (default: `rows`) as a table.
+
+    `{"command", "commit", "machine", "rows", **extra}` goes to `file` when given.
+    """
+    show_rows(name, rows if shown is None else shown)
     if file is None:
         return
     command = " ".join(["megarl", *sys.argv[1:]])
