@@ -113,6 +113,8 @@ def train(settings: Settings, resume: bool = False) -> bool:
                     collector.begin(later)
             with watch("reward"):
                 collected = collector.score(rounds)
+                if controller:
+                    controller.inspect(step, collected)
                 over = broadcast(collected.nothing_left, world)
                 batches: Sequence[Batch | None] = [None] * (0 if over else updates)
                 if not over:

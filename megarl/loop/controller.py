@@ -20,6 +20,7 @@ from megarl.loop.scoring import Collected
 from megarl.models.config_json import read_shape
 from megarl.rewards.references import unreadable
 from megarl.rewards.workers import Graders
+from megarl.rollout.early_exit import closing
 from megarl.run import provenance
 from megarl.run.arrays import read_arrays
 from megarl.run.directory import RunDirectory
@@ -88,6 +89,12 @@ class Controller:
         assert self.run
         self.run.metrics(step, metrics)
         self.progress.step(step, metrics)
+
+    def inspect(self, step: int, collected: Collected) -> None:
+        """Look at a step's responses before they are trained on. Raises RunError if early exit cannot fit the model."""
+        exits = self.settings.rollout.early_exit
+        if exits.enabled and (warning := closing.check(collected.groups, exits.think_end)):
+            self.progress.say(f"step {step}: {warning}")
 
     def finish_step(self, step: int, collected: Collected, metrics: dict[str, Any]) -> None:
         """Record what the step saw: rollouts, metrics, pruning history, ledger, expected response length."""
