@@ -122,9 +122,10 @@ class Rollout(Section):
     mismatch_limit: Annotated[float, Field(gt=0)] = 0.5
     """Stop the run when the mean |train - rollout| log-prob of a step exceeds this. With `async_steps` it includes the
     policy's drift."""
-    canary_limit: Annotated[float, Field(gt=0)] = 0.1
-    """Stop the run when a canary token's log-probs in engine and learner differ by more than this after a weight sync.
-    Below -1 nat the limit grows with the log-prob, as rounding does."""
+    canary_limit: Annotated[float, Field(gt=0)] | None = None
+    """Stop the run when a canary token's log-probs in engine and learner differ by more nats than this after a weight
+    sync. Below -1 nat the limit grows with the log-prob. Default: three times what the model's own rounding explains,
+    measured at every sync."""
     replay_routing: bool = False
     """Train each token through the experts that it used in the rollout. For mixture-of-experts models on `sglang` or
     the embedded engine. It takes 2 bytes per token, layer and chosen expert."""

@@ -65,6 +65,7 @@ def of_step(
         **trained,
         **stale,
         "canary_difference": engine.canary_difference,
+        "canary_rounding": engine.canary_rounding,
         "memory_gib": device.peak_memory() / 2**30,
         "weight_version": completions[0].spans[0].version if completions[0].spans else -1,
     }

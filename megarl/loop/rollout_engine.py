@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from megarl.config import Settings
 from megarl.learner.learner import Learner
 from megarl.learner.parallel import World
+from megarl.loop import canaries
 from megarl.loop.collectives import broadcast
 from megarl.loop.controller import Controller
 from megarl.rollout import groups
@@ -23,9 +24,8 @@ from megarl.rollout.weights import verify
 from megarl.run.atomic import clear_errors
 from megarl.runtime.event_loop import EventLoop
 from megarl.runtime.watchdog import waiting
-from megarl.types import Batch, Sample
 
-CANARY_TOKENS = 32
+CANARY_TOKENS = 64
 
 
 class RolloutEngine:
@@ -33,8 +33,8 @@ class RolloutEngine:
 
     Embedded: every rank has an engine. Servers: the controller drives the pool of all of them.
 
-    The canary is a training prompt and the engine's greedy answer under the run's first weights. In bf16 the log-probs
-    of less likely tokens differ by more than 0.1 between two right programs (docs/concepts.md).
+    The canary is a training prompt and the engine's greedy answer under the run's first weights. How far right programs
+    may differ on it depends on the model, so the learner's own rounding is measured at every sync (docs/concepts.md).
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class RolloutEngine:
     ) -> None:
         self.settings, self.world, self.loop, self.learner = settings, world, loop, learner
         self.controller = controller
-        self.canary_difference = 0.0
+        self.canary_difference = self.canary_rounding = 0.0  # nats: the largest difference; what rounding explains
         plan.check(settings.rollout, tokenizer)
         self.drivers = world.world_size if settings.rollout.embedded else 1
         self.engine: Engine | None = None
@@ -74,6 +74,7 @@ class RolloutEngine:
     def push(self, version: int) -> None:
         """Send the learner's weights to every engine. Check them tensor by tensor and by the canary. Collective."""
         tensors = self.learner.named_tensors()
+        sent: dict[str, int] = {}
         if self.engine is None:
             for _ in tensors:  # all ranks gather them together
                 pass
@@ -82,12 +83,13 @@ class RolloutEngine:
                 waiting(f"the engines to take the weights of version {version}", self.world.deadline_s),
                 clear_errors(self.settings.run / "weights"),
             ):
-                self.loop.run(verify.send(self.engine, version, tensors))
+                sent = self.loop.run(verify.send(self.engine, version, tensors))
         canary = self._canary()
         if self.engine is not None:
             with waiting(f"the engines to score the canary of version {version}", self.world.deadline_s):
-                checked = verify.check(self.engine, version, canary, self.settings.rollout.canary_limit)
+                checked = verify.check(self.engine, version, canary, self.settings.rollout.canary_limit, sent)
                 self.canary_difference = self.loop.run(checked)
+        self.canary_rounding = float(np.sqrt(np.mean(canary.scale() ** 2)))
 
     def close(self) -> None:
         """Free the engines. Servers that this run started end."""
@@ -95,23 +97,15 @@ class RolloutEngine:
             self.loop.run(self.engine.close())
 
     def _canary(self) -> verify.Canary:
-        """The canary with the learner's log-probs of it, on every rank, in the engines' arithmetic.
-
-        Engines do not quantise. FP8's rounding would hide a wrong tensor here; the step's mismatch measures it.
-        """
-        batch = None
+        """The canary with the learner's log-probs and rounding, on every rank."""
+        prompt: Sequence[int] = ()
         if self.controller:
             prompt = self.controller.loader.prompts[0].token_ids
             if self.controller.answer is None:
                 self.controller.answer = self._answer(prompt)
-            tokens = np.array([*prompt, *self.controller.answer], np.int32)
-            rows = [[[0] if rank == 0 else []] for rank in range(self.world.dp_size)]
-            batch = Batch([Sample(tokens, response_start=len(prompt), scale=1.0)], rows, 1.0, float(len(tokens)))
-        scores = self.learner.logprobs(batch, "policy", temperature=1.0, quantised=False)
-        mine = verify.Canary(batch.samples[0].token_ids.tolist(), scores[0].tolist()) if batch else None
-        canary = broadcast(mine, self.world)
-        assert canary is not None
-        return canary
+        answer = self.controller.answer if self.controller else None
+        tokens = np.array([*prompt, *(answer or ())], np.int32)
+        return broadcast(canaries.measure(self.learner, tokens, len(prompt)), self.world)
 
     def _answer(self, prompt: Sequence[int]) -> list[int]:
         """The engine's likeliest continuation of a prompt. It does not stop at the end of text."""

@@ -34,7 +34,7 @@ const CURVES = [  // section, title, [[key, label]…], options; a figure is not
   ["machine", "Memory", [["memory_gib"]], { note: "GiB at the peak, of the controller's rank", exact: true }],
   ["machine", "Mismatch: train against rollout log-probs", [["mismatch_mean", "mean"], ["mismatch_max", "largest"]], { log: true }],
   ["machine", "Mismatch: KL", [["mismatch_kl"]]],
-  ["machine", "Canary after the weight sync", [["canary_difference"]]],
+  ["machine", "Canary after the weight sync", [["canary_difference", "largest difference"], ["canary_rounding", "explained by rounding"]]],
   ["machine", "Staleness of trained tokens", [["staleness_mean", "mean"], ["staleness_max", "largest"]], { note: "updates between sampling and training", exact: true }],
   ["machine", "Weight version of the rollouts", [["weight_version"]], { exact: true }],
 ];

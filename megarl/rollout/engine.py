@@ -94,6 +94,9 @@ class Engine(Protocol):
         back. RunError names a missing, unknown or mis-shaped tensor.
         """
 
+    async def checksums(self) -> Mapping[str, int]:
+        """The checksums of the tensors that the engine has now, by name. {} if it can read back none of them."""
+
     async def health(self) -> None:
         """Return if the engine can serve, else raise RunError with the engine and the cause."""
 

@@ -77,7 +77,7 @@ def test_the_loop_trains_on_a_real_server(engine: str, tmp_path: Path) -> None:
     assert [line["weight_version"] for line in metrics] == [0, 1, 2]
     for line in metrics:
         assert line["canary_difference"] <= FP32
-        assert line["mismatch_max"] <= 10 * FP32  # of some thousand tokens, the canary has 31
+        assert line["mismatch_max"] <= 10 * FP32  # of some thousand tokens, the canary has 64
         assert line["grad_norm"] > 0 and line["probe_tokens"] > 0
     exits = sum((check_rollouts(wanted.run, step) for step in (1, 2, 3)), Counter())
     assert exits["confident"] > 0
@@ -86,14 +86,15 @@ def test_the_loop_trains_on_a_real_server(engine: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("engine", ["sglang", "vllm"])
 def test_the_loop_trains_in_bf16(engine: str, tmp_path: Path) -> None:
     """Four steps at the quick start's own rate, learner and server in bf16: after each one every log-prob of the canary
-    is the learner's to 0.1, the default limit."""
+    is the learner's to 0.1, and within the default limit, which comes from the learner's rounding."""
     wanted = settings(tmp_path / "run", engine, "precision.dtype=bf16", "optimizer.lr=2e-4", "steps=4")
-    assert wanted.rollout.canary_limit == BF16
+    assert wanted.rollout.canary_limit is None
     spawn(train, 1, (wanted,), DEADLINE)
     metrics = read_metrics(wanted.run)
     assert [line["weight_version"] for line in metrics] == [0, 1, 2, 3]
     for line in metrics:
         assert line["canary_difference"] <= BF16
+        assert 0 < line["canary_rounding"] <= BF16
         assert line["mismatch_mean"] <= BF16 / 10
         assert line["grad_norm"] > 0
 

@@ -11,13 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from safetensors.torch import save_file
-from transformers import AutoTokenizer
 
 from examples.own_model.reward import grade
-from megarl.bench.common.models import write_model
-from tests.support import pages, smollm2
-from tests.support.tiny_rollout import byte_level_tokenizer
+from tests.support import pages
+from tests.support.real_model import smollm2_folder
 
 pytestmark = pytest.mark.slow
 
@@ -28,21 +25,7 @@ TIMEOUT = 580.0
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2-135M-Instruct in Hugging Face's layout."""
-    folder = tmp_path_factory.mktemp("models") / "SmolLM2-135M-Instruct"
-    folder.mkdir()
-    try:
-        tensors = smollm2.weights()
-    except smollm2.NotFetchedError:
-        sizes = {name: value for name, value in smollm2.CONFIG.items() if name not in ("architectures", "torch_dtype")}
-        write_model(folder, "llama", **sizes | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e5}})
-        byte_level_tokenizer(["Ġ t", "h e"]).save_pretrained(folder)
-        return folder
-    save_file(tensors, folder / "model.safetensors")
-    tokenizer = AutoTokenizer.from_pretrained(str(smollm2.CACHE), gguf_file=smollm2.FILE)
-    tokenizer.save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps(smollm2.CONFIG | {"eos_token_id": tokenizer.eos_token_id}))
-    return folder
+    return smollm2_folder(tmp_path_factory.mktemp("models") / "SmolLM2-135M-Instruct")
 
 
 def megarl(folder: Path, *words: object) -> subprocess.CompletedProcess[str]:

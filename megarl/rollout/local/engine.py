@@ -118,6 +118,9 @@ class LocalEngine:
         self._failure = None
         return sums
 
+    async def checksums(self) -> Mapping[str, int]:
+        return self._runner.checksums()
+
     async def health(self) -> None:
         if self._failure:
             raise RunError(f"local engine: {self._failure}")

@@ -48,6 +48,10 @@ class ModelRunner:
             self._decoder.refresh()
         return sums
 
+    def checksums(self) -> Mapping[str, int]:
+        """Of all weights as they are now, by name."""
+        return {name: checksum(tensor) for name, tensor in self._decoder.weights().items()}
+
     def copy(self, source: int, target: int, end: int) -> None:
         """Copy columns [0, end) of one slot's cache to another slot."""
         self._decoder.cache.copy(source, target, end)

@@ -150,6 +150,10 @@ class Pool:
             raise RunError(f"weights {version} reached no engine: {self._causes()}")
         return outcome.arrived
 
+    async def checksums(self) -> Mapping[str, int]:
+        """None: servers report theirs when they load, and the transport compares them there."""
+        return {}
+
     async def health(self) -> None:
         """Raises RunError if no engine serves."""
         if not self.engines:

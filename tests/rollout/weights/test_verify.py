@@ -1,6 +1,7 @@
 """Weight sync: what a checksum sees, and that a sync that went wrong says which tensor, or that none did."""
 
 import asyncio
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,9 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megarl.errors import RunError
+from megarl.models.config_json import read_shape
+from megarl.rollout.local.decoder import Decoder
+from megarl.rollout.local.runner import ModelRunner
+from megarl.rollout.local.slots import SlotTable
 from megarl.rollout.weights.verify import LIKELY, Canary, check, checksum, send
 from tests.support.tiny_rollout import teacher_forced
 
+QUICKSTART = Path(__file__).parents[3] / "examples" / "quickstart" / "reasoner"
 IDS = [3, 9, 4, 60, 22, 7, 7, 31]
 
 
@@ -50,6 +56,16 @@ async def sync(engine, version, tensors, canary, bound) -> float:
     """As the run does after every step."""
     await send(engine, version, tensors)
     return await check(engine, version, canary, bound)
+
+
+async def check_scores(scores, expected, **limits) -> float:
+    """`check` of an engine that gives these log-probs, without weights."""
+
+    class Scorer:
+        async def score(self, token_ids):
+            return scores
+
+    return await check(Scorer(), 2, expected, **limits)
 
 
 def canary(model) -> Canary:
@@ -153,6 +169,90 @@ def test_the_bound_of_an_unlikely_token_grows_with_its_log_prob(make_engine, qwe
             assert worst == pytest.approx(difference)
 
     asyncio.run(run())
+
+
+ROUNDING = [0.03, 0.0, 0.06, 0.01, 0.03, 0.02, 0.05]
+LOGPROBS = [-0.5, -1e-6, -1.0, -0.05, -0.7, -0.1, -2.0]
+
+
+@pytest.mark.parametrize(("times", "stops"), [(1.5, False), (3.9, True), (float("nan"), True), (float("inf"), True)])
+def test_without_a_limit_the_measured_rounding_is_the_bound(times, stops):
+    """Differences of one and a half times the learner's own rounding pass, of four times stop, whatever their size."""
+    for size in (1e-1, 1.0, 10.0):
+        expected = Canary(IDS, LOGPROBS, [size * x for x in ROUNDING])
+        scores = [x + times * y for x, y in zip(LOGPROBS, expected.scale(), strict=True)]
+        if stops:
+            with pytest.raises(RunError, match="the tensors arrived.* times what rounding explains.*passes disagree"):
+                asyncio.run(check_scores(scores, expected))
+        else:
+            worst = asyncio.run(check_scores(scores, expected))
+            assert worst == pytest.approx(times * max(expected.scale()))
+
+
+def test_one_token_far_off_stops_though_the_mean_is_small():
+    n = 40
+    expected = Canary(list(range(n + 1)), [-0.7] * n, [0.03] * n)
+    for far, stops in ((14.0, False), (16.0, True)):
+        scores = [-0.7] * (n - 1) + [-0.7 + far * float(expected.scale()[0])]
+        assert far / n**0.5 < 3  # the mean alone would pass
+        if stops:
+            with pytest.raises(RunError, match=f"at token {n}, 16 times"):
+                asyncio.run(check_scores(scores, expected))
+        else:
+            asyncio.run(check_scores(scores, expected))
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_learner_that_is_not_finite_never_passes(broken):
+    for logprobs, rounding in (([broken, -1.0], [0.1, 0.1]), ([-1.0, -1.0], [0.1, broken])):
+        with pytest.raises(RunError, match="the two forward passes disagree"):
+            asyncio.run(check_scores([-1.0, -1.0], Canary([1, 2, 3], [*logprobs], rounding)))
+
+
+def test_float32_differs_by_more_than_its_own_rounding():
+    """Rotations and sums are computed otherwise: 1e-5 where the learner's own rounding is 2e-6 (SmolLM2-135M)."""
+    expected = Canary(IDS, LOGPROBS, [2e-6] * 7)
+    asyncio.run(check_scores([x + 1e-5 for x in LOGPROBS], expected))
+    with pytest.raises(RunError, match="passes disagree"):
+        asyncio.run(check_scores([x + 1e-2 for x in LOGPROBS], expected))
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.self_attn.q_proj.weight", "model.norm.weight"])
+def test_a_tensor_that_changes_after_it_arrived_is_named(make_engine, qwen3, name):
+    """The weights that count are those that the engine has when the canary is scored."""
+
+    async def run():
+        engine = await make_engine()
+        sent = await send(engine, 2, qwen3.state_dict().items())
+        await check(engine, 2, canary(qwen3), 1e-3, sent)
+        now = {**await engine.checksums(), name: checksum(qwen3.state_dict()[name].flip(0) * 1.01)}
+
+        async def checksums():
+            return now
+
+        engine.checksums = checksums
+        with pytest.raises(RunError, match=f"{name} is not at the engine as it was sent"):
+            await check(engine, 2, canary(qwen3), 1e9, sent)
+
+    asyncio.run(run())
+
+
+def test_the_local_engines_checksums_are_of_the_weights_it_has_now():
+    """Two rows exchanged in the decoder itself change the checksum of that tensor and of no other."""
+    decoder = Decoder(read_shape(QUICKSTART), torch.device("cpu"), torch.bfloat16, slots=2, columns=8)
+    weights = decoder.weights()
+    torch.manual_seed(0)
+    for tensor in weights.values():
+        tensor.normal_()
+    runner = ModelRunner(decoder, SlotTable(1, 8))
+    before = dict(runner.checksums())
+    assert before.keys() == weights.keys()
+    for name, tensor in weights.items():
+        if tensor.ndim == 2:
+            tensor[[0, 1]] = tensor[[1, 0]]
+            after = dict(runner.checksums())
+            assert [each for each in after if after[each] != before[each]] == [name]
+            before = after
 
 
 def test_the_sender_is_drained_when_the_engine_refuses(make_engine, qwen3):
