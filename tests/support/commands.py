@@ -204,7 +204,7 @@ BENCHMARKS = [
               "needs Chromium: `make test-report`"),
     elsewhere("megarl bench kill_anywhere*", "tests/bench/test_kill_anywhere.py::test_nothing_is_lost_or_repeated",
               'bench("kill_anywhere", "--kills"', "each kill is a run"),
-    elsewhere("megarl bench canary *", "tests/e2e/test_canary.py::test_damaged_weights_are_caught_and_named",
+    elsewhere("megarl bench canary*", "tests/e2e/test_canary.py::test_damaged_weights_are_caught_and_named",
               '"bench", "canary"', "scores 200 damaged models"),
     elsewhere("megarl bench weight_sync", "tests/engines/test_benchmarks.py::test_weights_arrive_by_every_way",
               'bench("weight_sync"', SERVERS),
