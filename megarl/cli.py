@@ -89,8 +89,12 @@ def eval(
 ) -> None:
     """Measure accuracy, score and response length on held-out problems, by plain generation."""
     from megarl import launch
+    from megarl.evaluate import find
+    from megarl.run import trust
 
-    launch.evaluate(_trusted(place, overrides, trust_run), place.is_dir(), temperature, nproc, responses)
+    settings, trained = find(place, overrides)
+    trust.check(place, settings, overrides, trust_run)
+    launch.evaluate(settings, trained, temperature, nproc, responses)
 
 
 @app.command()
@@ -244,13 +248,13 @@ def bench(
     _run(benchmarks.load(str(name)).main, f"megarl bench {name}", context.args)
 
 
-def _trusted(place: Path, overrides: list[str] | None, trust_run: bool) -> Settings:
-    """The settings of a YAML file or a run directory. UserError if they name code of another user's."""
+def _trusted(file: Path, overrides: list[str] | None, trust_run: bool) -> Settings:
+    """The settings of a YAML file. UserError if it is another user's run's, and names code."""
     from megarl import config
     from megarl.run import trust
 
-    settings = config.load(place / trust.CONFIG if place.is_dir() else place, overrides)
-    trust.check(place, settings, overrides, trust_run)
+    settings = config.load(file, overrides)
+    trust.check(file, settings, overrides, trust_run)
     return settings
 
 

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from megarl import config
 from megarl.config import Settings
 from megarl.learner import parallel
 from megarl.learner.learner import Learner
@@ -60,3 +61,10 @@ def evaluate(
         if responses and world.is_controller:
             write_text(responses, written)
         return rows if world.is_controller else []
+
+
+def find(place: Path, overrides: list[str] | None) -> tuple[Settings, bool]:
+    """The settings of a run directory or of a YAML file, and whether `place` is a run, whose checkpoint is meant."""
+    if place.is_dir():
+        return config.load(place / "config.yaml", overrides), True
+    return config.load(place, overrides), False

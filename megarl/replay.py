@@ -69,7 +69,8 @@ class Record:
         if start:
             file = atomic.folder_of(settings.run / "checkpoints", start) / STATE
             state = read_arrays(file)
-            self.expected_length.restore({k[7:]: v for k, v in state.items() if k.startswith("length_")})
+            with damaged(file):
+                self.expected_length.restore({k[7:]: v for k, v in state.items() if k.startswith("length_")})
 
     def batches(self, step: int) -> list[Batch]:
         """The step's batches, built again from its rollouts and their rewards."""

@@ -14,7 +14,7 @@ from megarl.config import Settings
 from megarl.data.ledger import Entry, Fate, Ledger
 from megarl.data.loader import Loader, PromptBatch
 from megarl.data.prompts import read_prompts
-from megarl.errors import RunError, UserError
+from megarl.errors import RunError
 from megarl.learner import precision as precisions
 from megarl.loop.scoring import Collected
 from megarl.models.config_json import read_shape
@@ -24,6 +24,7 @@ from megarl.rollout.early_exit import closing
 from megarl.run import provenance
 from megarl.run.arrays import read_arrays
 from megarl.run.directory import RunDirectory
+from megarl.run.records import damaged
 from megarl.types import Prompt, ScoredGroup
 from megarl.view.progress import RunProgress
 
@@ -162,17 +163,13 @@ class Controller:
     def load(self, folder: Path) -> None:
         """Take over what `save` wrote."""
         state = read_arrays(folder / STATE)
-        try:
+        with damaged(folder / STATE):
             self.loader.restore(state)
             self.answer = state["answer"].tolist()
             self.expected_length.restore({k[7:]: v for k, v in state.items() if k.startswith("length_")})
             for step in sorted({int(k.split("_")[1]) for k in state if k.startswith("ahead_")}):
                 arrays = {k.split("_")[2]: v for k, v in state.items() if k.startswith(f"ahead_{step}_")}
                 self.ahead[step] = self.loader.batch_from(arrays)
-        except UserError:
-            raise
-        except Exception as e:  # of many kinds, because any array may be of any shape
-            raise UserError(f"{folder / STATE}: is not the state of this run: {type(e).__name__}: {e}") from None
         self.ledger = Ledger.load(folder)
 
     def _entries(self, collected: Collected) -> Iterator[Entry]:

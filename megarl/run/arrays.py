@@ -8,23 +8,20 @@ from zipfile import ZipFile
 import numpy as np
 from numpy.lib import format as npy
 
-from megarl.errors import UserError
 from megarl.models.files.archive import stored_entries
-from megarl.models.files.regular import opened, short
+from megarl.models.files.regular import opened
+from megarl.run.records import damaged
 
 
 def read_arrays(file: Path) -> dict[str, np.ndarray]:
     """What `np.savez` wrote: name → array. UserError for a file that is damaged, compressed, or has objects in it."""
-    with opened(file) as stream:
-        try:
-            with ZipFile(stream) as archive:
-                for entry in stored_entries(archive, file.stat().st_size):
-                    _check(archive, entry.filename, entry.file_size)
-            stream.seek(0)
-            with np.load(stream, allow_pickle=False) as arrays:
-                return dict(arrays)
-        except Exception as e:  # of many kinds, because damage can be anywhere
-            raise UserError(f"{file}: damaged ({short(e) or type(e).__name__})") from None
+    with opened(file) as stream, damaged(file):
+        with ZipFile(stream) as archive:
+            for entry in stored_entries(archive, file.stat().st_size):
+                _check(archive, entry.filename, entry.file_size)
+        stream.seek(0)
+        with np.load(stream, allow_pickle=False) as arrays:
+            return dict(arrays)
 
 
 def _check(archive: ZipFile, name: str, size: int) -> None:
