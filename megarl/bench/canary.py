@@ -130,7 +130,8 @@ def _measure(settings: Settings, count: int, seed: int) -> list[dict[str, Any]]:
         except RunError as error:
             complaints[1] = str(error)
         scored = loop.run_until_complete(engine.score(canary.token_ids))[-len(canary.logprobs) :]
-        return *complaints, float(np.sqrt(np.mean(((np.array(scored) - canary.logprobs) / canary.scale()) ** 2)))
+        ratios = (np.array(scored) - canary.logprobs) / canary.scale()
+        return complaints[0], complaints[1], float(np.sqrt(np.mean(ratios**2)))
 
     canary = canaries.measure(learner, tokens, len(prompt))
     found: list[tuple[str, str, tuple[str, str, float]]] = [("none", "", synced(before))]

@@ -30,7 +30,7 @@ def _logprobs(learner: Learner, tokens: np.ndarray, start: int, copies: int) -> 
     if learner.world.is_controller:
         samples = [Sample(tokens, response_start=start, scale=1.0)] * copies
         mine = [[i] for i in range(copies)]
-        rows = [mine if rank == 0 else [[]] * copies for rank in range(learner.world.dp_size)]
+        rows: list[list[list[int]]] = [mine if rank == 0 else [[]] * copies for rank in range(learner.world.dp_size)]
         batch = Batch(samples, rows, 1.0, float(copies * len(tokens)))
     found = learner.logprobs(batch, "policy", temperature=1.0, quantised=False)
     return np.array([found[i] for i in sorted(found)]) if found else np.zeros((copies, 0))
