@@ -157,7 +157,7 @@ def test_ctrl_z_stops_the_ranks_too(tmp_path: Path) -> None:
         caller.send_signal(signal.SIGTSTP)
         _, status = os.waitpid(caller.pid, os.WUNTRACED)
         assert os.WIFSTOPPED(status)
-        assert {state(pid) for pid in ranks} == {"T"}
+        wait_for(lambda: {state(pid) for pid in ranks} == {"T"})
         caller.send_signal(signal.SIGCONT)
         wait_for(lambda: "T" not in {state(pid) for pid in ranks})
     finally:
