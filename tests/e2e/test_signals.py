@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -23,10 +23,26 @@ from tests.support import runs
 
 pytestmark = [pytest.mark.e2e, pytest.mark.parallel, pytest.mark.slow]
 
+Start = Callable[..., subprocess.Popen[str]]
 LONG = ("parallel.tp=2", "steps=5000", "pruning={completions: 0.5}")
 
 
-def start(run: Path, *overrides: str) -> subprocess.Popen[str]:
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts runs, which end with the test."""
+    jobs: list[subprocess.Popen[str]] = []
+
+    def begin(run: Path, *overrides: str) -> subprocess.Popen[str]:
+        jobs.append(launch(run, *overrides))
+        return jobs[-1]
+
+    yield begin
+    for job in jobs:
+        job.kill()
+        job.wait()
+
+
+def launch(run: Path, *overrides: str) -> subprocess.Popen[str]:
     wanted = runs.settings(run, *overrides)
     file = run.with_suffix(".yaml")
     file.write_text(config.dump(wanted))
@@ -67,7 +83,7 @@ def finish(job: subprocess.Popen[str], act: Callable[[], None]) -> str:
 
 
 @pytest.mark.parametrize("target", ["launcher", "group", "one rank, then Ctrl-C"])
-def test_a_signal_in_mid_training_saves(tmp_path: Path, target: str) -> None:
+def test_a_signal_in_mid_training_saves(start: Start, tmp_path: Path, target: str) -> None:
     """Proves that the step that was going on is finished and saved, and that the run can go on from it."""
     folder = tmp_path / "run"
     job = start(folder, *LONG)
@@ -88,7 +104,7 @@ def test_a_signal_in_mid_training_saves(tmp_path: Path, target: str) -> None:
     assert f"stopped after step {steps(folder)}, saved; continue with --resume" in said
 
 
-def test_a_signal_while_ranks_start_ends_the_run_early(tmp_path: Path) -> None:
+def test_a_signal_while_ranks_start_ends_the_run_early(start: Start, tmp_path: Path) -> None:
     """As soon as the first rank exists: it is in its imports, or meets the others."""
     folder = tmp_path / "run"
     job = start(folder, *LONG)
@@ -98,7 +114,7 @@ def test_a_signal_while_ranks_start_ends_the_run_early(tmp_path: Path) -> None:
     assert steps(folder) == 0 and "Traceback" not in said
 
 
-def test_a_second_ctrl_c_ends_the_run_at_once(tmp_path: Path) -> None:
+def test_a_second_ctrl_c_ends_the_run_at_once(start: Start, tmp_path: Path) -> None:
     """In a step that takes long. Signals that come together count as one, so it is sent until the run ends."""
     folder = tmp_path / "run"
     job = start(folder, *LONG, "batch.prompts_per_step=512")
@@ -114,7 +130,7 @@ def test_a_second_ctrl_c_ends_the_run_at_once(tmp_path: Path) -> None:
     assert job.returncode in (128 + signal.SIGINT, -signal.SIGINT), said  # a shell shows both as 130
 
 
-def test_training_goes_on_without_a_reader(tmp_path: Path) -> None:
+def test_training_goes_on_without_a_reader(start: Start, tmp_path: Path) -> None:
     """`megarl train … 2>&1 | head -1`: the run is finished, and its log is in the run folder."""
     folder = tmp_path / "run"
     job = start(folder, "parallel.tp=1", "steps=3")
