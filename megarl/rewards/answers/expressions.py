@@ -33,6 +33,8 @@ _NUMBER = re.compile(r"\d*\.\d+|\d+\.")
 _NOT_READ = re.compile(
     r"\d\s+[\d.]"  # two numbers side by side
     r"|(?<![\\a-zA-Z])[a-zA-Z]\d"  # x3
+    r"|[\d)}\]|!]\s*_"  # 17_{7}: the parser drops the base
+    r"|\^\{[^{}]*\^\{[^{}]*\^\{[^{}]*\^\{"  # a tower
     r"|(?<![\\a-zA-Z])[a-zA-Z]{5,}"  # a word
     r"|,(?![^(]*\))|\|\s*\||[-+*/^_=,]\s*$|^\s*[*/^_=,!]"
 )
