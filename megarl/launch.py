@@ -57,20 +57,13 @@ def train(
     ]
     if resume:
         more.insert(0, lambda shape: _resumed(settings, allow_changes))
-    if dry_run:
-        more.append(
-            lambda shape: {
-                "memory, on GPUs": fitting(settings, shape, world_size),
-                "engine flags": flags.checked(settings),
-                "disk": folder.check(settings, shape, resume),
-            }
-        )
     shape, found = _checked(settings, world_size, resume, *more)
     sizes = derived(settings, shape, world_size)
     if notes := checks.notes(settings, resume):
         sizes["note"] = "\n".join(notes)
-    if dry_run:
-        show(sizes | found)
+    if dry_run:  # of a layout that is possible
+        found |= {"memory, on GPUs": fitting(settings, shape, world_size), "engine flags": flags.checked(settings)}
+        show(sizes | found | {"disk": folder.check(settings, shape, resume)})
         return []
     from megarl.train import train as run
 

@@ -130,7 +130,7 @@ def test_a_token_added_to_the_tokenizer_alone_is_refused(tmp_path: Path) -> None
 
 def test_demonstrations_are_read_in_the_dry_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="train.jsonl:1: response missing"):
-        launch.sft(settings(tmp_path / "run"), None, dry_run=True)
+        launch.sft(settings(tmp_path / "run"), None, resume=False, dry_run=True)
     assert list(tmp_path.iterdir()) == []
 
 
