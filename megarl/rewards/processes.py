@@ -14,15 +14,15 @@ TAG = "MEGARL_GRADER"  # environment variable: which grader a process descends f
 PATIENCE = 5.0  # seconds for killed processes to be gone; one that waits for a dead disk may never be
 
 
-def end_descendants(process: int) -> None:
-    """Kill every descendant of `process`, and wait until none runs."""
+def end_descendants(process: int) -> bool:
+    """Kill every descendant of `process`, and wait until none runs. Returns whether there was one."""
 
     def found() -> Iterable[psutil.Process]:
         with contextlib.suppress(psutil.NoSuchProcess):
             return psutil.Process(process).children(recursive=True)
         return []
 
-    _end(found, {os.getpgrp(), _group(process)})
+    return _end(found, {os.getpgrp(), _group(process)})
 
 
 def end_tagged(tag: str) -> None:
@@ -37,20 +37,22 @@ def end_tagged(tag: str) -> None:
     _end(found, {os.getpgrp()})
 
 
-def _end(found: Callable[[], Iterable[psutil.Process]], spared: set[int]) -> None:
+def _end(found: Callable[[], Iterable[psutil.Process]], spared: set[int]) -> bool:
     """Kill what is found, again and again: between two looks a process may have started others."""
-    until = time.monotonic() + PATIENCE
+    until, any_found = time.monotonic() + PATIENCE, False
     while running := [each for each in found() if _runs(each)]:
+        any_found = True
         for each in running:
             group = _group(each.pid)
-            with contextlib.suppress(ProcessLookupError, PermissionError):
+            with contextlib.suppress(psutil.Error, ProcessLookupError, PermissionError):
                 if group in spared:
                     each.kill()
                 else:  # a whole group at once: none of it can start another meanwhile
                     os.killpg(group, signal.SIGKILL)
         if time.monotonic() > until:
-            return
+            break
         psutil.wait_procs(running, timeout=0.05)
+    return any_found
 
 
 def _runs(process: psutil.Process) -> bool:

@@ -107,11 +107,17 @@ def _watch(inner: int, parent: int) -> None:
         while (gone := _reap()) and gone[0] != inner:
             pass
         if gone:
-            end_descendants(os.getpid())
+            _end_all()
             _leave(gone[1])
         signal.sigwait(WATCHED)
-    end_descendants(os.getpid())
+    _end_all()
     os._exit(0)
+
+
+def _end_all() -> None:
+    end_descendants(os.getpid())
+    while _reap():
+        pass
 
 
 def _reap() -> tuple[int, int] | None:

@@ -186,7 +186,9 @@ class _Worker:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self._process.wait(patience)
             if self._process.poll() is None:
-                end_descendants(self._process.pid)
+                if end_descendants(self._process.pid):
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        self._process.wait(EXIT_PATIENCE)  # it sees that, and leaves no zombie
                 self._process.kill()
             else:  # it has ended what it started, unless somebody else killed it
                 end_tagged(self._tag)

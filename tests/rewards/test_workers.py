@@ -151,7 +151,7 @@ def test_a_hung_worker_is_replaced():
         before, hung, after = grade(graders, ("", "pid"), ("", "spin"), ("", "pid"))
         assert hung.verdict == "timeout"
         assert before.score != after.score
-        with pytest.raises(ProcessLookupError):
+        with pytest.raises(ProcessLookupError):  # not even a zombie
             os.kill(int(before.score), 0)
         # A stopped process does not even read its request.
         os.kill(int(after.score), signal.SIGSTOP)
