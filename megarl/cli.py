@@ -138,6 +138,9 @@ def serve(
     config: Config,
     overrides: Overrides = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Of the first task's server.")] = 30000,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0: every one. Beyond loopback it needs a key.")
+    ] = "127.0.0.1",
     idle_timeout: Annotated[
         float, typer.Option(min=0, help="Seconds without a word from a client after which it ends, code 1; 0: never.")
     ] = 0.0,
@@ -146,7 +149,7 @@ def serve(
     """Run an engine server of this configuration on this node; under srun, one a task (slurm/launch.sh)."""
     from megarl.rollout.servers.serve import serve as run
 
-    run(_trusted(config, overrides, trust_run), port, idle_timeout)
+    run(_trusted(config, overrides, trust_run), port, idle_timeout, host)
 
 
 @app.command()

@@ -17,7 +17,7 @@ fail() { say "$*"; exit 1; }
 
 # ---- what runs where --------------------------------------------------------------------------------------------------
 
-MUST_HAVE=()
+MUST_HAVE=() KEY_FILE=''
 if [[ -d "$CONFIG" ]]; then # a run directory: its newest checkpoint is meant
     RUN=$CONFIG CONFIG=$CONFIG/config.yaml
 elif [[ "${SIZE:-full}" == tiny ]]; then
@@ -54,6 +54,12 @@ else
         ADDRESSES+=("http://${ENGINES[i / ENGINES_PER_NODE]}:$((PORT + 1 + i))")
     done
     SETTINGS+=("rollout.servers.addresses=[$(IFS=,; echo "${ADDRESSES[*]}")]")
+    # The engines listen on the cluster's network and take new weights from whoever has the job's key. It is in a file
+    # that only this user can read: command lines and logs are for everybody.
+    KEY_FILE=$RUN/.engine-key-$SLURM_JOB_ID
+    rm -f "$KEY_FILE"
+    (umask 077 && set -o noclobber && od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$KEY_FILE")
+    SETTINGS+=("rollout.servers.api_key_file=$KEY_FILE")
 fi
 
 # tasks NODES-ARRAY PER-NODE LOG ARGUMENTS…: `megarl ARGUMENTS` on these nodes; the first task that fails ends them all.
@@ -74,7 +80,9 @@ LEARNER='' SERVERS='' ASKED=''
 # leaves; what it cannot save in time is done again.
 trap 'ASKED=USR1; say "the time limit is near: asking the run to save"; [[ -z "$LEARNER" ]] || kill -USR1 "$LEARNER"' USR1
 trap 'ASKED=TERM; say "Slurm asks the job to leave"' TERM
-trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+trap 'kill $(jobs -p) 2>/dev/null || true; forget_key' EXIT
+
+forget_key() { [[ -z "$KEY_FILE" ]] || rm -f "$KEY_FILE"; }
 
 complain() { # the last words of every task that has some
     grep -H --text '^megarl: ' "$LOGS"/*.log | sort -u | tail -n 20 || true
@@ -100,6 +108,7 @@ requeue() {
         [[ "$ASKED" == TERM || "$(progress)" != "$BEFORE" ]] ||
             fail "no checkpoint was made in this attempt; not requeued, for it would be so again: a longer --time?"
         say "requeueing; the run goes on from its newest checkpoint"
+        forget_key # Slurm may end this shell before it can
         scontrol requeue "$SLURM_JOB_ID" || { say "cannot requeue: submit again to go on"; exit 75; }
         sleep 60 & wait $! # until Slurm ends this shell
     fi
@@ -133,7 +142,7 @@ check doctor "$DOCTOR"
 if [[ ${#ENGINES[@]} != 0 ]]; then
     in_place "${ENGINE_CONTAINER:-${CONTAINER:-}}"
     (tasks ENGINES "$ENGINES_PER_NODE" "$LOGS/engine-%t.log" serve "$CONFIG" "${SETTINGS[@]}" \
-        --port $((PORT + 1)) --idle-timeout "$IDLE_DEADLINE") & SERVERS=$!
+        --host 0.0.0.0 --port $((PORT + 1)) --idle-timeout "$IDLE_DEADLINE") & SERVERS=$!
     in_place "${CONTAINER:-}"
 fi
 case "$COMMAND" in

@@ -81,7 +81,10 @@ class Servers(Section):
     flags: list[str] = []
     """Further arguments of the server, one list item per word."""
     api_key_env: str | None = None
-    """Environment variable with the API key. The key is never logged."""
+    """Environment variable with the API key. The key is never logged. Without one, the servers that megarl starts get a
+    random key."""
+    api_key_file: Place | None = None
+    """File with the API key, instead of `api_key_env`. Only its owner may read it (mode 600)."""
     start_timeout: Seconds = 600.0
     """Seconds for a server to become healthy."""
     request_timeout: Seconds = 1800.0

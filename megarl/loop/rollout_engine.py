@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from megarl.rollout.engine import Engine, Sampling
 from megarl.rollout.local.engine import LocalEngine
 from megarl.rollout.servers import factory
 from megarl.rollout.weights import verify
+from megarl.rollout.weights.transport import NotDelivered
 from megarl.run.atomic import clear_errors
 from megarl.runtime.event_loop import EventLoop
 from megarl.runtime.watchdog import waiting
@@ -48,6 +49,7 @@ class RolloutEngine:
     ) -> None:
         self.settings, self.world, self.loop, self.learner = settings, world, loop, learner
         self.controller = controller
+        self._sent: dict[str, int] = {}  # checksums of the last send, on a rank with an engine
         self.canary_difference = self.canary_rounding = 0.0  # nats: the largest difference; what rounding explains
         plan.check(settings.rollout, tokenizer)
         self.drivers = world.world_size if settings.rollout.embedded else 1
@@ -72,9 +74,24 @@ class RolloutEngine:
                 raise
 
     def push(self, version: int) -> None:
-        """Send the learner's weights to every engine. Check them tensor by tensor and by the canary. Collective."""
+        """Send the learner's weights to every engine. Check them tensor by tensor and by the canary. Collective.
+
+        Sends again if every engine died amid the send and those that came back need another one.
+        """
+        while not (self._delivered(self._send, version) and self._delivered(self._check, version)):
+            pass
+
+    def _delivered(self, action: Callable[[int], None], version: int) -> bool:
+        """Whether the engines had the weights until the end of `action`, on every rank. Collective."""
+        try:
+            action(version)
+            done = True
+        except NotDelivered:  # of a pool, which only the controller has
+            done = False
+        return done if self.settings.rollout.embedded else broadcast(done, self.world)
+
+    def _send(self, version: int) -> None:
         tensors = self.learner.named_tensors()
-        sent: dict[str, int] = {}
         if self.engine is None:
             for _ in tensors:  # all ranks gather them together
                 pass
@@ -83,11 +100,13 @@ class RolloutEngine:
                 waiting(f"the engines to take the weights of version {version}", self.world.deadline_s),
                 clear_errors(self.settings.run / "weights"),
             ):
-                sent = self.loop.run(verify.send(self.engine, version, tensors))
+                self._sent = self.loop.run(verify.send(self.engine, version, tensors))
+
+    def _check(self, version: int) -> None:
         canary = self._canary()
         if self.engine is not None:
             with waiting(f"the engines to score the canary of version {version}", self.world.deadline_s):
-                checked = verify.check(self.engine, version, canary, self.settings.rollout.canary_limit, sent)
+                checked = verify.check(self.engine, version, canary, self.settings.rollout.canary_limit, self._sent)
                 self.canary_difference = self.loop.run(checked)
         self.canary_rounding = float(np.sqrt(np.mean(canary.scale() ** 2)))
 

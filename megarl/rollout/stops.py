@@ -45,9 +45,9 @@ class Stops:
         self.stop_candidates[[sequence[-1] for sequence in self._sequences]] = True
         if self._strings:
             whole = [b for b, _, _ in self._strings]
-            tails = tuple({b[-k:] for b in whole for k in range(1, len(b))})
+            tails = {b[-k:] for b in whole for k in range(1, len(b))}
             for i, piece in enumerate(vocabulary.pieces[:vocabulary_size]):
-                if piece.startswith(tails) or any(b in piece for b in whole):
+                if any(piece[:k] in tails for k in range(1, len(piece) + 1)) or any(b in piece for b in whole):
                     self.stop_candidates[i] = True
 
     @staticmethod

@@ -28,10 +28,10 @@ def policy(tmp_path: Path) -> Policy:
 @pytest.mark.parametrize("engine", ["sglang", "vllm", "local"])
 def test_the_key_is_in_the_environment_alone(engine: str, policy: Policy, api_key: str, tmp_path: Path) -> None:
     """And a server without one does not take the key that happens to be in the trainer's environment."""
-    server = factory.server(settings(policy, tmp_path / "run", engine), 0, engine)
+    server = factory.server(settings(policy, tmp_path / "run", engine), 0, engine, api_key)
     assert api_key in server.environment.values()
     assert not any(api_key in part for part in server.command(1))
-    keyless = factory.server(settings(policy, tmp_path / "run", engine, api_key_env=None), 0, engine)
+    keyless = factory.server(settings(policy, tmp_path / "run", engine, api_key_env=None), 0, engine, None)
     assert {name: value for name, value in keyless.environment.items() if "KEY" in name} == {
         name: "" for name, value in server.environment.items() if value == api_key
     }
@@ -48,7 +48,7 @@ def test_the_embedded_engines_server_keeps_its_key(policy: Policy, api_key: str,
     """The same as tests/engines/test_real_engines.py shows of SGLang and vLLM, of `megarl serve`'s own."""
 
     async def main() -> None:
-        server = factory.server(settings(policy, tmp_path / "run", "local"), 0, "local-0")
+        server = factory.server(settings(policy, tmp_path / "run", "local"), 0, "local-0", api_key)
         server.start()
         endpoint = Endpoint(server.address, api_key=api_key)
         try:

@@ -13,7 +13,7 @@ from megarl.errors import DeadlineExceeded, RunError
 from megarl.rollout.detokenize import Vocabulary
 from megarl.rollout.engine import Sampling
 from megarl.rollout.servers import pool as pool_module
-from megarl.rollout.servers.http import Refused
+from megarl.rollout.servers.http import Refused, Run
 from megarl.rollout.servers.pool import Pool, group_of
 from megarl.rollout.servers.remote import RemoteEngine
 from megarl.rollout.servers.sglang import SGLangEngine
@@ -26,6 +26,7 @@ VOCABULARY = Vocabulary(TOKENIZER)
 PROMPT = TOKENIZER.encode("Q: ")
 ANSWER = TOKENIZER.encode("some answer")
 SAMPLING = Sampling(max_tokens=len(ANSWER))
+RUN = Run("run", "the test's")
 
 
 class Labels:
@@ -78,7 +79,7 @@ def with_pool(
         for fake in fakes:
             await fake.listen(0)
         engines = [
-            SGLangEngine(f"e{i}", fake.address, VOCABULARY, servers, vocab_size=len(TOKENIZER))
+            SGLangEngine(f"e{i}", fake.address, VOCABULARY, servers, vocab_size=len(TOKENIZER), run=RUN)
             for i, fake in enumerate(fakes)
         ]
         pool = Pool(engines, labels, servers, tied=tied)
@@ -157,7 +158,7 @@ def test_one_bad_engine_costs_no_result(mode: str) -> None:
         assert pool.retries > 0
         fakes[0].mode = "right"
         await until(lambda: len(pool.engines) == 2)
-        assert fakes[0].version == "1" and labels.served.count("e0") == 2
+        assert fakes[0].version == "run-1" and labels.served.count("e0") == 2
 
     with_pool(2, body, attempt_timeout=1.0)
 
@@ -175,7 +176,7 @@ def test_an_engine_that_vanishes_in_mid_request_is_replaced_and_comes_back_with_
         assert [engine.name for engine in pool.engines] == ["e1"]
         await fakes[0].come_back()
         await until(lambda: len(pool.engines) == 2)
-        assert fakes[0].version == "5"
+        assert fakes[0].version == "run-5"
 
     with_pool(2, body)
 
@@ -193,7 +194,7 @@ def test_an_engine_without_the_weights_waits_for_the_next_update() -> None:
         await ask(pool, *(f"h{i}/0|0" for i in range(8)))
         assert fakes[0].calls["generate"] == before
         await pool.update_weights(2, [])
-        assert len(pool.engines) == 2 and fakes[0].version == "2"
+        assert len(pool.engines) == 2 and fakes[0].version == "run-2"
 
     with_pool(2, body, resends=False)
 
@@ -220,10 +221,10 @@ def test_an_engine_lost_during_an_update_is_left_out() -> None:
         await pool.update_weights(1, [])
         assert [engine.name for engine in pool.engines] == ["e1"]
         await fakes[1].vanish()
-        with pytest.raises(RunError, match="weights 2 reached no engine: e0 is down"):
+        with pytest.raises(RunError, match="weights 2 reached no engine: e0 is lost.* e1 is lost"):
             await pool.update_weights(2, [])
 
-    with_pool(2, body)
+    with_pool(2, body, restarts=1, start_timeout=0.2)
 
 
 def test_the_last_engine_lost_is_an_error_for_those_who_wait() -> None:

@@ -11,7 +11,7 @@ from megarl.config import Servers
 from megarl.errors import DeadlineExceeded, RunError
 from megarl.rollout.detokenize import Vocabulary
 from megarl.rollout.engine import Generation, Sampling
-from megarl.rollout.servers.http import Refused, ServerError
+from megarl.rollout.servers.http import Refused, Run, ServerError
 from megarl.rollout.servers.sglang import SGLangEngine
 from megarl.types import Span
 from tests.support.fake_sglang import FakeSGLang
@@ -29,7 +29,8 @@ def with_fake(text: str, body: Callable[[FakeSGLang, SGLangEngine, list[int]], A
         prompt = TOKENIZER.encode(PROMPT)
         async with FakeSGLang(TOKENIZER, prompt + TOKENIZER.encode(text)) as fake:
             servers = Servers(**{"attempt_timeout": 20.0, **settings})
-            engine = SGLangEngine("fake", fake.address, VOCABULARY, servers, vocab_size=len(TOKENIZER))
+            run = Run("run", "the test's")
+            engine = SGLangEngine("fake", fake.address, VOCABULARY, servers, vocab_size=len(TOKENIZER), run=run)
             await engine.start()
             try:
                 await body(fake, engine, prompt)
@@ -140,7 +141,7 @@ def test_a_request_is_carried_over_a_weight_update_and_each_span_has_its_version
     """Proves partial rollouts: cut short, resumed under the new weights, nothing lost or doubled."""
 
     async def body(fake: FakeSGLang, engine: SGLangEngine, prompt: list[int]) -> None:
-        engine.version, fake.version = 1, "1"
+        engine.version, fake.version = 1, "run-1"
         text = TOKENIZER.encode("noWait and then")
         sampling = Sampling(max_tokens=len(text), stop_words=("Wait",))
         first = len(TOKENIZER.encode("noWait "))
@@ -158,7 +159,7 @@ def test_a_request_is_carried_over_a_weight_update_and_each_span_has_its_version
             await asyncio.sleep(0)
         async with engine.pause():
             assert not engine.in_flight
-            fake.mode, engine.version, fake.version = "right", 2, "2"
+            fake.mode, engine.version, fake.version = "right", 2, "run-2"
         fake.go.set()
         generation = await task
         assert generation.token_ids == text
@@ -195,7 +196,7 @@ def test_requests_may_end_while_they_are_cut_short() -> None:
         ("not json", ServerError, "not JSON"),
         ("error", ServerError, "HTTP 500: out of memory"),
         ("wrong tokens", ServerError, "does not add up"),
-        ("stale", ServerError, "weights ['7']; the current ones are 3"),
+        ("stale", ServerError, "weights ['7']; the current ones are 'run-3'"),
         ("declines", Refused, "too long"),
         ("never", DeadlineExceeded, "waiting for fake to answer 'a~0'"),
     ],
@@ -204,7 +205,7 @@ def test_bad_answers_are_errors_that_name_the_server(mode: str, error: type[RunE
     """Each bounded: by the answer itself or by `attempt_timeout`."""
 
     async def body(fake: FakeSGLang, engine: SGLangEngine, prompt: list[int]) -> None:
-        fake.mode, engine.version, fake.version = mode, 3, "3"
+        fake.mode, engine.version, fake.version = mode, 3, "run-3"
         with pytest.raises(error) as caught:
             await engine.generate(prompt, Sampling(max_tokens=5), "a")
         assert says in str(caught.value)

@@ -17,6 +17,7 @@ STUBS = {
     "srun": """
         trap 'exit 0' USR2
         nodes=$(grep -o 'nodelist=[^ ]*' <<<"$*")
+        key=$(grep -o 'api_key_file=[^ ]*' <<<"$*") && stat --format=%a:%s "${key#*=}" >>"$STARTED.keys"
         case "$*" in
             *" train "*addresses* | *" eval "*addresses*) until grep -q ' serve ' "$STARTED"; do sleep 0.05; done ;;
         esac
@@ -72,6 +73,20 @@ def test_learners_first_engines_last(run) -> None:
     for line in started.values():
         assert f"steps=3 rollout.servers.addresses={addresses}" in line
     assert "slurm/configs/qwen3_32b.yaml" in started["serve"]
+    assert "--host 0.0.0.0 --port 20008" in started["serve"]
+
+
+@pytest.mark.parametrize("fails", ["none", "doctor", "train"])
+def test_the_jobs_key_is_in_a_private_file_until_the_end(run, tmp_path: Path, fails: str) -> None:
+    """Every command gets its path, and none the key. It is 32 random bytes, for its owner alone, and is gone after a
+    success, a refusal and a failure."""
+    code, output, started = run("slurm/train_qwen3_32b.sh", FAILS=fails, SKIP_PLAN="1")
+    assert (code == 0) == (fails == "none"), output
+    file = tmp_path / "run" / ".engine-key-7"
+    assert started and all(f"rollout.servers.api_key_file={file}" in line for line in started.values())
+    modes = (tmp_path / "started.keys").read_text().split()
+    assert modes and set(modes) == {"600:64"}
+    assert not file.exists()
 
 
 def test_engines_in_the_learners_ranks(run) -> None:

@@ -1,4 +1,4 @@
-"""Starts an SGLang server whose API key is neither on a command line nor in its log.
+"""Starts an SGLang server that serves one run at a time, and whose API key is on no command line and in no log.
 
     MEGARL_ENGINE_KEY=… python megarl_sglang.py --model-path …      otherwise as `python -m sglang.launch_server`
 
@@ -36,16 +36,21 @@ def hide_in_logs(secret: str) -> None:
     logging.setLogRecordFactory(hidden)
 
 
-def add_to_arguments(key: str) -> None:
-    """Have SGLang parse `--api-key` after its flags. The command line does not change."""
+def prepare_with(key: str) -> None:
+    """Have SGLang parse `--api-key` after its flags, and refuse a second run. The command line does not change."""
     from sglang.srt import server_args
 
     prepare = server_args.prepare_server_args
 
-    def prepare_with_key(argv: Sequence[str]) -> Any:
-        return prepare([*argv, f"--api-key={key}"])
+    def prepared(argv: Sequence[str]) -> Any:
+        settings = prepare([*argv, f"--api-key={key}"] if key else argv)
+        from megarl_guard import Guard  # beside this file
+        from sglang.srt.entrypoints import http_server
 
-    server_args.prepare_server_args = prepare_with_key
+        http_server.app.add_middleware(Guard, key="")  # SGLang itself asks for the key
+        return settings
+
+    server_args.prepare_server_args = prepared
 
 
 def keep_experts_in_plain_memory() -> None:
@@ -62,7 +67,7 @@ def keep_experts_in_plain_memory() -> None:
 def main() -> None:
     if key := os.environ.pop(KEY_VARIABLE, ""):
         hide_in_logs(key)
-        add_to_arguments(key)
+    prepare_with(key)
     runpy.run_module("sglang.launch_server", run_name="__main__")
 
 

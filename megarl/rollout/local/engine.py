@@ -51,6 +51,7 @@ class LocalEngine:
         vocabulary = tokenizer if isinstance(tokenizer, Vocabulary) else Vocabulary(tokenizer)
         decoder = Decoder(shape, torch.device(device), dtype, batch_slots + 1, max_length, keep_experts)
         self.max_length = max_length
+        self._vocabulary_size = shape.vocab
         self.version = -1
         self._slots = SlotTable(batch_slots, max_length)
         self._scheduler = Scheduler(self._slots)
@@ -65,20 +66,11 @@ class LocalEngine:
 
     async def generate(self, token_ids: Sequence[int], sampling: Sampling, request_id: str) -> Generation:
         await self.health()
-        if not len(token_ids):
-            raise UserError("engine: a request needs at least one token to continue")
-        if sampling.max_tokens < 1:
-            raise UserError(f"max_tokens: {sampling.max_tokens} leaves nothing to generate; at least 1")
-        if len(token_ids) + sampling.max_tokens > self.max_length:
-            raise UserError(
-                f"max_length: {len(token_ids)} tokens and {sampling.max_tokens} new ones exceed the local engine's "
-                f"{self.max_length}; at least {len(token_ids) + sampling.max_tokens}"
-            )
-        if sampling.experts and not self._runner.keeps_experts:
-            raise UserError("experts: this engine keeps none; it needs keep_experts and a mixture of experts")
+        self._check(token_ids, sampling)
         if request_id in self._requests:
             raise RunError(f"local engine: request {request_id!r} is already running")
-        ids, stops = np.asarray(token_ids, np.int32), self._stops.index(sampling)
+        ids = np.asarray(token_ids, np.int32)
+        stops = self._stops.index(sampling, lambda: {request.stops for request in self._requests.values()})
         request = Request(ids, sampling, stops, lineage(request_id), asyncio.Future())
         self._requests[request_id] = request
         self._scheduler.add(request)
@@ -94,9 +86,41 @@ class LocalEngine:
 
     async def score(self, token_ids: Sequence[int]) -> list[float]:
         await self.health()
+        self._check_ids("token_ids", token_ids)
         if len(token_ids) > self.max_length:
             raise UserError(f"max_length: cannot score {len(token_ids)} tokens; the local engine has {self.max_length}")
         return self._runner.score(token_ids)
+
+    def _check(self, token_ids: Sequence[int], sampling: Sampling) -> None:
+        """UserError for what would fail in a step, and there take every other request with it."""
+        self._check_ids("token_ids", token_ids)
+        if sampling.max_tokens < 1:
+            raise UserError(f"max_tokens: {sampling.max_tokens} leaves nothing to generate; at least 1")
+        if len(token_ids) + sampling.max_tokens > self.max_length:
+            raise UserError(
+                f"max_length: {len(token_ids)} tokens and {sampling.max_tokens} new ones exceed the local engine's "
+                f"{self.max_length}; at least {len(token_ids) + sampling.max_tokens}"
+            )
+        if not 0 <= sampling.offset <= len(token_ids):
+            raise UserError(f"offset: {sampling.offset} of {len(token_ids)} tokens; at most {len(token_ids)}")
+        if sampling.stop_token_ids:
+            self._check_ids("stop_token_ids", sampling.stop_token_ids)
+        for sequence in sampling.stop_sequences:
+            self._check_ids("stop_sequences", sequence)
+        if sampling.experts and not self._runner.keeps_experts:
+            raise UserError("experts: this engine keeps none; it needs keep_experts and a mixture of experts")
+
+    def _check_ids(self, what: str, ids: Sequence[int]) -> None:
+        if not len(ids):
+            raise UserError(f"{what}: the engine needs at least one token")
+        low, high = int(np.min(ids)), int(np.max(ids))
+        if low < 0 or high >= self._vocabulary_size:
+            wrong = low if low < 0 else high
+            raise UserError(f"{what}: {wrong} is no token; the model's are 0 to {self._vocabulary_size - 1}")
+
+    def check_weights(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """RunError if `update_weights` would refuse tensors of these names and shapes. Changes nothing."""
+        self._runner.check(shapes)
 
     async def abort(self, request_id: str) -> None:
         if request := self._requests.get(request_id):
@@ -212,10 +236,12 @@ class LocalEngine:
             spans=request.spans,
             experts=self._runner.experts(slot) if request.sampling.experts else None,
         )
-        if not math.isfinite(sum(generation.logprobs)):
-            raise RunError("local engine: the model's logits are not finite")
         self._scheduler.finish(slot, match is not None and match.what in request.sampling.stop_words)
-        request.finish(generation)
+        if math.isfinite(sum(generation.logprobs)):
+            request.finish(generation)
+        else:  # of this request: the others may be right
+            slots.forget(slot)
+            request.fail(RunError("local engine: the model's logits are not finite"))
 
     def _abort(self, request: Request) -> None:
         """End a request that waits or runs."""
@@ -229,7 +255,6 @@ class LocalEngine:
         """End every request with the error. The engine serves no more."""
         self._failure = str(error).removeprefix("local engine: ")
         for request in self._scheduler.clear():
-            if not request.future.done():
-                failure = RunError(f"local engine: {self._failure}")
-                failure.__cause__ = error
-                request.future.set_exception(failure)
+            failure = RunError(f"local engine: {self._failure}")
+            failure.__cause__ = error
+            request.fail(failure)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -34,23 +34,23 @@ class ModelRunner:
         sums: dict[str, int] = {}
         with torch.no_grad():
             for name, tensor in tensors:
-                if name == "lm_head.weight" and name not in weights:
-                    continue  # tied: it is the embedding
-                if name not in weights:
-                    raise RunError(f"local engine: no tensor {name!r} in this model{nearest(name, weights)}")
-                shape, wanted = tuple(tensor.shape), tuple(weights[name].shape)
-                if shape != wanted:
-                    raise RunError(f"local engine: {name} has shape {shape}, not {wanted}")
-                weights[name].copy_(tensor)
-                sums[name] = checksum(weights[name])
-            if missing := [name for name in weights if name not in sums]:
-                raise RunError(f"local engine: {len(missing)} tensors did not arrive, among them {missing[0]}")
+                if (target := _target(weights, name, tuple(tensor.shape))) is not None:
+                    target.copy_(tensor)
+                    sums[name] = checksum(target)
+            _check_complete(weights, sums)
             self._decoder.refresh()
         return sums
 
     def checksums(self) -> Mapping[str, int]:
         """Of all weights as they are now, by name."""
         return {name: checksum(tensor) for name, tensor in self._decoder.weights().items()}
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """RunError if `load` would refuse tensors of these names and shapes. Changes nothing."""
+        weights = self._decoder.weights()
+        for name, shape in shapes.items():
+            _target(weights, name, shape)
+        _check_complete(weights, shapes)
 
     def copy(self, source: int, target: int, end: int) -> None:
         """Copy columns [0, end) of one slot's cache to another slot."""
@@ -132,3 +132,19 @@ class ModelRunner:
 
     def _upload(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self._decoder.device)
+
+
+def _target(weights: Mapping[str, torch.Tensor], name: str, shape: tuple[int, ...]) -> torch.Tensor | None:
+    """The weight that a tensor replaces. None for a tied output layer, which is the embedding."""
+    if name == "lm_head.weight" and name not in weights:
+        return None
+    if name not in weights:
+        raise RunError(f"local engine: no tensor {name!r} in this model{nearest(name, weights)}")
+    if shape != (wanted := tuple(weights[name].shape)):
+        raise RunError(f"local engine: {name} has shape {shape}, not {wanted}")
+    return weights[name]
+
+
+def _check_complete(weights: Iterable[str], given: Container[str]) -> None:
+    if missing := [name for name in weights if name not in given]:
+        raise RunError(f"local engine: {len(missing)} tensors did not arrive, among them {missing[0]}")

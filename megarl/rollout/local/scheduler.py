@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from megarl.errors import RunError
 from megarl.rollout.engine import Generation, Sampling
 from megarl.rollout.local.prefix_cache import PrefixCache
 from megarl.rollout.local.slots import Placement, SlotTable
@@ -38,6 +39,10 @@ class Request:
     def finish(self, generation: Generation) -> None:
         if not self.future.done():
             self.future.set_result(generation)
+
+    def fail(self, error: RunError) -> None:
+        if not self.future.done():
+            self.future.set_exception(error)
 
 
 class Scheduler:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Container
+
 import numpy as np
 
 from megarl.rollout.detokenize import Vocabulary
@@ -11,13 +13,15 @@ from megarl.rollout.local.slots import SlotTable
 from megarl.rollout.stops import Match, Stops
 from megarl.types import Finish
 
+_MAX_KINDS = 256  # of stops that are kept: each takes a byte per token of the vocabulary
+
 
 class StopTable:
     """Stops and limits of every slot's request. Array operations pick the few slots that `check` must look at."""
 
     def __init__(self, slots: SlotTable, vocabulary: Vocabulary, vocabulary_size: int) -> None:
         self._slots, self._vocabulary = slots, vocabulary
-        self._indices: dict[tuple, int] = {}
+        self._indices: dict[tuple, int] = {}  # oldest first
         self._stops: list[Stops] = []
         self._candidates = np.zeros((0, vocabulary_size), bool)  # `Stops.stop_candidates` of each
         self._index = np.zeros(slots.count, np.int64)  # into `_stops`, by slot; as all that follow
@@ -26,15 +30,26 @@ class StopTable:
         self._min_logprob = np.zeros(slots.count)
         self._logprob = np.zeros(slots.count)  # sum over the sampled tokens after the first; inf before the first
 
-    def index(self, sampling: Sampling) -> int:
-        """Index of the request's stops, for `Request.stops`."""
+    def index(self, sampling: Sampling, in_use: Callable[[], Container[int]] = tuple) -> int:
+        """Index of the request's stops, for `Request.stops`. Of `_MAX_KINDS`, the oldest that is not `in_use` goes."""
         key = Stops.key(sampling)
         if key not in self._indices:
             stops = Stops(sampling, self._vocabulary, self._candidates.shape[1])
-            self._candidates = np.concatenate([self._candidates, stops.stop_candidates[None]])
-            self._indices[key] = len(self._stops)
-            self._stops.append(stops)
+            self._indices[key] = index = self._free_index(in_use)
+            self._candidates[index], self._stops[index] = stops.stop_candidates, stops
         return self._indices[key]
+
+    def _free_index(self, in_use: Callable[[], Container[int]]) -> int:
+        if len(self._stops) >= _MAX_KINDS:
+            kept = in_use()
+            for key, index in self._indices.items():
+                if index not in kept:
+                    del self._indices[key]
+                    return index
+        width = self._candidates.shape[1]
+        self._candidates = np.concatenate([self._candidates, np.zeros((1, width), bool)])
+        self._stops.append(None)  # type: ignore[arg-type]
+        return len(self._stops) - 1
 
     def enter(self, slot: int, request: Request) -> None:
         """Watch for the end of the slot's new request."""

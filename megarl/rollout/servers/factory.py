@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
+import socket
+import stat
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,8 +21,9 @@ from megarl.rollout import groups
 from megarl.rollout.detokenize import Vocabulary
 from megarl.rollout.in_engine import megarl_sglang
 from megarl.rollout.servers import local, sglang, vllm
+from megarl.rollout.servers.http import Run
 from megarl.rollout.servers.pool import Pool
-from megarl.rollout.servers.process import Command, Server
+from megarl.rollout.servers.process import LOOPBACK, Command, Server
 from megarl.rollout.servers.remote import RemoteEngine
 from megarl.rollout.weights.broadcast import BroadcastTransport
 from megarl.rollout.weights.disk import DiskTransport
@@ -30,6 +34,14 @@ ENGINES: dict[str, tuple[type[RemoteEngine], Callable[..., list[str]], Callable[
     "sglang": (sglang.SGLangEngine, sglang.command, sglang.environment),
     "vllm": (vllm.VLLMEngine, vllm.command, vllm.environment),
     "local": (local.LocalServerEngine, local.command, local.environment),
+}
+
+OWN_FLAGS = {  # of the servers that megarl sets itself, and why
+    "--api-key": "every user of the machine may read a command line; name the variable that has the key in "
+    "rollout.servers.api_key_env",
+    "--host": "megarl's servers listen on loopback; start one for other nodes with `megarl serve --host`",
+    "--port": "megarl chooses a free port; start a server on a port of yours with `megarl serve --port`",
+    "--fd": "megarl passes the socket itself",
 }
 
 
@@ -52,8 +64,7 @@ def check(rollout: Rollout) -> None:
             f"rollout.servers.python: {python_of(rollout)} does not exist; build it with `make engines`, or name the "
             "interpreter of an environment that has the engine"
         )
-    if servers.api_key_env and servers.api_key_env not in os.environ:
-        raise UserError(f"rollout.servers.api_key_env: the variable {servers.api_key_env} is not set")
+    api_key_of(servers)
     check_flags(servers.flags)
     if not servers.addresses:
         device_share(0, servers)
@@ -65,12 +76,12 @@ def check(rollout: Rollout) -> None:
 
 
 def check_flags(flags: Sequence[str]) -> None:
-    """Refuse flags that expose the key, and flags joined with their value. Raises UserError."""
-    if any(flag.partition("=")[0] == "--api-key" for flag in flags):
-        raise UserError(
-            "rollout.servers.flags: '--api-key': every user of the machine may read a command line; "
-            "name the variable that has the key in rollout.servers.api_key_env"
-        )
+    """Refuse flags that expose the key or move the server, and flags joined with their value. Raises UserError."""
+    for flag in flags:
+        given = flag.partition("=")[0].replace("_", "-")
+        for full, advice in OWN_FLAGS.items():
+            if len(given) > 4 and full.startswith(given):  # a parser may take the beginning of a flag for the flag
+                raise UserError(f"rollout.servers.flags: '{full}': {advice}")
     for flag in flags:
         if together := re.match(r"(-[\w.-]+)\s+(.*)", flag):  # vLLM would start and ignore it
             name, value = together.groups()
@@ -87,9 +98,13 @@ def build(settings: Settings, vocabulary: Vocabulary) -> Pool:
     transport = choose_transport(rollout, model.path, dtype_of(settings), settings.run / "weights")
     kind, *_ = ENGINES[rollout.engine]
     routed = (shape.layers, shape.moe.top_k) if shape.moe else None
+    key = api_key_of(servers)
+    if not servers.addresses:
+        key = key or secrets.token_urlsafe(32)  # the machine's other users reach the port too
     places: Sequence[str | Server] = servers.addresses or [
-        server(settings, i, f"{rollout.engine}-{i}") for i in range(servers.count)
+        server(settings, i, f"{rollout.engine}-{i}", key) for i in range(servers.count)
     ]
+    run = Run.new(f"{settings.run.resolve()} on {socket.gethostname()}")
     engines = [
         kind(
             place.name if isinstance(place, Server) else place,
@@ -99,21 +114,25 @@ def build(settings: Settings, vocabulary: Vocabulary) -> Pool:
             vocab_size=shape.vocab,
             routed=routed,
             transport=transport,
-            api_key=api_key_of(servers),
+            api_key=key,
+            run=run,
         )
         for place in places
     ]
     return Pool(engines, transport, servers, tied=shape.tied)
 
 
-def server(settings: Settings, index: int, name: str, port: int = 0) -> Server:
-    """Server `index` of the `servers.count` on this host, not started. It listens on a free loopback port, or on `port`
-    of every interface."""
+def server(
+    settings: Settings, index: int, name: str, api_key: str | None, host: str = LOOPBACK, port: int = 0
+) -> Server:
+    """Server `index` of the `servers.count` on this host, not started. It listens on `port` of `host` (0: a free
+    one)."""
     rollout, servers = settings.rollout, settings.rollout.servers
-    line = command_of(settings, ["--host", "0.0.0.0"] if port else [])
+    line = command_of(settings, ["--host", host])
     log = settings.run / "logs" / f"{name}.log"
-    variables = {**environment_of(rollout, api_key_of(servers)), **device_share(index, servers)}
-    return Server(name, line, log=log, environment=variables, port=port)
+    variables = {**environment_of(rollout, api_key), **device_share(index, servers)}
+    takes_socket = rollout.engine == "local"
+    return Server(name, line, log=log, environment=variables, host=host, port=port, takes_socket=takes_socket)
 
 
 def command_of(settings: Settings, more: Sequence[str] = ()) -> Command:
@@ -172,7 +191,38 @@ def dtype_of(settings: Settings) -> torch.dtype:
 
 
 def api_key_of(servers: Servers) -> str | None:
-    return os.environ[servers.api_key_env] if servers.api_key_env else None
+    """The key that the settings name, in a variable or a file. None if they name none. Raises UserError."""
+    name, file = servers.api_key_env, servers.api_key_file
+    if name and file:
+        raise UserError("rollout.servers.api_key_file: api_key_env names a key too; name one of them")
+    if name:
+        if name not in os.environ:
+            raise UserError(f"rollout.servers.api_key_env: the variable {name} is not set")
+        return _checked_key(f"rollout.servers.api_key_env: the variable {name}", os.environ[name])
+    if file:
+        return _checked_key(f"rollout.servers.api_key_file: {file}", _read_private(file))
+    return None
+
+
+def _read_private(file: Path) -> str:
+    """The text of a file that nobody else can read."""
+    place = f"rollout.servers.api_key_file: {file}"
+    try:
+        with file.open("rb") as opened:
+            mode = stat.S_IMODE(os.fstat(opened.fileno()).st_mode)
+            if mode & 0o077:
+                raise UserError(f"{place}: others may use it (mode {mode:o}); chmod 600 {file}")
+            return opened.read(4096).decode("utf-8", "replace").strip()
+    except OSError as e:
+        raise UserError(f"{place}: {e.strerror}") from None
+
+
+def _checked_key(place: str, key: str) -> str:
+    if not key:
+        raise UserError(f"{place} is empty; write a key into it")
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        raise UserError(f"{place}: an HTTP header cannot carry this key; use letters, digits, '-' and '_'")
+    return key
 
 
 def on_cuda(servers: Servers) -> bool:

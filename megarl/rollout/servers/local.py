@@ -27,7 +27,7 @@ class LocalServerEngine(RemoteEngine):
         return [float(value) for value in field_of(answer, "logprobs")]
 
     async def load_folder(self, version: int, folder: Path) -> None:
-        payload = {"version": version, "folder": str(folder)}
+        payload = {"version": self.label(version), "folder": str(folder)}
         answer = await self._post("/load", payload, f"load weights {version} from {folder}", CONTROL_TIMEOUT)
         self._loaded = field_of(answer, "held")
         self.version = version
@@ -44,7 +44,7 @@ class LocalServerEngine(RemoteEngine):
     async def segment(self, server_id: str, token_ids: list[int], sampling: Sampling) -> Segment:
         payload = {"id": server_id, "token_ids": token_ids, "sampling": sampling._asdict()}
         answer = await self._post("/generate", payload, f"answer '{server_id}'", self.settings.attempt_timeout)
-        self._check_version([str(version) for version in field_of(answer, "versions")])
+        self._check_version(field_of(answer, "versions"))
         return Segment(field_of(answer, "token_ids"), field_of(answer, "logprobs"), field_of(answer, "finish"))
 
     async def abort_segment(self, server_id: str) -> None:

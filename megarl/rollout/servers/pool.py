@@ -10,21 +10,20 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Literal
 
-import torch
-
 from megarl.config import Servers
 from megarl.errors import DeadlineExceeded, RunError
 from megarl.rollout.engine import Generation, Sampling, lineage
 from megarl.rollout.servers.http import Refused
 from megarl.rollout.servers.process import retry
 from megarl.rollout.servers.remote import RemoteEngine
-from megarl.rollout.weights.transport import Checks, Transport
+from megarl.rollout.weights.transport import Broken, Checks, Named, NotAsSent, NotDelivered, Outcome, Transport
 
 log = logging.getLogger(__name__)
 
 MAX_FAILURES = 3  # in a row, after which an engine is taken out
 HEALTH_PERIOD = 10.0  # seconds between checks of an engine's health
 MAX_DISAGREEMENT = 0.1  # of two engines' log-probs of the same tokens under the same weights (bf16)
+CLOSE_TIMEOUT = 60.0  # seconds for all engines to end; a server gets 20
 
 State = Literal["up", "down", "stale", "lost"]  # serving; recovering; healthy without the weights; given up
 
@@ -50,7 +49,8 @@ class Pool:
     only when it has nothing else to do. Each engine has at most `servers.concurrency` requests at once.
     Failures: a failed request starts again on another engine, so a caller gets exactly one result. A request that a
     server rejects as wrong is not retried. An engine whose requests or health checks fail `MAX_FAILURES` times in a row
-    is taken out. It is restarted (if megarl started it), given the current weights, and taken back.
+    is taken out. It is restarted (if megarl started it), given the current weights, checked as at the send of them, and
+    taken back. That is so in an update of the weights too.
     """
 
     def __init__(
@@ -67,14 +67,19 @@ class Pool:
         self._serving = asyncio.Event()  # an engine is up, or none will ever be
         self._serving.set()
         self._version: int | None = None  # of the last send
+        self._canary: tuple[Sequence[int], list[float]] | None = None  # what the engines scored last, and its scores
         self._updating = asyncio.Lock()
         self._health_checks: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Start every engine and the health checks. Raises RunError if one does not start."""
+        starting = [asyncio.ensure_future(member.engine.start()) for member in self.members]
         try:
-            await asyncio.gather(*(member.engine.start() for member in self.members))
+            await asyncio.gather(*starting)
         except BaseException:
+            for task in starting:
+                task.cancel()
+            await asyncio.gather(*starting, return_exceptions=True)
             await self.close()
             raise
         self._health_checks = asyncio.create_task(self._check_health())
@@ -114,41 +119,95 @@ class Pool:
         raise DeadlineExceeded(f"'{request_id}' (last: {cause})", timeout)
 
     async def score(self, token_ids: Sequence[int]) -> list[float]:
-        """Scored by every engine that serves. Raises RunError if two disagree by more than `MAX_DISAGREEMENT`."""
-        engines = self.engines
-        await self.health()
-        first, *others = await asyncio.gather(*(engine.score(token_ids) for engine in engines))
-        for engine, scores in zip(engines[1:], others, strict=True):
-            worst = max((abs(a - b) for a, b in zip(first, scores, strict=True)), default=0.0)
-            if not worst <= MAX_DISAGREEMENT:
-                raise RunError(
-                    f"{engine.name} and {engines[0].name} disagree by {worst:.3g} on the log-probs of the same tokens "
-                    f"under weights {engine.version} and {engines[0].version}"
-                )
-        return first
+        """Scored by every engine that serves. Raises RunError if two disagree by more than `MAX_DISAGREEMENT`.
+
+        An engine that fails is taken out. Raises NotDelivered if no engine with the weights is left.
+        """
+        while True:
+            await self._wait_for_one()
+            serving = [member for member in self.members if member.state == "up"]
+            scored = await asyncio.gather(*(m.engine.score(token_ids) for m in serving), return_exceptions=True)
+            first: tuple[str, list[float]] | None = None
+            for member, scores in zip(serving, scored, strict=True):
+                if isinstance(scores, RunError) and not isinstance(scores, Refused):
+                    self._take_out(member, str(scores))
+                elif isinstance(scores, BaseException):
+                    raise scores
+                elif first is None:
+                    first = (member.engine.name, scores)
+                else:
+                    self._check_agreement(member.engine, scores, *first)
+            if first is not None:
+                self._canary = token_ids, first[1]
+                return first[1]
+
+    def _check_agreement(self, engine: RemoteEngine, scores: list[float], other: str, expected: list[float]) -> None:
+        worst = max((abs(a - b) for a, b in zip(expected, scores, strict=True)), default=0.0)
+        if not worst <= MAX_DISAGREEMENT:
+            raise RunError(
+                f"{engine.name} and {other} disagree by {worst:.3g} on the log-probs of the same tokens under weights "
+                f"{engine.version}"
+            )
 
     async def abort(self, request_id: str) -> None:
         if running := self._running.get(request_id):
             member, name = running
             await member.engine.abort(name)
 
-    async def update_weights(self, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> Mapping[str, int]:
-        """One send to all engines. Takes out those that fail. Raises RunError if none is left."""
+    async def update_weights(self, version: int, tensors: Iterable[Named]) -> Mapping[str, int]:
+        """One send to all engines. Takes out those that fail, and waits for them if none is left.
+
+        Raises NotDelivered if those that come back need another send, RunError if none comes back.
+        """
         async with self._updating:
             receivers = [member for member in self.members if member.state in ("up", "stale")]
-            outcome = await self.transport.send(
-                version, self._checks.of(version, tensors), [member.engine for member in receivers]
-            )
-            self._version = version
+            outcome = await self._send(version, self._checks.of(version, tensors), receivers)
+            self._version, self._canary = version, None
             self._home.clear()  # the caches are empty now
             for member in receivers:
-                if member.engine in outcome.failures:
-                    self._take_out(member, f"weights {version}: {outcome.failures[member.engine]}")
+                if outcome is None:
+                    self._set_state(member, "stale")
+                elif failure := outcome.failures.get(member.engine):
+                    self._take_out(member, f"weights {version}: {failure}", final=isinstance(failure, Refused))
                 else:
                     self._set_state(member, "up")
-        if not self.engines:
-            raise RunError(f"weights {version} reached no engine: {self._causes()}")
-        return outcome.arrived
+        await self._wait_for_one()
+        return outcome.arrived if outcome is not None else {}
+
+    async def _send(self, version: int, tensors: Iterable[Named], receivers: list[Member]) -> Outcome | None:
+        """One send. None if it broke for all `receivers`. Those that died then leave the list.
+
+        If all live, as one may have been started again meanwhile, it costs each of them a restart, so that this ends.
+        """
+        try:
+            return await self.transport.send(version, tensors, [member.engine for member in receivers])
+        except Broken as e:
+            alive = await asyncio.gather(*(self._lives(member.engine) for member in receivers))
+            for member, lives in zip(list(receivers), alive, strict=True):
+                if lives and (not all(alive) or member.restarts < self._servers.restarts):
+                    member.restarts += all(alive)
+                else:
+                    receivers.remove(member)
+                    self._take_out(member, f"weights {version}: {e}")
+            return None
+
+    async def _lives(self, engine: RemoteEngine) -> bool:
+        try:
+            await engine.health()
+        except RunError:
+            return False
+        return True
+
+    async def _wait_for_one(self) -> None:
+        """Wait until an engine serves or none is being restarted. Raises NotDelivered if the others need a send,
+        RunError if all are lost."""
+        while not self.engines:
+            recovering = [m.recovery for m in self.members if m.recovery is not None and not m.recovery.done()]
+            if any(m.state == "stale" for m in self.members):
+                raise NotDelivered(f"no engine has weights {self._version}: {self._causes()}")
+            if not recovering:
+                raise RunError(f"weights {self._version} reached no engine: {self._causes()}")
+            await asyncio.wait(recovering, return_when=asyncio.FIRST_COMPLETED)
 
     async def checksums(self) -> Mapping[str, int]:
         """None: servers report theirs when they load, and the transport compares them there."""
@@ -163,9 +222,16 @@ class Pool:
         tasks = [task for task in (self._health_checks, *(member.recovery for member in self.members)) if task]
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await self.transport.close()
-        await asyncio.gather(*(member.engine.close() for member in self.members))
+        try:
+            async with asyncio.timeout(CLOSE_TIMEOUT):
+                await asyncio.gather(*tasks, return_exceptions=True)
+                closing = [self.transport.close(), *(member.engine.close() for member in self.members)]
+                closed = await asyncio.gather(*closing, return_exceptions=True)
+        except TimeoutError:
+            raise DeadlineExceeded("the engines to end", CLOSE_TIMEOUT) from None
+        for failure in closed:
+            if isinstance(failure, BaseException):
+                raise failure
 
     # ---- routing -------------------------------------------------------------------------------------------------
 
@@ -230,27 +296,38 @@ class Pool:
         if member.failures >= MAX_FAILURES or (server is not None and not server.running):
             self._take_out(member, cause)
 
-    def _take_out(self, member: Member, cause: str) -> None:
+    def _take_out(self, member: Member, cause: str, *, final: bool = False) -> None:
+        """`final`: a restart would not help."""
         if member.state in ("down", "lost"):
             return
         log.warning("%s is taken out: %s", member.engine.name, cause)
         member.cause = cause
+        if final:
+            self._set_state(member, "lost")
+            return
         self._set_state(member, "down")
         member.recovery = asyncio.create_task(self._recover(member))
 
     async def _recover(self, member: Member) -> None:
-        """Restart the engine until it is healthy, give it the current weights, and take it back."""
+        """Restart the engine until it is healthy, give it the current weights, check them, and take it back."""
         while member.restarts < self._servers.restarts:
             member.restarts += 1
             try:
                 await self._restart(member.engine)
                 async with self._updating:
                     current = self._version is None or await self.transport.resend(member.engine)
+                    if current and self._canary is not None:
+                        tokens, expected = self._canary
+                        scores = await member.engine.score(tokens)
+                        self._check_agreement(member.engine, scores, "the engines before it", expected)
                     self._set_state(member, "up" if current else "stale")
                 log.warning("%s is back%s", member.engine.name, "" if current else ", waiting for weights")
                 return
-            except RunError as e:
+            except (Refused, NotAsSent) as e:  # a wrong key, another run's server, a damaged folder: it stays so
                 member.cause = str(e)
+                break
+            except Exception as e:  # of one engine; the others go on
+                member.cause = str(e) if isinstance(e, RunError) else f"{type(e).__name__}: {e}"
         self._set_state(member, "lost")
 
     async def _restart(self, engine: RemoteEngine) -> None:

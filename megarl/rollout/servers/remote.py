@@ -9,6 +9,7 @@ span of tokens has one weight version.
 from __future__ import annotations
 
 import asyncio
+import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -23,15 +24,18 @@ from megarl.config import Servers
 from megarl.errors import DeadlineExceeded, RunError
 from megarl.rollout.detokenize import Vocabulary
 from megarl.rollout.engine import Generation, Sampling, cannot_pass
-from megarl.rollout.servers.http import Endpoint, ServerError
+from megarl.rollout.in_engine.megarl_guard import LEAVE
+from megarl.rollout.servers.http import Endpoint, Run, ServerError, Taken, WrongKey
 from megarl.rollout.servers.process import Server, retry
 from megarl.rollout.stops import Match, Stops
-from megarl.rollout.weights.transport import Digests, Transport
+from megarl.rollout.weights.transport import Digests, NotAsSent, Transport
 from megarl.types import Span
 
 HEALTH_TIMEOUT = 15.0  # seconds for the server to list its models
 CONTROL_TIMEOUT = 120.0  # seconds for a control request: abort, pause, flush
 ABORT_AGAIN = 1.0  # seconds after which requests that arrived after an abort are aborted too
+CLAIM_PERIOD = 0.5  # seconds between questions whether a server has forgotten a run that was killed
+LEAVE_TIMEOUT = 5.0  # seconds for a server that we did not start to hear that we leave
 
 
 @dataclass(slots=True)
@@ -60,19 +64,21 @@ class RemoteEngine(ABC):
         routed: tuple[int, int] | None = None,
         transport: Transport | None = None,
         api_key: str | None = None,
+        run: Run | None = None,
     ) -> None:
         """`address`: a running server's, or a `Server` that megarl starts, restarts and stops.
 
         `vocab_size`: the model's; the tokenizer's may be smaller. `routed`: (layers, experts per token) of a mixture of
-        experts.
+        experts. `run`: whose engine it is; default, a new one.
         """
         self.name = name
         self.server = address if isinstance(address, Server) else None
         self.settings = servers
         self.version: int | None = None  # of the last update; None = the weights that the server loaded itself
-        self.endpoint = Endpoint(address if isinstance(address, str) else address.address, api_key=api_key)
         self.in_flight: dict[str, asyncio.Task[Segment]] = {}  # request id → its running segment
         self._api_key = api_key
+        self._run_id = run or Run.new("without a name")
+        self.endpoint = self._endpoint(address if isinstance(address, str) else address.address)
         self._transport = transport
         self._vocabulary = vocabulary
         self._stops: dict[tuple, Stops] = {}
@@ -115,11 +121,14 @@ class RemoteEngine(ABC):
 
     async def health(self) -> None:
         """One cheap request. Raises RunError naming the engine."""
-        if self.server is not None and not self.server.running:
-            raise ServerError(f"{self.name}: the server has ended (log: {self.server.log}): {self.server.last_words()}")
+        if self.server is not None:
+            if not self.server.running:
+                words = self.server.last_words()
+                raise ServerError(f"{self.name}: the server has ended (log: {self.server.log}): {words}")
+            self.server.check_listener()
         try:
             await self.endpoint.get("/v1/models", timeout=HEALTH_TIMEOUT, purpose=f"{self.name} to list its models")
-        except DeadlineExceeded:
+        except (DeadlineExceeded, WrongKey, Taken):
             raise
         except RunError as e:
             raise ServerError(f"{self.name}: {e}") from None
@@ -133,6 +142,9 @@ class RemoteEngine(ABC):
     async def close(self) -> None:
         for task in self._background:
             task.cancel()
+        if self.server is None:
+            with suppress(RunError):  # it may be gone, or serve another run
+                await self.endpoint.post(LEAVE, timeout=LEAVE_TIMEOUT, purpose="leave", decode=False)
         await self.drop()
         if self.server is not None:
             await asyncio.to_thread(self.server.stop)
@@ -145,17 +157,33 @@ class RemoteEngine(ABC):
     async def start(self) -> None:
         """Start or restart our server, or connect to a running one. Returns when it can generate.
 
-        Raises RunError naming the cause, or DeadlineExceeded.
+        Raises RunError naming the cause, or DeadlineExceeded. Raises Taken if the server serves another run.
         """
         self.version = None
         if self.server is None:
-            await retry(self.health, self.settings.start_timeout, f"{self.name} to become healthy")
+            await retry(self._claim, self.settings.start_timeout, f"{self.name} to become healthy")
         else:
             await self.close()
             self.server.start()
-            self.endpoint = Endpoint(self.server.address, api_key=self._api_key)
+            self.endpoint = self._endpoint(self.server.address)
             await self.server.wait_until(self.health, self.settings.start_timeout)
         await self._first_token()
+
+    def _endpoint(self, address: str) -> Endpoint:
+        check = self.server.check_listener if self.server is not None else lambda: None
+        return Endpoint(address, api_key=self._api_key, run=self._run_id, check=check)
+
+    async def _claim(self) -> None:
+        """`health`, which takes the server for our run. A run that was killed is waited out: the server forgets it."""
+        begun = time.monotonic()
+        while True:
+            try:
+                await self.health()
+                return
+            except Taken as e:
+                if e.heard < time.monotonic() - begun:  # since we first asked
+                    raise
+            await asyncio.sleep(CLAIM_PERIOD)
 
     async def _first_token(self) -> None:
         """A server that lists its models may still be unable to use them."""
@@ -187,15 +215,19 @@ class RemoteEngine(ABC):
     async def load_folder(self, version: int, folder: Path) -> None:
         """Replace the weights by the safetensors of `folder`. Call while paused."""
 
+    def label(self, version: int | None) -> str:
+        """Weight version `version` as the server knows it: with the run's id, for other runs count theirs too."""
+        return f"{self._run_id.id}-{version}"
+
     def digests(self) -> Digests | None:
         """An empty collection for `verify`. None if the server cannot report digests of its weights."""
         return None
 
     async def verify(self, sent: Digests) -> None:
-        """Compare the server's weights with what was sent. Raises RunError naming the tensors that differ."""
+        """Compare the server's weights with what was sent. Raises NotAsSent naming the tensors that differ."""
         for reported in await self.reported_digests():
             if wrong := sent.differing(reported):
-                raise RunError(f"weights {self.version}: {self.name} does not hold what was sent: {', '.join(wrong)}")
+                raise NotAsSent(f"weights {self.version}: {self.name} does not hold what was sent: {', '.join(wrong)}")
 
     async def reported_digests(self) -> Sequence[Mapping[str, Any]]:
         """Digests of the server's weights by name, one mapping for each of its ranks that can tell."""
@@ -315,8 +347,9 @@ class RemoteEngine(ABC):
 
     def _check_version(self, versions: list[Any]) -> None:
         """Refuse an answer made with other weights than the current ones: the server missed an update."""
-        if self.version is not None and any(version != str(self.version) for version in versions):
-            raise ServerError(f"{self.name}: answered with weights {versions}; the current ones are {self.version}")
+        current = self.label(self.version)
+        if self.version is not None and any(version != current for version in versions):
+            raise ServerError(f"{self.name}: answered with weights {versions}; the current ones are '{current}'")
 
     def _check_tokens(self, token_ids: Sequence[int]) -> None:
         """A token id outside the model's vocabulary crashes an SGLang server, so we check before we send."""

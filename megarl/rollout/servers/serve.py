@@ -9,14 +9,16 @@ import threading
 from types import FrameType
 
 from megarl.config import Settings
-from megarl.errors import RunError
+from megarl.errors import RunError, UserError
 from megarl.models import hub
 from megarl.rollout.servers import factory
 from megarl.rollout.servers.idle import IdleTimer
+from megarl.rollout.servers.process import LOOPBACK, is_loopback
 
 
-def serve(settings: Settings, first_port: int, idle_timeout: float) -> None:
-    """Run this task's server. Under srun, task n uses port `first_port` + n and its share of the node's devices.
+def serve(settings: Settings, first_port: int, idle_timeout: float, host: str = LOOPBACK) -> None:
+    """Run this task's server on `host`. Under srun, task n uses port `first_port` + n and its share of the node's
+    devices. Raises UserError if other machines could reach it and it has no key.
 
     Restarts a server that exits, at most `rollout.servers.restarts` times, then raises RunError. Raises RunError too
     when no client has sent anything for `idle_timeout` seconds (0: no limit).
@@ -30,7 +32,15 @@ def serve(settings: Settings, first_port: int, idle_timeout: float) -> None:
     settings.model.path = hub.model(settings.model.path)
     settings.rollout.servers = settings.rollout.servers.model_copy(update={"addresses": [], "count": siblings})
     factory.check(settings.rollout)
-    server = factory.server(settings, local, name=f"{settings.rollout.engine}-{task}", port=first_port + task)
+    key = factory.api_key_of(settings.rollout.servers)
+    if key is None and not is_loopback(host):
+        raise UserError(
+            f"--host {host}: whoever reaches the port could replace the weights; name a key in "
+            "rollout.servers.api_key_env or api_key_file, or use --host 127.0.0.1"
+        )
+    name, port = f"{settings.rollout.engine}-{task}", first_port + task
+    server = factory.server(settings, local, name, key, host, port)
+    open_to = "" if key else "; WITHOUT A KEY: every user of this machine may replace the weights"
     stop = threading.Event()
 
     def leave(number: int, frame: FrameType | None) -> None:
@@ -42,7 +52,8 @@ def serve(settings: Settings, first_port: int, idle_timeout: float) -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the time limit: the learner reacts to it
     idle = IdleTimer(server.port, idle_timeout)
     for start in range(settings.rollout.servers.restarts + 1):
-        print(f"{server.name}: start {start} on port {server.port}, log {server.log}", file=sys.stderr, flush=True)
+        told = f"{server.name}: start {start} on port {server.port} of {host}, log {server.log}{open_to}"
+        print(told, file=sys.stderr, flush=True)
         server.start()
         while server.running:
             if stop.wait(1.0):

@@ -74,7 +74,7 @@ class SGLangEngine(RemoteEngine):
     async def load_folder(self, version: int, folder: Path) -> None:
         await self._control(
             "/update_weights_from_disk",
-            {"model_path": str(folder), "weight_version": str(version), "flush_cache": False},
+            {"model_path": str(folder), "weight_version": self.label(version), "flush_cache": False},
             f"load weights {version} from {folder}",
         )
         await self._drop_prefixes()
@@ -129,7 +129,7 @@ class SGLangEngine(RemoteEngine):
         await self._control("/end_weight_update", {}, "end a weight update")
         await self._control(
             "/update_weight_version",
-            {"new_version": str(version), "abort_all_requests": False},
+            {"new_version": self.label(version), "abort_all_requests": False},
             f"take weight version {version}",
         )
         await self._drop_prefixes()

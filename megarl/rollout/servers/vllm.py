@@ -63,9 +63,8 @@ class VLLMEngine(RemoteEngine):
             CONTROL_TIMEOUT,
         )
         self._read = field_of(answer, "results")
-        await self._post(
-            "/update_weight_version", {"new_version": str(version)}, f"take weight version {version}", CONTROL_TIMEOUT
-        )
+        label = {"new_version": self.label(version)}
+        await self._post("/update_weight_version", label, f"take weight version {version}", CONTROL_TIMEOUT)
         await self._drop_prefixes()
         self.version = version
 

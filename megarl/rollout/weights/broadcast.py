@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megarl.errors import RunError
 from megarl.rollout.weights.transport import (
     BUCKET,
+    Broken,
     BucketReceiver,
     Changes,
     Named,
@@ -22,6 +23,7 @@ from megarl.rollout.weights.transport import (
     buckets,
     digested,
     pause_all,
+    verify,
 )
 
 TIMEOUT = timedelta(seconds=120)  # of every operation of the group
@@ -30,7 +32,7 @@ TIMEOUT = timedelta(seconds=120)  # of every operation of the group
 class BroadcastTransport:
     """Broadcasts each bucket from rank 0 to a process group of rank 0 and every rank of every server.
 
-    A member that dies breaks the group. The send then fails with a RunError that names the cause, after `TIMEOUT` at
+    A member that dies breaks the group. The send then fails with a Broken that names the cause, after `TIMEOUT` at
     most, and the next send forms a new group. A restarted engine waits for the next send.
     """
 
@@ -50,6 +52,7 @@ class BroadcastTransport:
     async def send(self, version: int, tensors: Iterable[Named], engines: Sequence[Receiver]) -> Outcome:
         outcome = Outcome()
         members: list[BucketReceiver] = []
+        producing = False
         try:
             async with AsyncExitStack() as paused:
                 members = await pause_all(paused, engines, "distributed", outcome)
@@ -59,7 +62,13 @@ class BroadcastTransport:
                     await self._form(members)
                 await asyncio.gather(*(engine.begin_update() for engine in members))
                 source = self._changes.only(version, digested(tensors, self._dtype, digests.values()), members)
-                for bucket in buckets(source, self._dtype, self._bucket):
+                made = buckets(source, self._dtype, self._bucket)
+                while True:
+                    producing = True
+                    bucket = next(made, None)
+                    producing = False
+                    if bucket is None:
+                        break
                     outcome.sent_bytes += sum(tensor.nbytes for _, tensor in bucket)
                     await asyncio.gather(
                         asyncio.to_thread(self._broadcast, bucket),
@@ -69,9 +78,9 @@ class BroadcastTransport:
         except Exception as e:
             self._group, self._members = None, []  # broken for all its members
             await asyncio.gather(*(engine.abandon_update() for engine in members))
-            raise RunError(f"weights {version}: the broadcast failed: {e}") from e
-        for engine, digest in digests.items():
-            await engine.verify(digest)
+            kind = RunError if producing else Broken
+            raise kind(f"weights {version}: the broadcast failed: {e}") from e
+        await verify(digests, outcome)
         return outcome
 
     async def resend(self, engine: Receiver) -> bool:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from megarl.errors import RunError
-from megarl.rollout.weights.transport import BUCKET, Named, Outcome, Receiver, buckets
+from megarl.rollout.weights.transport import BUCKET, Digests, Named, NotAsSent, Outcome, Receiver, buckets, verify
 from megarl.rollout.weights.verify import checksum
 
 
@@ -31,6 +31,8 @@ class DiskTransport:
         self._dtype = dtype
         self._bucket = bucket
         self._current: tuple[int, Path] | None = None
+        self._files: dict[str, str] = {}  # tensor → its file in the current folder
+        self._sums: Mapping[str, int] = {}  # checksums of its tensors
 
     async def send(self, version: int, tensors: Iterable[Named], engines: Sequence[Receiver]) -> Outcome:
         digests = [engine.digests() for engine in engines]
@@ -58,14 +60,14 @@ class DiskTransport:
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
         previous, self._current = self._current, (version, folder)
-        arrived = await asyncio.to_thread(read_back, folder, written)
-        outcome = Outcome(arrived, sent_bytes=size)
+        self._files, self._sums = written, await asyncio.to_thread(read_back, folder, written)
+        outcome = Outcome(self._sums, sent_bytes=size)
         results = await asyncio.gather(*(self._load(engine) for engine in engines), return_exceptions=True)
-        for engine, digest, result in zip(engines, digests, results, strict=True):
+        for engine, result in zip(engines, results, strict=True):
             if isinstance(result, Exception):
                 outcome.failures[engine] = result
-            elif digest is not None:
-                await engine.verify(digest)
+        pairs = zip(engines, digests, strict=True)
+        await verify({engine: digest for engine, digest in pairs if digest is not None}, outcome)
         if previous is not None and previous[1] != folder:
             shutil.rmtree(previous[1], ignore_errors=True)
         return outcome
@@ -73,8 +75,26 @@ class DiskTransport:
     async def resend(self, engine: Receiver) -> bool:
         if self._current is None:
             return False
+        version, folder = self._current
+        digest = engine.digests()
+        await asyncio.to_thread(self._check_folder, version, folder, digest)
         await self._load(engine)
+        if digest is not None:
+            await engine.verify(digest)
         return True
+
+    def _check_folder(self, version: int, folder: Path, digest: Digests | None) -> None:
+        """Raises NotAsSent if the folder is not as it was sent. Adds its tensors to `digest`."""
+        try:
+            for name, tensor in read(folder, self._files):
+                if checksum(tensor) != self._sums[name]:
+                    raise NotAsSent(f"weights {version}: {folder} does not have what was sent: {name}")
+                if digest is not None:
+                    digest.add(name, tensor)
+        except NotAsSent:
+            raise
+        except RunError as e:
+            raise NotAsSent(f"weights {version}: {e}") from None
 
     async def close(self) -> None:
         if self._current is not None:
@@ -87,17 +107,22 @@ class DiskTransport:
             await engine.load_folder(version, folder)
 
 
-def read_back(folder: Path, files: dict[str, str]) -> dict[str, int]:
+def read_back(folder: Path, files: Mapping[str, str]) -> dict[str, int]:
     """Checksums of the tensors in `files` (name → file) as read from `folder`, by name. Raises RunError."""
-    found: dict[str, int] = {}
+    return {name: checksum(tensor) for name, tensor in read(folder, files)}
+
+
+def read(folder: Path, files: Mapping[str, str]) -> Iterator[Named]:
+    """The tensors in `files` (name → file) as they are in `folder`. Raises RunError naming what cannot be read."""
     for file in sorted(set(files.values())):
         try:
             with safe_open(folder / file, framework="pt") as handle:
-                for name in handle.keys():  # noqa: SIM118 - not a dict
-                    found[name] = checksum(handle.get_tensor(name))
+                present = set(handle.keys())
+                for name in (name for name in files if files[name] == file):
+                    if name not in present:
+                        raise RunError(f"{name} is missing")
+                    yield name, handle.get_tensor(name)
+        except GeneratorExit:
+            raise
         except Exception as e:  # safetensors' own error type is not public
             raise RunError(f"weights written to {folder / file} cannot be read back: {e}") from None
-    for name in files:
-        if name not in found:
-            raise RunError(f"weights written to {folder}: {name} is missing")
-    return found

@@ -23,6 +23,7 @@ from megarl.rollout.weights.transport import (
     digested,
     each,
     pause_all,
+    verify,
 )
 
 ALIGNMENT = 64  # bytes
@@ -54,9 +55,7 @@ class SharedMemoryTransport:
                 await asyncio.gather(*(engine.abandon_update() for engine in live))
                 raise
             live = await each(live, lambda engine: engine.end_update(version), outcome)
-        for engine in live:
-            if engine in digests:
-                await engine.verify(digests[engine])
+        await verify(digests, outcome)
         return outcome
 
     async def resend(self, engine: Receiver) -> bool:

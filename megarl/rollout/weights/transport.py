@@ -21,6 +21,18 @@ TIED = ("model.embed_tokens.weight", "lm_head.weight")
 Named = tuple[str, torch.Tensor]
 
 
+class NotAsSent(RunError):
+    """An engine, or the folder that it loads from, has other weights than those that were sent."""
+
+
+class Broken(RunError):
+    """A send failed for every engine because one of them did."""
+
+
+class NotDelivered(RunError):
+    """No engine has the weights: those that had them are gone, and those that came back wait for another send."""
+
+
 class Digests(Protocol):
     """Digests of the sent tensors, in the form in which one kind of server reports its own."""
 
@@ -75,12 +87,14 @@ class Transport(Protocol):
     async def send(self, version: int, tensors: Iterable[Named], engines: Sequence[Receiver]) -> Outcome:
         """Load `tensors` (Hugging Face names, read in order, once) into every engine as weight `version`.
 
-        Raises RunError, naming the tensor, if an engine has something else than what was sent.
+        Raises NotAsSent, naming the tensor, if an engine has something else than what was sent, and Broken if the
+        failure of one engine leaves all others without the weights.
         """
         ...
 
     async def resend(self, engine: Receiver) -> bool:
-        """Load the weights of the last send into a restarted engine. False: it must wait for the next send."""
+        """Load the weights of the last send into a restarted engine, with the checks of a send. False: it must wait for
+        the next send."""
         ...
 
     async def close(self) -> None: ...
@@ -130,6 +144,18 @@ async def each(
         elif isinstance(result, BaseException):
             raise result
     return [engine for engine in engines if engine not in outcome.failures]
+
+
+async def verify(digests: Mapping[Any, Digests], outcome: Outcome) -> None:
+    """Have every `Receiver` compare its weights with its digests. Records those that fail to tell. Raises NotAsSent."""
+    for engine, sent in digests.items():
+        if engine not in outcome.failures:
+            try:
+                await engine.verify(sent)
+            except NotAsSent:
+                raise
+            except RunError as e:
+                outcome.failures[engine] = e
 
 
 def digested(tensors: Iterable[Named], dtype: torch.dtype, digests: Iterable[Digests]) -> Iterator[Named]:
