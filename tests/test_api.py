@@ -19,10 +19,10 @@ from tests.support import pages
 PUBLIC = ["Completion", "Engine", "Generation", "Prompt", "Sampling", "Settings", "evaluate", "load", "train"]
 SIGNATURES = {
     "load": "(path: 'Path | str', overrides: 'list[str] | None' = None) -> 'Settings'",
-    "train": "(settings: 'Settings', nproc: 'int | None' = None, resume: 'bool' = False, dry_run: 'bool' = False)"
-    " -> 'list[dict[str, Any]]'",
+    "train": "(settings: 'Settings', nproc: 'int | None' = None, resume: 'bool' = False, dry_run: 'bool' = False, "
+    "allow_changes: 'bool' = False) -> 'list[dict[str, Any]]'",
     "evaluate": "(settings: 'Settings', trained: 'bool' = False, temperatures: 'list[float] | None' = None, "
-    "nproc: 'int | None' = None) -> 'list[dict[str, Any]]'",
+    "nproc: 'int | None' = None, responses: 'Path | None' = None) -> 'list[dict[str, Any]]'",
 }
 HEAVY = ("torch", "pydantic", "transformers", "numpy", "yaml")
 

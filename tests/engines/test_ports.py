@@ -31,7 +31,7 @@ NOBODY = 65534
 SLEEPS = "import time; time.sleep(600)"
 # Answers every request as a healthy server would, and writes down what it was sent.
 SQUAT = """
-import http.server, os, sys
+import encodings.idna, http.server, os, sys
 if len(sys.argv) > 2: os.setuid(int(sys.argv[2]))  # after the imports, which that user may not be able to read
 class Ok(http.server.BaseHTTPRequestHandler):
     def do_GET(self):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,6 +118,8 @@ def test_dry_run_passes_on_the_scripts_ranks(
     data are accepted. Not that the run learns: nothing of it has been run."""
     for name in ("SLURM_STEP_NUM_TASKS", "RANK"):
         monkeypatch.delenv(name, raising=False)
+    free = shutil.disk_usage("/")._replace(free=10**15)  # a cluster's file system
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
     ranks = learner_ranks(script)
     launch.train(settings_of(script, files), ranks, resume=False, dry_run=True)
     assert f"{ranks} ranks" in capsys.readouterr().err
