@@ -59,6 +59,7 @@ def likelihood(model: torch.nn.Module, rows: list[Demonstration]) -> tuple[float
     return nll, tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parallel
 def test_the_command_learns_alike_at_tp_1_and_2(tmp_path: Path) -> None:
     """From random weights (loss ln 36 = 3.58) ten updates bring the loss well down, the same at both sizes."""

@@ -227,6 +227,7 @@ def test_weights_that_are_not_the_models_change_nothing(policy: Path, tmp_path: 
     with_server(policy, body)
 
 
+@pytest.mark.slow
 def test_bodies_are_json_of_a_sane_size(policy: Path) -> None:
     """Other content types and compressed bodies are not read, and large ones do not keep others waiting."""
 

@@ -49,6 +49,7 @@ def test_the_lesson_begins_as_recorded(tmp_path: Path) -> None:
     assert losses == pytest.approx([curve[step] for step in range(1, FIRST + 1)], abs=2e-3)
 
 
+@pytest.mark.slow
 def test_the_shipped_weights_end_the_recorded_lesson(tmp_path: Path) -> None:
     """Transformers' loss of the shipped model on 300 responses drawn like the lesson's last ones."""
     curve = recorded()

@@ -31,6 +31,7 @@ def test_the_settings_pass_every_check_before_the_run(name: str, tmp_path: Path)
     plan.check(settings.rollout, AutoTokenizer.from_pretrained(REASONER))
 
 
+@pytest.mark.slow
 def test_the_shipped_reasoner_is_small_and_solves_problems_in_the_taught_way() -> None:
     """Responses of the local engine to 100 validation problems at temperature 0.6, seed fixed: accuracy not more than
     four standard errors below the README's, and steps divided by "Wait"."""

@@ -71,6 +71,7 @@ def _resumed(folder: Path, saved: Path, bare: Path) -> tuple[list[dict[str, Any]
     return groups, records
 
 
+@pytest.mark.slow
 @pytest.mark.parallel
 def test_a_resumed_run_takes_its_own_settings(tmp_path: Path) -> None:
     """Not the checkpoint's. A checkpoint without optimizer state says that Adam starts from zero."""

@@ -56,6 +56,7 @@ def _gradients(folders: list[Path]) -> list[tuple[float, dict[str, torch.Tensor]
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parallel
 def test_loss_and_every_gradient_match_transformers(tmp_path: Path) -> None:
     """Linear and YaRN scaling, in float32 on the CPU. Not proven: Transformer Engine's kernels. `bench parity` has the

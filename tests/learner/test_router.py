@@ -80,7 +80,7 @@ def measure(folder: Path, layouts: list[str]) -> list[Any]:
 
 
 @pytest.mark.parallel
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_auxiliary_losses_are_the_formulas_under_every_layout(tmp_path: Path, ranks: int) -> None:
     """Of rows, of sequences, and the z-loss alone: every gradient and the figures, padding left out; fp32.
 

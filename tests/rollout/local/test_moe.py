@@ -84,7 +84,10 @@ def test_experts_in_a_crowd_and_in_continuations(mixture, words):
     asyncio.run(run())
 
 
-@pytest.mark.parametrize(("variant", "schedule"), [("released", "blocking"), ("paper_text", "speculative")])
+@pytest.mark.parametrize(
+    ("variant", "schedule"),
+    [pytest.param("released", "blocking", marks=pytest.mark.slow), ("paper_text", "speculative")],
+)
 def test_completions_of_early_exit_know_their_experts(mixture, words, variant, schedule):
     """Of every token that a generation was fed, inserted ones too; -1 only at the end, behind the last one."""
     exits = config.EarlyExit(
