@@ -67,7 +67,7 @@ def check(settings: Settings, world_size: int) -> ModelShape:
         plan.check(rollout, load_tokenizer(settings.model.path))
     with mistakes:
         _check_ends(settings, shape)
-    if not rollout.embedded and parallel.launch_info().rank == 0:
+    if rollout.engine in factory.ENGINES and not rollout.embedded and parallel.launch_info().rank == 0:
         with mistakes:
             factory.check(rollout)
     mistakes.answer()
