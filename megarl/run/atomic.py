@@ -94,8 +94,13 @@ def _delete(checkpoints: Path, step: int, warn: Warn) -> None:
 
 
 def discard(checkpoints: Path, step: int) -> None:
-    """Remove the partial folder of a failed save of `step`."""
-    shutil.rmtree(partial_of(checkpoints, step), ignore_errors=True)
+    """Remove the partial folder of a failed save of `step`. Other ranks may still write there."""
+    partial = partial_of(checkpoints, step)
+    aside = partial.with_name(f".step_{step:06d}.discarded.partial")  # where nobody adds a file while it is deleted
+    with suppress(OSError):
+        partial.rename(aside)
+    for folder in (partial, aside):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def clear_partial(checkpoints: Path, warn: Warn) -> None:

@@ -42,15 +42,17 @@ def only_job(run: Path, warn: Callable[[str], None], remote_timeout: float = REM
         folder = os.open(run, os.O_RDONLY)
     except OSError as e:
         raise UserError(f"run: {run} cannot be written: {e.strerror}") from None
+    ours = False
     try:
         _acquire(file, run, warn, time.monotonic() + remote_timeout)
         _acquire_folder(folder, run)
+        ours = True
         with clear_errors(run / FILE, consequence=""):
             os.ftruncate(file, 0)
             os.pwrite(file, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode(), 0)
         yield
     finally:
-        if new and run.is_dir() and not recorded(run):
+        if ours and new and run.is_dir() and not recorded(run):
             _remove(run)
         for descriptor in (file, folder):
             os.close(descriptor)  # releases the lock

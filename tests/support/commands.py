@@ -7,7 +7,6 @@ itself. Studies are cut to one seed and the smallest size of each kind (test_doc
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 
 QUICKSTART, MODEL, CLUSTER = (
@@ -217,11 +216,8 @@ ENGINES = [
               "serve(keyless", "a key is needed; tests/slurm serves with one"),
     elsewhere("make engines", "Makefile", "test-engines: engines", "`make test-engines` of .ci/run begins so"),
     elsewhere("make test-engines", "Makefile", REST, "`make test-all` of .ci/run begins so"),
-    here("megarl train CONFIG rollout.engine=sglang rollout.servers.count=4 *", says="2 ranks = tp 2",
-         run="megarl train CONFIG rollout.engine=sglang rollout.servers.count=4 "
-         f"rollout.servers.python={sys.executable} "  # no SGLang is in it, so its flags are not checked
-        
-         """'rollout.servers.flags=[--tp-size, "2", --mem-fraction-static, "0.7"]' run=runs/four --dry-run"""),
+    elsewhere("megarl train CONFIG rollout.engine=sglang rollout.servers.count=4 *",
+              "tests/engines/test_flags.py::test_real_engines_refuse_what_they_do_not_know", "flags.checked(", SERVERS),
     *(elsewhere(command, "tests/engines/test_shown_servers.py::test_the_documented_server_is_trained_on", by, SERVERS)
       for command, by in (("MEGARL_ENGINE_KEY=* python MEGARL/*", "line(engine"), ("VLLM_API_KEY=*", "line(engine"),
                           ("megarl train CONFIG rollout.engine=sglang rollout.servers.addresses=*", "documented("))),
