@@ -21,7 +21,7 @@ from megarl.errors import RunError
 from megarl.rollout.weights.broadcast import BroadcastTransport
 from megarl.rollout.weights.disk import DiskTransport
 from megarl.rollout.weights.shared_memory import SharedMemoryTransport
-from megarl.rollout.weights.transport import Named, Transport
+from megarl.rollout.weights.transport import Named, NotAsSent, Transport
 from megarl.rollout.weights.verify import Checksums, checksum
 
 pytestmark = pytest.mark.slow
@@ -87,7 +87,7 @@ class Client:
     async def verify(self, sent: Checksums) -> None:
         reported = {name: value + (name == self.damaged) for name, value in self.sums.items()}
         if wrong := sent.differing(reported):
-            raise RunError(f"{self.name}: {wrong}")
+            raise NotAsSent(f"{self.name}: {wrong}")
 
     async def load_folder(self, version: int, folder: Path) -> None:
         raise AssertionError(f"{folder}: these transports send buckets, never a folder")
@@ -137,7 +137,7 @@ def test_weights_arrive_in_every_server_in_buckets_and_then_only_changes(kind: A
         for client in clients:
             assert client.received[3:] == [["t3"]] and client.sums != sums
         clients[1].damaged = "t3"
-        with pytest.raises(RunError, match=r"e1: \['t3'\]"):
+        with pytest.raises(NotAsSent, match=r"e1: \['t3'\]"):
             await transport.send(3, NAMED, clients)
         await transport.close()
 
