@@ -78,7 +78,7 @@ def teach(precision: str, seed: int, steps: int, runs: Path, overrides: Sequence
         runs / f"sft-{precision}-{steps}-{seed}",
         _seed(precision, seed),
         [f"data.train=[{lesson}]", f"steps={steps}", f"precision={PRECISIONS[precision]}",
-         f"optimizer.warmup_steps={min(50, steps // 4)}", *overrides],
+         f"optimizer.warmup_steps={min(50, steps // 4)}", *overrides, "data.eval=[]"],
     )  # fmt: skip
     _lesson(lesson.parent, steps * settings.batch.prompts_per_step, seed)
     metrics = training_runs.taught(settings, LESSON_RANKS)
