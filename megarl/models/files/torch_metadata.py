@@ -170,4 +170,6 @@ def _size(value: Any) -> torch.Size:
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError("a name is missing")
+    if not value.isprintable():
+        raise ValueError(f"{value!r} is not a name")
     return value
