@@ -67,7 +67,7 @@ def test_reported_experts_are_the_models(tmp_path: Path) -> None:
     sampling = Sampling(max_tokens=40, stop_words=("the", "a", "I"), experts=True)
 
     async def ask(pool: Pool, policy: Any) -> None:
-        asked = (pool.generate(PROMPT, sampling._replace(seed=i), f"g{i}/0|0") for i in range(12))
+        asked = (pool.generate(PROMPT, sampling._replace(seed=i), f"g{i}/0|0") for i in range(32))
         made = await asyncio.gather(*asked)
         assert {"stop", "length"} == {generation.finish for generation in made}
         for generation in made:
