@@ -157,6 +157,7 @@ def test_a_resumed_run_repeats_the_whole_one(tmp_path: Path) -> None:
         spawn(sft, 1, (cut.model_copy(update={"seed": 9}), True), timeout=240.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parallel
 def test_the_held_out_loss_is_transformers_own(tmp_path: Path) -> None:
     """Before the first step, on the shipped weights: the mean over the response tokens of `data.eval`."""

@@ -74,6 +74,7 @@ def rises(place: Path) -> dict[str, int]:
 
 
 @pytest.mark.parallel
+@pytest.mark.slow
 def test_memory_stays_below_a_few_layers(tmp_path: Path) -> None:
     """16 layers are converted each way by two threads, and loaded for training as by a rank that holds them all.
     The peak is the kernel's own count. Not counted: the tens of megabytes of freed memory that glibc may keep for

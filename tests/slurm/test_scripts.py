@@ -110,6 +110,7 @@ def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield from flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", TRAINING, ids=lambda s: s.stem)
 def test_dry_run_passes_on_the_scripts_ranks(
     script: Path, files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
