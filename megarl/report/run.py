@@ -14,7 +14,7 @@ from megarl import config
 from megarl.config import docs
 from megarl.data import ledger
 from megarl.run import atomic, provenance
-from megarl.run.changes import CONFIG
+from megarl.run.changes import CONFIG, flat
 from megarl.run.directory import read_metrics
 from megarl.view.summary import standard_error
 
@@ -130,7 +130,7 @@ def settings_rows(tree: dict[str, Any]) -> list[dict[str, Any]]:
     """Every setting `{key, value, default, changed, doc}`; a required one has no default, and is not `changed`."""
     known = {setting.key: setting for group in docs.groups() for setting in group.settings}
     rows = []
-    for key, value in _flat(tree):
+    for key, value in flat(tree):
         setting = known.get(key)
         if setting is None:
             default, changed = "unknown setting", True
@@ -169,14 +169,6 @@ def ledger_view(steps: Sequence[ledger.Step]) -> dict[str, Any] | None:
 def _tile(label: str, first: dict[str, Any], last: dict[str, Any], key: str, unit: str, note: str = "") -> dict:
     before = first.get(key) if first is not last else None
     return {"label": label, "before": before, "value": last[key], "unit": unit, "note": note}
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> Any:
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def finite(value: Any) -> Any:

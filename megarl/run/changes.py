@@ -46,7 +46,7 @@ def changed(folder: Path, settings: config.Settings) -> dict[str, tuple[Any, Any
     file = folder / CONFIG
     if not file.is_file():
         return {}
-    before, now = dict(_flat(config.tree(file))), dict(_flat(yaml.safe_load(config.dump(settings))))
+    before, now = dict(flat(config.tree(file))), dict(flat(yaml.safe_load(config.dump(settings))))
     return {key: (before[key], now[key]) for key in now if key in before and before[key] != now[key] and key != "run"}
 
 
@@ -64,10 +64,11 @@ def keep_former(folder: Path, settings: config.Settings, step: int) -> str | Non
     return f"settings changed after step {step}: {said}; the former ones are in {former.name}"
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting of a tree as its dotted key and its value."""
     for key, value in tree.items():
         if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

