@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from megarl.data.demonstrations import Demonstration, read_demonstrations
 from megarl.errors import UserError
 from megarl.learner.learner import Learner
 from megarl.runtime.spawn import spawn
-from megarl.sft import draw_order, sft
+from megarl.sft import Lesson, draw_order, sft
+from megarl.view.progress import RunProgress
 
 REASONER = Path("examples/quickstart/reasoner")
 
@@ -168,3 +170,17 @@ def test_the_held_out_loss_is_transformers_own(tmp_path: Path) -> None:
     rows, _ = read_demonstrations(given.data.eval, AutoTokenizer.from_pretrained(REASONER), given.data, 2048)
     nll, tokens = likelihood(AutoModelForCausalLM.from_pretrained(REASONER), rows[:12])
     assert metrics(given)[0] == {"step": 0, "eval/loss": pytest.approx(nll / tokens, abs=1e-5)}
+
+
+def test_a_later_start_goes_on_in_the_same_order() -> None:
+    """A resumed run begins in the middle of a round."""
+    whole = list(islice(draw_order(5, 3, shuffle=True), 20))
+    for start in range(12):
+        assert list(islice(draw_order(5, 3, shuffle=True, start=start), 8)) == whole[start : start + 8]
+
+
+def test_steps_take_each_demonstration_in_turn(tmp_path: Path) -> None:
+    given = settings(tmp_path)
+    lesson = Lesson(given, AutoTokenizer.from_pretrained(REASONER), 1, RunProgress(10, quiet=True))
+    taken = [sample.token_ids.tolist() for step in (1, 2, 3) for sample in lesson.batch(step).samples]
+    assert taken == [row.token_ids.tolist() for row in lesson.demonstrations[: 3 * given.batch.prompts_per_step]]
