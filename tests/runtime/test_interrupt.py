@@ -1,8 +1,7 @@
-"""Signals that ask a run to leave: counted in this process, by real signals to it."""
+"""Signals that ask a run to leave: counted in this process, by real signals to its main thread."""
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 
@@ -14,8 +13,9 @@ from megarl.runtime.interrupt import SIGNALS, Interrupt, blocked, starting
 
 
 def send(*numbers: int) -> None:
+    """To the main thread: another one, which a library left, could take a signal of the process, and later."""
     for number in numbers:
-        os.kill(os.getpid(), number)
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
