@@ -182,6 +182,7 @@ def test_responses_come_in_many_forms(found, tmp_path: Path) -> None:
     assert made["notes"] == []
 
 
+@pytest.mark.slow
 def test_the_quick_starts_reasoner_gets_the_quick_starts_settings(found, tmp_path: Path, capsys) -> None:
     """From its prompts, which the embedded engine answers: a table, then the lines, which are those of train.yaml."""
     prompts = QUICKSTART / "problems" / "train.jsonl"

@@ -75,6 +75,7 @@ def test_the_command_learns_alike_at_tp_1_and_2(tmp_path: Path) -> None:
 
 
 @pytest.mark.parallel
+@pytest.mark.slow
 def test_the_export_is_the_trained_model(tmp_path: Path) -> None:
     """One update on the shipped weights at a rate too small to see: the loss in the metrics is transformers' own on
     the exported folder, and the folder has tokenizer and configuration, one file of weights, no leftovers."""

@@ -111,7 +111,9 @@ def test_cast(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "back" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
-@pytest.mark.parametrize("kind", ["torch_dist", "classic", "hf"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("torch_dist", marks=pytest.mark.slow), pytest.param("classic", marks=pytest.mark.slow), "hf"]
+)
 def test_killed_anywhere_then_resumed(kind: str, tmp_path: Path) -> None:
     """The process dies without warning (os._exit, in the middle of a layer); nothing is at the destination; the next
     run takes up what was written, writes the rest, and the result is whole. Not proven: loss of power."""

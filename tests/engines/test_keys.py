@@ -44,6 +44,7 @@ def test_a_key_among_the_flags_is_refused(flags: list[str], policy: Policy, tmp_
         factory.check(wanted.rollout)
 
 
+@pytest.mark.slow
 def test_the_embedded_engines_server_keeps_its_key(policy: Policy, api_key: str, tmp_path: Path) -> None:
     """The same as tests/engines/test_real_engines.py shows of SGLang and vLLM, of `megarl serve`'s own."""
 

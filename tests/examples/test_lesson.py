@@ -31,6 +31,7 @@ def recorded() -> dict[int, float]:
 
 
 @pytest.mark.parallel
+@pytest.mark.slow
 def test_the_lesson_begins_as_recorded(tmp_path: Path) -> None:
     """Constant decay changes nothing inside the warm-up, and lets the run end after its first updates."""
     lesson = tmp_path / "lesson.jsonl"
