@@ -18,6 +18,7 @@ from megarl.run.atomic import write_text
 from megarl.run.records import damaged, object_in
 
 FILE = "provenance.json"
+GIT_TIMEOUT = 10.0  # seconds
 PACKAGES = (
     "megarl", "torch", "megatron-core", "transformer-engine", "transformers", "tokenizers", "numpy", "sglang", "vllm",
 )  # fmt: skip
@@ -28,7 +29,7 @@ def describe(ranks: int, job: str = "train") -> dict[str, Any]:
     """One flat mapping, for a table. Of the environment variables it has only `VARIABLES`."""
     found: dict[str, Any] = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": commit(),
         "job": job,
         "ranks": ranks,
         "python": platform.python_version(),
@@ -67,11 +68,17 @@ def installed(package: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
+def commit(*, changes: bool = False) -> str | None:
+    """The commit of this checkout; with `changes`, "+changes" after it if tracked files differ. None without one."""
+    found = _git("rev-parse", "--short", "HEAD")
+    return found + "+changes" if found and changes and _git("status", "--porcelain", "-uno") else found
+
+
+def _git(*words: str) -> str | None:
     try:
-        found = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+        done = subprocess.run(
+            ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=GIT_TIMEOUT
         )
-    except FileNotFoundError:
+    except (OSError, subprocess.SubprocessError):  # no git, or a file system that hangs: the run matters more
         return None
-    return found.stdout.strip() or None
+    return done.stdout.strip() or None

@@ -14,9 +14,11 @@ from rich.console import Console
 from rich.progress import track
 
 from megarl.bench.common.result import publish
-from megarl.errors import RunError, UserError
+from megarl.errors import DeadlineExceeded, RunError, UserError
 from megarl.scaling import cells, plot, table
 from megarl.scaling.study import EFFICIENCY, Study, read
+
+SBATCH_TIMEOUT = 120.0  # seconds
 
 app = typer.Typer(help="Scaling studies from one YAML file.", no_args_is_help=True, add_completion=False,
                   pretty_exceptions_enable=False)  # fmt: skip
@@ -96,9 +98,13 @@ def _send(study: Study, number: int, folder: Path, options: list[str]) -> str:
 
 def _sbatch(words: list[str], **environment: str) -> str:
     try:
-        sent = subprocess.run(["sbatch", *words], capture_output=True, text=True, env=os.environ | environment)
+        sent = subprocess.run(
+            ["sbatch", *words], capture_output=True, text=True, env=os.environ | environment, timeout=SBATCH_TIMEOUT
+        )
     except FileNotFoundError:
         raise UserError("submit: there is no sbatch on this machine; use `run`") from None
+    except subprocess.TimeoutExpired:
+        raise DeadlineExceeded("sbatch to take the job", SBATCH_TIMEOUT) from None
     if sent.returncode:
         raise RunError(f"sbatch: {' '.join(sent.stderr.split())}")
     return sent.stdout.strip()

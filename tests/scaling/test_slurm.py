@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from megarl.errors import UserError
-from megarl.scaling import cells, study
+from megarl.errors import DeadlineExceeded, UserError
+from megarl.scaling import cells, command, study
 from tests.support.studies import LINE, SOME, Tool, write
 
 TIMEOUT = 280.0
@@ -80,3 +80,12 @@ def test_a_script_that_trains_something_else_is_refused(tmp_path: Path, tool: To
 def test_run_is_refused_for_jobs_of_several_nodes(tmp_path: Path, tool: Tool) -> None:
     with pytest.raises(UserError, match="megarl scaling submit"):
         tool("run", write(tmp_path, NODES), "--out", tmp_path / "out")
+
+
+def test_a_slurm_that_does_not_answer_is_given_up(
+    tmp_path: Path, tool: Tool, asked: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sbatch").write_text("#!/bin/sh\nexec sleep 60\n")
+    monkeypatch.setattr(command, "SBATCH_TIMEOUT", 0.2)
+    with pytest.raises(DeadlineExceeded, match="waiting for sbatch to take the job"):
+        tool("submit", write(tmp_path, SOME), "--out", tmp_path / "out")

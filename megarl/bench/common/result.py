@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megarl.run import provenance
 from megarl.run.atomic import write_text
 from megarl.view.table import show_rows
 
@@ -30,8 +30,14 @@ def publish(
     show_rows(name, rows if shown is None else shown)
     if file is None:
         return
-    command = " ".join(["megarl", *sys.argv[1:]])
-    result = {"command": command, "commit": _commit(), "machine": machine(), "rows": rows, **extra}
+    command, commit = " ".join(["megarl", *sys.argv[1:]]), provenance.commit(changes=True)
+    result = {
+        "command": command,
+        "commit": commit,
+        "machine": machine(),
+        "rows": rows,
+        **extra,
+    }
     write_text(file, json.dumps(result, indent=1) + "\n")
 
 
@@ -44,13 +50,3 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-
-
-def _commit() -> str | None:
-    try:
-        root = Path(__file__).parent
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
-        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True)
-    except FileNotFoundError:
-        return None
-    return commit.stdout.strip() + ("+changes" if changed.stdout.strip() else "") or None
