@@ -19,6 +19,7 @@ from megarl import config
 from megarl.errors import Stopped
 from megarl.run import atomic
 from megarl.run.directory import read_metrics
+from megarl.run.timeline import read_phases
 from tests.support import runs
 
 pytestmark = [pytest.mark.e2e, pytest.mark.parallel, pytest.mark.slow]
@@ -118,7 +119,7 @@ def test_a_second_ctrl_c_ends_the_run_at_once(start: Start, tmp_path: Path) -> N
     """In a step that takes long. Signals that come together count as one, so it is sent until the run ends."""
     folder = tmp_path / "run"
     job = start(folder, *LONG, "batch.prompts_per_step=512")
-    wait_for((folder / "metrics.jsonl").is_file, job)
+    wait_for(lambda: any(span.phase == "rollout" for span in read_phases(folder)), job)
 
     def ask_twice() -> None:
         pause = threading.Event()
