@@ -62,7 +62,7 @@ test-engines: engines
 
 # Needs one CUDA device and transformer-engine, in the environment of PYTHON: see tests/gpu/README.md.
 test-gpu:
-	MEGARL_GPU_RESULTS=docs/gpu_results.md $(PYTHON) -m pytest tests/gpu
+	MEGARL_DEVICE=cuda MEGARL_GPU_RESULTS=docs/gpu_results.md $(PYTHON) -m pytest tests/gpu
 
 # The report in headless Chromium, checked by axe-core: that wheel is taken for the one script that it holds.
 test-report: setup

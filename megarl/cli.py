@@ -51,9 +51,10 @@ def train(
     from megarl.runtime.interrupt import starting
 
     with starting():  # a signal while the imports run, too
+        settings = _on_device(_trusted(config, overrides, trust_run))
         from megarl import launch
 
-        launch.train(_trusted(config, overrides, trust_run), nproc, resume, dry_run, allow_changes)
+        launch.train(settings, nproc, resume, dry_run, allow_changes)
 
 
 @app.command(context_settings=_KEY_VALUE)
@@ -69,9 +70,11 @@ def sft(
 
     with starting():
         from megarl import config as settings_file
+
+        settings = _on_device(settings_file.load(config, overrides))
         from megarl import launch
 
-        launch.sft(settings_file.load(config, overrides), nproc, resume, dry_run)
+        launch.sft(settings, nproc, resume, dry_run)
 
 
 @app.command(context_settings=_KEY_VALUE)
@@ -88,12 +91,14 @@ def eval(
     trust_run: TrustRun = False,
 ) -> None:
     """Measure accuracy, score and response length on held-out problems, by plain generation."""
-    from megarl import launch
-    from megarl.evaluate import find
     from megarl.run import trust
+    from megarl.run.directory import find
 
     settings, trained = find(place, overrides)
     trust.check(place, settings, overrides, trust_run)
+    _on_device(settings)
+    from megarl import launch
+
     launch.evaluate(settings, trained, temperature, nproc, responses)
 
 
@@ -249,6 +254,14 @@ def bench(
     if name not in known:
         raise UserError(f"bench: no benchmark is called '{name}'{nearest(str(name), known)}")
     _run(benchmarks.load(str(name)).main, f"megarl bench {name}", context.args)
+
+
+def _on_device(settings: Settings) -> Settings:
+    """The same settings; their device is chosen before `megarl.learner` is imported, which prepares Megatron for it."""
+    from megarl.runtime import device
+
+    device.choose(settings.device)
+    return settings
 
 
 def _trusted(file: Path, overrides: list[str] | None, trust_run: bool) -> Settings:

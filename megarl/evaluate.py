@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from megarl import config
 from megarl.config import Settings
 from megarl.learner import parallel
 from megarl.learner.learner import Learner
@@ -31,8 +30,8 @@ def evaluate(
     `responses`: a file that gets every response as one JSON object a line, with its temperature.
     """
     with ExitStack() as stack:
-        deadline = settings.collective_timeout + settings.rollout.timeout
-        world = parallel.start(settings.parallel, settings.precision, settings.seed, deadline)
+        timeouts = settings.collective_timeout, settings.rollout.timeout
+        world = parallel.start(settings.parallel, settings.precision, settings.seed, *timeouts)
         stack.callback(world.close)
         stack.enter_context(world.watchdog(settings.heartbeat_timeout, settings.run / "logs"))
         progress = RunProgress(len(temperatures), quiet=not world.is_controller)
@@ -61,10 +60,3 @@ def evaluate(
         if responses and world.is_controller:
             write_text(responses, written)
         return rows if world.is_controller else []
-
-
-def find(place: Path, overrides: list[str] | None) -> tuple[Settings, bool]:
-    """The settings of a run directory or of a YAML file, and whether `place` is a run, whose checkpoint is meant."""
-    if place.is_dir():
-        return config.load(place / "config.yaml", overrides), True
-    return config.load(place, overrides), False

@@ -12,7 +12,7 @@ from megarl.checks import Mistakes, data, folder, reward
 from megarl.checks import settings as checks
 from megarl.config import Settings
 from megarl.errors import RunError, Stopped, UserError
-from megarl.learner import parallel
+from megarl.learner import parallel, precision
 from megarl.models.config_json import read_shape
 from megarl.models.shape import ModelShape
 from megarl.planner.fitting import fitting
@@ -20,6 +20,7 @@ from megarl.rollout.servers import flags
 from megarl.run import changes, provenance
 from megarl.run.directory import read_metrics
 from megarl.run.records import METRICS, recorded
+from megarl.runtime import device
 from megarl.runtime.interrupt import starting
 from megarl.runtime.launched import under_launcher
 from megarl.runtime.output import lasting
@@ -93,7 +94,7 @@ def sft(settings: Settings, nproc: int | None, resume: bool, dry_run: bool) -> N
         lambda shape: {"weights": checks.weights(settings, shape)},
     )
     sizes = derived(settings, shape, world_size)
-    sizes = {name: sizes[name] for name in ("model", "layout", "precision", "rows", "steps", "run")}
+    sizes = {name: sizes[name] for name in ("model", "layout", "device", "precision", "rows", "steps", "run")}
     sizes["updates"] = f"1 a step, {settings.batch.prompts_per_step} demonstrations each"
     if notes := checks.notes(settings, resume):
         sizes["note"] = "\n".join(notes)
@@ -157,11 +158,13 @@ def replay(run: Path, step: int, overrides: list[str] | None, nproc: int | None)
             f"rollout.replay_routing: true, but {run} does not record the experts of its rollouts; add "
             "rollout.replay_routing=false to replay the step with the learner's routers, which is not bit by bit"
         )
+    device.choose(settings.device)
     start = recorded.find(run, step)
     ranks = provenance.read(run).get("ranks", settings.parallel.model_ranks)
     world_size = parallel.launch_info().world_size if under_launcher() else nproc or ranks
     parallel.check(settings.parallel, read_shape(settings.model.path))
     parallel.check_ranks(settings.parallel, world_size)
+    _check_devices(world_size)
     if start < step - 1:
         print(f"replaying steps {start + 1} to {step}: step {step - 1} has no checkpoint", file=sys.stderr)
     rows = _start(recorded.replay, settings, (step, start), world_size, {})
@@ -177,6 +180,12 @@ def _world_size(settings: Settings, nproc: int | None) -> int:
     if under_launcher():
         return parallel.launch_info().world_size
     return nproc or settings.parallel.model_ranks
+
+
+def _check_devices(world_size: int) -> None:
+    """Raise UserError if this machine's ranks are more than its CUDA devices."""
+    launched = under_launcher()
+    device.check_ranks(parallel.launch_info().local_world_size if launched else world_size, own_devices=launched)
 
 
 def _start(
@@ -225,8 +234,11 @@ def _checked(
 
     Raises UserError, a line for each mistake that any check found; nothing was started or written then.
     """
+    device.choose(settings.device)
     checks.locate(settings)
     mistakes, found = Mistakes(), dict[str, Any]()
+    with mistakes:
+        _check_devices(world_size)
     with mistakes:
         checks.check(settings, world_size) if resume is None else preflight(settings, world_size, resume)
     with mistakes:
@@ -249,7 +261,8 @@ def derived(settings: Settings, shape: ModelShape, world_size: int) -> dict[str,
         "layout": f"{world_size} ranks = tp {p.tp} x pp {p.pp} x cp {p.cp} x dp {dp}"
         + (f", {p.vpp} chunks a stage" if p.vpp > 1 else "")
         + (", sequence parallel" if p.uses_sequence_parallel else ""),
-        "precision": settings.precision.dtype,
+        "device": device.describe(),
+        "precision": precision.describe(settings.precision),
         "rollout": f"{settings.rollout.engine}: {b.prompts_per_step} prompts x {b.completions_per_prompt} completions "
         f"= {per_step} a step, at most {settings.rollout.max_response_tokens} tokens each",
         "updates": f"{b.updates_per_step} a step, {per_step // b.updates_per_step} completions each, before pruning",

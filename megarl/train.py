@@ -47,11 +47,11 @@ def train(settings: Settings, resume: bool = False) -> bool:
     updates = settings.batch.updates_per_step
     switches = presets.resolve(settings.algorithm, settings.rollout.max_response_tokens, updates)
     objective = partial(policy_loss, switches=switches)
-    deadline = settings.collective_timeout + settings.rollout.timeout  # ranks wait for the rollouts of others
 
     with ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt())
-        world = parallel.start(settings.parallel, settings.precision, settings.seed, deadline)
+        timeouts = settings.collective_timeout, settings.rollout.timeout
+        world = parallel.start(settings.parallel, settings.precision, settings.seed, *timeouts)
         stack.callback(world.close)
         progress = RunProgress(settings.steps, quiet=not world.is_controller)
         stack.callback(progress.close)
@@ -60,7 +60,7 @@ def train(settings: Settings, resume: bool = False) -> bool:
         stack.enter_context(world.watchdog(settings.heartbeat_timeout, settings.run / "logs"))  # all ranks wait here
         phases = PhaseLog(settings.run, world.rank)
         stack.callback(phases.close)
-        watch = Stopwatch(progress, phases, deadline)
+        watch = Stopwatch(progress, phases, world.deadline_s)
 
         def leaving() -> bool:
             return any_rank(interrupt.asked, world)

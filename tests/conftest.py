@@ -1,10 +1,14 @@
 """What every test shares."""
 
+import os
 from collections.abc import Callable
 
 import pytest
 from hypothesis import HealthCheck, settings
 from typer.main import get_command
+
+# The tests show what a CPU can show, also beside a GPU. `make test-gpu` sets this to cuda.
+os.environ.setdefault("MEGARL_DEVICE", "cpu")
 
 # On a busy machine the time of one example says nothing.
 settings.register_profile("megarl", deadline=None, suppress_health_check=[HealthCheck.too_slow])

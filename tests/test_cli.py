@@ -120,6 +120,7 @@ def test_fp8_without_transformer_engine_is_refused(
 ) -> None:
     """On a GPU, which is pretended here: Megatron would accept the setting and ignore it. A CPU emulates FP8."""
     monkeypatch.setattr(device, "on_cuda", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr(device, "transformer_engine", lambda: False)
     run = tmp_path / "run"
     assert invoke(monkeypatch, "train", CONFIG, f"run={run}", "precision.dtype=fp8") == 2

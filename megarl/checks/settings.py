@@ -57,6 +57,7 @@ def check(settings: Settings, world_size: int) -> ModelShape:
         parallel.check_ranks(settings.parallel, world_size)
     with mistakes:
         precision.check(settings.precision)
+        precision.check_layers(settings.precision, shape.layers, settings.parallel.pp)
     with mistakes:
         trackers.check(settings.trackers)
     with mistakes:

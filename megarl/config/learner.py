@@ -50,8 +50,8 @@ class Parallel(Section):
     recompute_modules: list[Literal["core_attn", "layernorm", "mlp", "moe", "moe_act"]] = ["core_attn"]
     """What `recompute: selective` recomputes. `layernorm` and `moe_act` need Transformer Engine."""
     gradient_accumulation_fusion: bool | None = None
-    """Add weight gradients to the float32 gradient inside the matrix product. CUDA only. Default: on if Transformer
-    Engine and apex's kernel are installed."""
+    """Add weight gradients to the float32 gradient inside the matrix product. CUDA only. Default: on with Transformer
+    Engine."""
     cp_comm: Literal["p2p", "a2a"] = "p2p"
     """How context-parallel ranks exchange keys and values on Transformer Engine: in a ring (`p2p`), or all-to-all over
     heads (`a2a`, version 2.10 or newer)."""
@@ -102,10 +102,12 @@ class Precision(Section):
 
     dtype: Literal["fp32", "bf16", "fp8"] = "bf16"
     """Compute type of the learner. `fp8` uses Transformer Engine on a GPU; a CPU emulates it slowly."""
-    recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "tensorwise"
-    """FP8 scaling recipe. Only read with `dtype: fp8`."""
+    recipe: Literal["auto", "delayed", "tensorwise", "blockwise", "mxfp8"] = "auto"
+    """FP8 scaling recipe. Only read with `dtype: fp8`. `auto` is mxfp8 on Blackwell GPUs, blockwise on Hopper, and
+    tensorwise where Transformer Engine supports neither, and on a CPU."""
     high_precision_layers: Natural = 0
-    """Number of first and of last layers that stay in bf16. Only read with `dtype: fp8`."""
+    """Number of first and of last layers that stay in bf16, at most a pipeline stage's; not with recipe `delayed`. Only
+    read with `dtype: fp8`."""
 
 
 class Optimizer(Section):

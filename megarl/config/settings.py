@@ -28,6 +28,10 @@ class Settings(Section):
     async_steps: Natural = 0
     """How many steps ahead rollouts may run. With N, no trained token is more than N updates old. 0 is strictly
     on-policy. It needs `algorithm.tis_cap`, and above 1 `rollout.partial`."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the learner computes. `auto` is what the environment variable MEGARL_DEVICE says, else CUDA if a device is
+    visible, else the CPU. On CUDA every rank needs a device of its own: fewer are refused. `cpu` also keeps the servers
+    that megarl starts on the CPU, unless `rollout.servers.device` is `cuda`."""
     model: Model
     data: Data
     parallel: Parallel = Parallel()

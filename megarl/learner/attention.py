@@ -26,8 +26,8 @@ class PackedRow(PackedSeqParams):
 
     segments: list[int] = field(default_factory=list)  # lengths over all context-parallel ranks, padding included
     skip_last: bool = False  # the last segment is padding: nothing reads its output
-    cos: Tensor = field(kw_only=True)  # [t, 1, head_dim / 2] at this rank's positions
-    sin: Tensor = field(kw_only=True)
+    cos: Tensor | None = None  # [t, 1, head_dim / 2] at this rank's positions; for PackedAttention alone
+    sin: Tensor | None = None
     routing: Routing | None = None  # for the routers of a mixture of experts
 
 
@@ -115,6 +115,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _rotate(x: Tensor, row: PackedRow) -> Tensor:
+    assert row.cos is not None and row.sin is not None
     return _Rotate.apply(x, row.cos.to(x.dtype), row.sin.to(x.dtype))
 
 

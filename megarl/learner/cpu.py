@@ -1,4 +1,4 @@
-"""Megatron-Core without CUDA: the "current CUDA device" becomes the CPU. No effect when CUDA is present.
+"""Megatron-Core on the CPU: the "current CUDA device" becomes the CPU. No effect when the learner is on CUDA.
 
 No file of Megatron is edited. We redirect what Megatron calls in torch under CUDA's name: the current device and
 stream, the random generator, factories with device="cuda" or pinned memory, `Tensor.cuda()`, and the type names it
@@ -14,19 +14,35 @@ from typing import Any
 
 import torch
 
+from megarl.runtime import device
+
 CPU = torch.device("cpu")
 cuda: Any = torch.cuda  # Any, because the replacements have other types
 
 
 def install() -> None:
-    """Redirect. No effect when CUDA is present, or the second time."""
-    if torch.cuda.is_available() or getattr(torch.cuda, "megarl_shim", False):
+    """Redirect. No effect when the learner is on CUDA, or the second time."""
+    if device.on_cuda() or installed():
         return
     cuda.megarl_shim = True
+    if torch.cuda.is_available():
+        _hide()
     _devices()
     _random()
     _factories()
     _tensors()
+
+
+def installed() -> bool:
+    """Whether this process's Megatron computes on the CPU."""
+    return bool(getattr(torch.cuda, "megarl_shim", False))
+
+
+def _hide() -> None:
+    """Hide a visible CUDA device from Megatron, and packages whose kernels Megatron would prefer to torch's own."""
+    cuda.is_available = lambda: False
+    for package in ("transformer_engine", "apex"):
+        sys.modules.setdefault(package, None)  # type: ignore[arg-type]  # None makes the import fail
 
 
 def install_experts() -> None:
@@ -36,7 +52,7 @@ def install_experts() -> None:
 
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None  # Megatron reads this name but imports it only with Transformer Engine
-    if not torch.cuda.is_available() and token_dispatcher.maybe_move_tensor_to_cpu is not _as_splits:
+    if installed() and token_dispatcher.maybe_move_tensor_to_cpu is not _as_splits:
         token_dispatcher.maybe_move_tensor_to_cpu = _as_splits
         mappings._gather_along_first_dim = _uneven_gather(mappings._gather_along_first_dim)
         mappings._reduce_scatter_along_first_dim = _uneven_reduce(mappings._reduce_scatter_along_first_dim)

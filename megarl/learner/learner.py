@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
+from itertools import tee
 from operator import attrgetter
 from typing import Any, Literal, Protocol
 
@@ -29,9 +30,9 @@ from megarl.errors import RunError
 from megarl.learner import precision as precisions
 from megarl.learner import router
 from megarl.learner.broadcast_batch import broadcast
-from megarl.learner.model import build, transformer_config, unquantised, unwrap, user_buffers
+from megarl.learner.model import build, spec_kind, transformer_config, unquantised, unwrap, user_buffers
 from megarl.learner.parallel import World, check
-from megarl.learner.rows import Alignment, Row, build_row, sequence_sum
+from megarl.learner.rows import Alignment, Ranges, Row, build_row, sequence_sum
 from megarl.learner.schedule import learning_rate
 from megarl.learner.weights import Weights
 from megarl.models.config_json import read_shape
@@ -78,13 +79,15 @@ class Learner:
         self.world = world
         self.total_updates = total_updates
         self.version = 0
+        chosen = precisions.recipe(settings.precision)
         if precisions.emulated(settings.precision) and world.is_controller:
-            log.warning("FP8 (%s) is emulated on this CPU: its numerics, not its speed", settings.precision.recipe)
+            log.warning("FP8 (%s) is emulated on this CPU: its numerics, not its speed", chosen)
         self.shape: ModelShape = read_shape(settings.model.path)
         check(settings.parallel, self.shape)
+        precisions.check_layers(settings.precision, self.shape.layers, settings.parallel.pp)
         router.check(settings, self.shape)
         self.config = transformer_config(self.shape, settings.parallel, settings.precision, settings.experts)
-        self.frequencies = rotary(self.shape).frequencies
+        self.frequencies = rotary(self.shape).frequencies if spec_kind() == "local" else None
         self.alignment = Alignment.of(settings.parallel, settings.precision, settings.batch.tokens_per_row)
         self.temperature = settings.rollout.temperature
         if settings.parallel.overlap_tp:
@@ -144,8 +147,8 @@ class Learner:
             rows = self._run(models, batch, _scores, temperature, forward_only=True)
         if self.world.tp_rank != 0:
             rows = []
-        for row, values in rows:
-            for i, entries, positions in row.ranges:
+        for ranges, values in rows:
+            for i, entries, positions in ranges:
                 flat[positions + int(starts[i])] = values[0, entries].cpu()
         if self.world.world_size > 1:
             dist.reduce(flat, 0, group=self.world.control)
@@ -158,6 +161,8 @@ class Learner:
 
         Every rank must iterate to the end. A tensor is valid until the next one is asked for.
         """
+        if self.world.world_size > 1:  # engines may finish rollouts first, for longer than a collective may take
+            self.world.barrier("the weights to be asked for")
         self.finish_parameter_gather()
         yield from self.weights.stream(lambda parameter: parameter.data)
 
@@ -265,34 +270,38 @@ class Learner:
         forward_only: bool = False,
     ) -> list[Any]:
         """Megatron's schedule over this rank's rows; on last stages, returns what `loss` returned for each row."""
-        rows = self._rows(batch)
+        plan, lengths = self._plan(batch)
+        rows = self._rows(batch, plan, lengths)
         return get_forward_backward_func()(
             forward_step_func=partial(self._forward, loss, temperature or self.temperature),
-            data_iterator=[iter(rows) for _ in models] if len(models) > 1 else iter(rows),
+            data_iterator=list(tee(rows, len(models))) if len(models) > 1 else rows,
             model=models if len(models) > 1 else models[0],
-            num_microbatches=len(rows),
-            seq_length=len(rows[0].micro.tokens) * self.settings.parallel.cp,
+            num_microbatches=len(plan),
+            seq_length=lengths[0],
             micro_batch_size=1,
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
         )
 
-    def _rows(self, batch: Batch) -> list[Row]:
-        """This data-parallel rank's micro-batches."""
+    def _plan(self, batch: Batch) -> tuple[list[list[int]], list[int]]:
+        """This data-parallel rank's rows: the samples in each, and its length over all context-parallel ranks."""
         parallel = self.settings.parallel
         plan = list(batch.rows[self.world.dp_rank])
         multiple = parallel.pp if parallel.vpp > 1 else 1  # the interleaved schedule takes whole rounds
         plan += [[]] * (-len(plan) % multiple)
-        samples = [[batch.samples[i] for i in ids] for ids in plan]
-        lengths = [self.alignment.row_length(row) for row in samples]
+        lengths = [self.alignment.row_length([batch.samples[i] for i in ids]) for ids in plan]
         if parallel.pp > 1:  # stages agree on shapes beforehand
             lengths = [max(lengths)] * len(lengths)
-        here = self.world.cp_rank, parallel.cp, self.world.device
+        return plan, lengths
+
+    def _rows(self, batch: Batch, plan: list[list[int]], lengths: list[int]) -> Iterator[Row]:
+        """This rank's part of each row, made when it is asked for: a GPU computes one while the next one is made."""
+        here = self.world.cp_rank, self.settings.parallel.cp, self.world.device
         tokens = sum(batch.samples[i].input_length for rank in batch.rows for ids in rank for i in ids)
-        return [
-            build_row(ids, row, length, self.alignment, self.frequencies, *here, tokens if self.shape.moe else None)
-            for ids, row, length in zip(plan, samples, lengths, strict=True)
-        ]
+        routed = tokens if self.shape.moe else None
+        for ids, length in zip(plan, lengths, strict=True):
+            samples = [batch.samples[i] for i in ids]
+            yield build_row(ids, samples, length, self.alignment, self.frequencies, *here, routed)
 
     def _forward(
         self, loss: Callable[[Row, Tensor], Any], temperature: float, rows: Iterator[Row], model: torch.nn.Module
@@ -361,5 +370,5 @@ def _metrics(sums: dict[str, float]) -> dict[str, float]:
     return {"loss": sums["loss"], "tokens_trained": tokens, **means}
 
 
-def _scores(row: Row, output: Tensor, non_loss_data: bool = True) -> tuple[Row, Tensor]:
-    return row, output
+def _scores(row: Row, output: Tensor, non_loss_data: bool = True) -> tuple[Ranges, Tensor]:
+    return row.ranges, output

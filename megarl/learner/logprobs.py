@@ -12,7 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-CHUNK_BYTES = 1 << 26  # of float32 logits at a time
+CHUNK_BYTES = {"cpu": 1 << 26, "cuda": 1 << 30}
+"""Of float32 logits at a time. On CUDA every chunk costs one pass over the weight's whole gradient; on a CPU a chunk
+should stay near the caches."""
 KEEP_BYTES = 1 << 26  # logits up to this size are kept for the backward
 
 
@@ -49,7 +51,7 @@ class _LogProbs(torch.autograd.Function):
         # Of this rank's rows: log-sum-exp, mean logit under their softmax, the label's logit (0 if elsewhere).
         stats = hidden.new_zeros(3, n, dtype=torch.float32)
         stats[0] = -torch.inf
-        chunk = max(1, CHUNK_BYTES // (4 * max(real, 1)))
+        chunk = max(1, CHUNK_BYTES["cuda" if hidden.is_cuda else "cpu"] // (4 * max(real, 1)))
         keep = any(ctx.needs_input_grad) and 4 * n * real <= KEEP_BYTES
         kept = []
         for start in range(0, n if real else 0, chunk):
@@ -88,13 +90,27 @@ class _LogProbs(torch.autograd.Function):
                 grad.scatter_add_(-1, local[part, None], grad_logprobs[part].where(owned[part], 0.0)[:, None])
             grad = grad.div_(ctx.temperature).to(hidden.dtype)
             torch.mm(grad, weight, out=grad_hidden[part])
-            grad_weight += grad.t() @ hidden[part]
+            _add_product(grad_weight, grad.t(), hidden[part])
         return grad_hidden, rows.to(weight.dtype), None, None, None, None
 
 
 def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    logits = (hidden @ weight.t()).float()
+    """float32 [n, rows]. On CUDA the product is not rounded to the operands' type; a CPU has no such product."""
+    if hidden.is_cuda and hidden.dtype != torch.float32:
+        logits = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+    else:
+        logits = (hidden @ weight.t()).float()
     return logits.div_(temperature) if temperature != 1.0 else logits
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, for a float32 `total`. On CUDA within the product, which is not rounded."""
+    if not total.is_cuda:
+        total += a @ b
+    elif a.dtype == torch.float32:
+        total.addmm_(a, b)
+    else:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
 
 
 def _combine(stats: Tensor, group: dist.ProcessGroup) -> Tensor:

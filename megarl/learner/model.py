@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -23,6 +22,7 @@ from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
+from megatron.core.tensor_parallel import layers as megatron_layers
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -30,7 +30,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megarl.config import Experts, Parallel, Precision
-from megarl.errors import UserError
 from megarl.learner import cpu, emulation, router
 from megarl.learner import precision as precisions
 from megarl.learner.attention import PackedAttention, PackedRow
@@ -65,7 +64,8 @@ class PolicyModel(GPTModel):
 
     def __init__(self, *, vocab: int, **settings: Any) -> None:
         """`vocab`: unpadded. `settings`: GPTModel's."""
-        super().__init__(**settings)
+        with _without_apex():
+            super().__init__(**settings)
         self.vocab = vocab
         if self.post_process:
             # GPTModel cannot be given another layer, and replacing the module would allocate its weight twice.
@@ -89,6 +89,20 @@ class PolicyModel(GPTModel):
             return hidden
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         return self.output_layer(hidden, scored, targets, temperature, self.vocab, weight)
+
+
+@contextmanager
+def _without_apex() -> Iterator[None]:
+    """Keep Megatron's output layer from refusing fused gradients where apex's kernel is missing.
+
+    Transformer Engine's layers bring their own kernel, and ScoringLayer calls none.
+    """
+    available = megatron_layers._grad_accum_fusion_available
+    megatron_layers._grad_accum_fusion_available = True
+    try:
+        yield
+    finally:
+        megatron_layers._grad_accum_fusion_available = available
 
 
 def vocabulary_rows(shape: ModelShape, tp: int) -> int:
@@ -137,7 +151,7 @@ def transformer_config(
         "bias_activation_fusion": te,
         "apply_rope_fusion": te,
         "persist_layer_norm": te,
-        "gradient_accumulation_fusion": _gradient_fusion(parallel),
+        "gradient_accumulation_fusion": te and parallel.gradient_accumulation_fusion is not False,
         "expert_tensor_parallel_size": parallel.etp or parallel.tp,
         "tp_comm_overlap": parallel.overlap_tp,
         "cp_comm_type": parallel.cp_comm if te else None,
@@ -160,19 +174,6 @@ def transformer_config(
     elif parallel.recompute == "selective":
         settings |= {"recompute_granularity": "selective", "recompute_modules": list(parallel.recompute_modules)}
     return TransformerConfig(**settings, **precisions.transformer_settings(precision))
-
-
-def _gradient_fusion(parallel: Parallel) -> bool:
-    """Raises UserError when the setting is true without apex's kernel, which the output layer needs."""
-    kernel = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
-    if parallel.gradient_accumulation_fusion and not kernel:
-        raise UserError(
-            "parallel.gradient_accumulation_fusion: true needs apex's fused_weight_gradient_mlp_cuda; "
-            "nearest valid value: false"
-        )
-    if parallel.gradient_accumulation_fusion is None:
-        return kernel and spec_kind() == "te"
-    return parallel.gradient_accumulation_fusion
 
 
 def user_buffers(config: TransformerConfig, tokens: int) -> None:
@@ -249,7 +250,7 @@ def build(
             model.rotary_pos_emb.inv_freq = rotary(shape).frequencies.to(model.rotary_pos_emb.inv_freq.device)
         if precisions.emulated(precision):
             layers_in_fp8 = precisions.fp8_layers(precision, shape.layers)
-            emulation.emulate(model, precision.recipe, layers_in_fp8.start + 1, layers_in_fp8.stop)
+            emulation.emulate(model, precisions.recipe(precision), layers_in_fp8.start + 1, layers_in_fp8.stop)
         if device.on_cuda():
             model.cuda(torch.cuda.current_device())
         if shape.moe:

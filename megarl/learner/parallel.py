@@ -14,6 +14,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 from megarl.config import Parallel, Precision
 from megarl.errors import DeadlineExceeded, RanksLost, RunError, UserError
+from megarl.learner import cpu
 from megarl.learner import precision as precisions
 from megarl.models.layout import Layout
 from megarl.models.shape import ModelShape
@@ -142,26 +143,40 @@ class World:
         dist.destroy_process_group()
 
 
-def start(parallel: Parallel, precision: Precision, seed: int, deadline_s: float) -> World:
-    """Join the process group and build the model-parallel groups. Every collective fails after `deadline_s` seconds.
+def start(
+    parallel: Parallel, precision: Precision, seed: int, deadline_s: float, rollout_timeout_s: float = 0.0
+) -> World:
+    """Join the process group and build the model-parallel groups.
 
-    Raises UserError if the ranks do not divide like this, or if this device does not support the precision.
+    A collective of the model fails after `deadline_s` seconds. Messages between all ranks, in `World.control`, may also
+    wait for another rank's rollout: they fail after `deadline_s` + `rollout_timeout_s`.
+
+    Raises UserError if the ranks do not divide like this, if they need more devices than there are, or if this device
+    does not support the precision.
     """
     launch = launch_info()
     check_ranks(parallel, launch.world_size)
+    if cpu.installed() == device.on_cuda():  # too late to change: Megatron has been imported
+        raise UserError(
+            f"device: {device.chosen()} was chosen after megarl.learner had been imported for "
+            f"{'the CPU' if cpu.installed() else 'CUDA'}; set {device.VARIABLE}={device.chosen()} in the environment"
+        )
     precisions.check(precision)
     check_device(parallel)
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron overlaps communication in issue order
-    timeout = datetime.timedelta(seconds=deadline_s)
+    waits = datetime.timedelta(seconds=deadline_s + rollout_timeout_s)
     here = device.claim(launch.local_rank, launch.local_world_size)
     if not dist.is_initialized():
-        _join(launch, timeout, here)
+        # On a CPU this group is also the one for messages.
+        _join(launch, datetime.timedelta(seconds=deadline_s) if device.on_cuda() else waits)
+    control = dist.group.WORLD if not device.on_cuda() else dist.new_group(backend="gloo", timeout=waits)
+    assert control is not None  # this rank has joined and is in every group
+    if device.on_cuda():
+        _check_devices(here, control)
     make_groups(parallel, distributed_timeout_minutes=deadline_s / 60)
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-    control = dist.group.WORLD if not device.on_cuda() else dist.new_group(backend="gloo", timeout=timeout)
-    assert control is not None  # this rank has joined and is in every group
-    return World(launch.rank, launch.world_size, here, parallel, deadline_s, control)
+    return World(launch.rank, launch.world_size, here, parallel, waits.total_seconds(), control)
 
 
 def make_groups(parallel: Parallel, **options: Any) -> None:
@@ -259,12 +274,11 @@ def layout_of(parallel: Parallel) -> Layout:
     return Layout(tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp, ep=parallel.ep, etp=parallel.etp)
 
 
-def _join(launch: Launch, timeout: datetime.timedelta, here: torch.device) -> None:
-    bound = here if here.type == "cuda" else None
+def _join(launch: Launch, timeout: datetime.timedelta) -> None:
+    # Without `device_id`. It would make torch split every group off this one, by a call of all its ranks: one at a time
+    # at start, and never returning where weights are sent, because the engines' ranks are in no such group.
     if launch == Launch():
-        dist.init_process_group(
-            device.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, device_id=bound
-        )
+        dist.init_process_group(device.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
     try:
         dist.init_process_group(
@@ -273,10 +287,16 @@ def _join(launch: Launch, timeout: datetime.timedelta, here: torch.device) -> No
             rank=launch.rank,
             world_size=launch.world_size,
             timeout=timeout,
-            device_id=bound,
         )
     except dist.DistNetworkError as e:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise RunError(f"rank {launch.rank} could not reach the rendezvous at {where}: {e}") from None
     except dist.DistStoreError:
         raise DeadlineExceeded(f"{launch.world_size} ranks to join", timeout.total_seconds()) from None
+
+
+def _check_devices(here: torch.device, control: dist.ProcessGroup) -> None:
+    """Raise UserError, on every rank, if two of them have one device. NCCL would fail at the first collective."""
+    identities: list[Any] = [None] * control.size()
+    dist.all_gather_object(identities, device.identity(here), group=control)
+    device.check_distinct(identities)

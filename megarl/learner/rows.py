@@ -29,7 +29,8 @@ class Alignment:
     @classmethod
     def of(cls, parallel: Parallel, precision: Precision, tokens_per_row: int) -> Alignment:
         sample = 2 * parallel.cp if parallel.cp > 1 else 1
-        per_rank = (parallel.tp if parallel.uses_sequence_parallel else 1) * row_multiple(precision)
+        split = parallel.uses_sequence_parallel
+        per_rank = (parallel.tp if split else 1) * row_multiple(precision, split)
         row = math.lcm(sample, parallel.cp * per_rank)
         return cls(sample, _up(tokens_per_row, row) if parallel.overlap_tp else row)
 
@@ -39,6 +40,10 @@ class Alignment:
         return max(_up(used, self.row), self.row)
 
 
+Ranges = list[tuple[int, Tensor, Tensor]]
+"""Per sample: its index, entries of `Row.scored`, their response positions."""
+
+
 @dataclass(slots=True)
 class Row:
     """One micro-batch as this rank computes it."""
@@ -46,7 +51,7 @@ class Row:
     micro: MicroBatch  # this context-parallel rank's positions
     packed: PackedRow
     scored: Tensor  # int64 [n]: positions that predict a response token
-    ranges: list[tuple[int, Tensor, Tensor]]  # per sample: its index, entries of `scored`, their response positions
+    ranges: Ranges
 
 
 def build_row(
@@ -54,7 +59,7 @@ def build_row(
     samples: Sequence[Sample],
     length: int,
     alignment: Alignment,
-    frequencies: Tensor,
+    frequencies: Tensor | None,
     cp_rank: int = 0,
     cp_size: int = 1,
     device: torch.device | None = None,
@@ -63,8 +68,8 @@ def build_row(
     """Pack `samples` (with indices `ids` in the batch) into a row of `length` positions; returns this rank's part.
 
     Every sample is padded to `alignment.sample`. The rest of the row is one more segment, which trains nothing.
-    `frequencies`: `rope.rotary`'s, [head_dim / 2]. `routed_tokens`: `Routing.tokens`; None without
-    experts.
+    `frequencies`: `rope.rotary`'s, [head_dim / 2]; None where Transformer Engine rotates. `routed_tokens`:
+    `Routing.tokens`; None without experts.
     """
     segments = [_up(sample.input_length, alignment.sample) for sample in samples]
     if sum(segments) < length:
@@ -78,7 +83,7 @@ def build_row(
     position, sequence = response[scored], tensors["sequence"][scored]
     ranges = [(i, (entries := (sequence == k).nonzero().squeeze(1)), position[entries]) for k, i in enumerate(ids)]
     cu_seqlens = torch.from_numpy(bounds.astype(np.int32))
-    angles = torch.outer(tensors["positions"].float(), frequencies)[:, None]
+    angles = None if frequencies is None else torch.outer(tensors["positions"].float(), frequencies)[:, None]
     micro = MicroBatch(**tensors, cu_seqlens=cu_seqlens, sample_ids=list(ids))
     routing = None
     if routed_tokens is not None:
@@ -95,8 +100,8 @@ def build_row(
         max_seqlen_kv=max(segments),
         segments=segments,
         skip_last=len(segments) > len(samples) > 0,
-        cos=angles.cos(),
-        sin=angles.sin(),
+        cos=None if angles is None else angles.cos(),
+        sin=None if angles is None else angles.sin(),
         routing=routing,
     )
     row = Row(micro, packed, scored, ranges)
@@ -204,6 +209,19 @@ def _zigzag(segments: Sequence[int], rank: int, size: int) -> np.ndarray | None:
 
 
 def _to(row: Row, device: torch.device) -> Row:
+    """Each tensor moved once, from pinned memory, so that the host need not wait.
+
+    Names of one tensor stay names of one: Transformer Engine compares the `cu_seqlens` in every layer, and only of one
+    tensor can it tell without waiting for the device.
+    """
+    moved: dict[int, Tensor] = {}
+
+    def there(tensor: Tensor) -> Tensor:
+        if id(tensor) not in moved:
+            source = tensor.pin_memory() if device.type == "cuda" else tensor
+            moved[id(tensor)] = source.to(device, non_blocking=True)
+        return moved[id(tensor)]
+
     parts: list[MicroBatch | PackedRow | Routing] = [row.micro, row.packed]
     if row.packed.routing:
         parts.append(row.packed.routing)
@@ -211,8 +229,8 @@ def _to(row: Row, device: torch.device) -> Row:
         for field in fields(part):
             value = getattr(part, field.name)
             if isinstance(value, Tensor):
-                setattr(part, field.name, value.to(device, non_blocking=True))
-    row.scored = row.scored.to(device, non_blocking=True)
+                setattr(part, field.name, there(value))
+    row.scored = there(row.scored)
     return row
 
 

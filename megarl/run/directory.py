@@ -27,6 +27,13 @@ SCORES = ("verdict", "score", "message", "formatted", "steps", "reward", "advant
 OLDER: dict[str, Any] = {"score": math.nan, "message": ""}  # of records that do not have them
 
 
+def find(place: Path, overrides: list[str] | None) -> tuple[config.Settings, bool]:
+    """The settings of a run directory or of a YAML file, and whether `place` is a run, whose checkpoint is meant."""
+    if place.is_dir():
+        return config.load(place / "config.yaml", overrides), True
+    return config.load(place, overrides), False
+
+
 class RunDirectory:
     """Writes one run. Open a new one, or resume one at the step of its newest checkpoint."""
 

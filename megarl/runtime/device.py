@@ -2,22 +2,75 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
 import resource
+from collections.abc import Iterator
 
 import torch
 
+from megarl.errors import UserError
+
+VARIABLE = "MEGARL_DEVICE"
+"""Environment variable: what the setting `device: auto` means. Also tells the ranks what their launcher chose."""
+CHOICES = ("auto", "cpu", "cuda")
+
+_setting = "auto"  # of this process's run
+
+
+def choose(setting: str) -> None:
+    """Take over a run's setting `device`. Raises UserError if it asks for a CUDA device and none is visible.
+
+    Call it before the first import of `megarl.learner`, which prepares Megatron for this device.
+    """
+    global _setting
+    _setting = setting
+    if chosen() == "cuda" and not torch.cuda.is_available():
+        name = "device" if setting == "cuda" else VARIABLE
+        raise UserError(f"{name}: cuda, but torch sees no CUDA device; nearest valid value: cpu")
+
+
+def chosen() -> str:
+    """The run's setting or, where that is `auto`, the environment's."""
+    if _setting != "auto":
+        return _setting
+    asked = os.environ.get(VARIABLE) or "auto"
+    if asked not in CHOICES:
+        raise UserError(f"{VARIABLE}: {asked}; valid values: {', '.join(CHOICES)}")
+    return asked
+
 
 def on_cuda() -> bool:
-    """Whether this machine has a CUDA device; if not, the learner runs on the CPU."""
-    return torch.cuda.is_available()
+    """Whether the learner computes on CUDA: a device is visible, and the CPU is not asked for."""
+    return chosen() != "cpu" and torch.cuda.is_available()
+
+
+def describe() -> str:
+    """Where the learner computes, in words."""
+    if not on_cuda():
+        return "cpu"
+    count = torch.cuda.device_count()
+    return f"cuda, {count} device{'s' if count != 1 else ''} visible"
+
+
+@contextlib.contextmanager
+def exported() -> Iterator[None]:
+    """Tell processes that are started meanwhile which device was chosen."""
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = "cuda" if on_cuda() else "cpu"
+    try:
+        yield
+    finally:
+        del os.environ[VARIABLE]
+        if before is not None:
+            os.environ[VARIABLE] = before
 
 
 @functools.cache
 def transformer_engine() -> bool:
-    """Whether Transformer Engine's layers can be used: a CUDA device, and the package."""
+    """Whether Transformer Engine's layers can be used: the learner is on CUDA, and the package is there."""
     return on_cuda() and importlib.util.find_spec("transformer_engine") is not None
 
 
@@ -33,11 +86,48 @@ def peak_memory() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts KiB
 
 
+def check_ranks(ranks: int, own_devices: bool = False) -> None:
+    """Raise UserError if this machine has fewer CUDA devices than ranks: NCCL refuses two ranks on one device.
+
+    `own_devices`: a launcher may have given each rank a device of its own, the only one that the rank sees.
+    """
+    count = torch.cuda.device_count() if on_cuda() else ranks
+    if count >= ranks or (own_devices and count == 1):
+        return
+    raise UserError(
+        f"device: {ranks} ranks on this machine, but {count} CUDA device{'s' if count != 1 else ''}; set device=cpu, "
+        f"or start at most {count} ranks here (--nproc, parallel.tp, parallel.pp, parallel.cp)"
+    )
+
+
 def claim(local_rank: int, local_world_size: int) -> torch.device:
-    """Select and return this rank's device. On a CPU, the ranks of a machine divide its cores among them."""
+    """Select and return this rank's device. On a CPU, the ranks of a machine divide its cores among them.
+
+    Raises UserError if this machine has too few CUDA devices. Whether ranks that see one device each see different
+    ones, only they can tell together: `check_distinct`.
+    """
     if on_cuda():
-        torch.cuda.set_device(local_rank)
-        return torch.device("cuda", local_rank)
+        check_ranks(local_world_size, own_devices=True)
+        index = local_rank % torch.cuda.device_count()
+        torch.cuda.set_device(index)
+        return torch.device("cuda", index)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size))
     return torch.device("cpu")
+
+
+def identity(device: torch.device) -> str:
+    """The device's UUID, which no other device has."""
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def check_distinct(identities: list[str]) -> None:
+    """Raise UserError if two ranks have the same device. `identities`: of every rank's device."""
+    first: dict[str, int] = {}
+    for rank, name in enumerate(identities):
+        other = first.setdefault(name, rank)
+        if other != rank:
+            raise UserError(
+                f"device: ranks {other} and {rank} both use CUDA device {name}; give each task its own device "
+                "(srun --gpus-per-task=1), or let every task see all of them (srun --gpus-per-node)"
+            )

@@ -99,6 +99,7 @@ def _start(
     heartbeat: Heartbeat | None,
 ) -> Iterator[Rank]:
     """Start the ranks one after the other. Signals to them wait until they listen."""
+    device.check_ranks(nproc)
     context, key = _context(), os.urandom(seal.SIZE)
     for number in range(nproc):
         ours, theirs = context.Pipe(duplex=False)
@@ -106,7 +107,8 @@ def _start(
         environment = {**os.environ, **_environment(number, nproc, store)}  # the fork server's may be outdated
         arguments = (theirs, their_stacks, environment, key, heartbeat, saves, target, args)
         process = context.Process(target=rank.main, args=arguments, name=f"rank {number}")  # type: ignore[attr-defined]
-        with blocked() if saves and isinstance(context, SpawnContext) else contextlib.nullcontext():
+        waiting = blocked() if saves and isinstance(context, SpawnContext) else contextlib.nullcontext()
+        with waiting, device.exported():  # a spawned rank imports the learner before it gets its environment
             process.start()
         theirs.close()
         their_stacks.close()
@@ -124,7 +126,7 @@ def _context() -> SpawnContext | ForkServerContext:
         # A signal to our process group must end neither the fork server nor multiprocessing's resource tracker. To
         # start the tracker unblocks signals, so it comes first.
         for helper in (resource_tracker, forkserver):
-            with blocked():
+            with blocked(), device.exported():  # the fork server imports the learner
                 helper.ensure_running()
     finally:
         del os.environ[fork_server.STARTER]
@@ -141,6 +143,7 @@ def _environment(number: int, nproc: int, store: LocalStore) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "GLOO_SOCKET_IFNAME": "lo",
         VARIABLE: store.path,
+        device.VARIABLE: "cuda" if device.on_cuda() else "cpu",
     }
 
 

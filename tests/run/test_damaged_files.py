@@ -18,9 +18,9 @@ from megarl import config, report
 from megarl import replay as recorded
 from megarl.bench.common import synthetic
 from megarl.errors import RunError, UserError
-from megarl.evaluate import find as evaluated
 from megarl.run import atomic, changes, provenance
 from megarl.run.directory import RunDirectory, read_metrics, read_rollouts
+from megarl.run.directory import find as evaluated
 from megarl.run.lock import only_job
 from megarl.run.records import rollouts_files
 from megarl.run.timeline import PhaseLog
