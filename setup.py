@@ -48,8 +48,12 @@ setup(
         "tensorboard<3",
     ],
     extras_require={
-        # On a CUDA machine only: without its CUDA part, transformer-engine breaks `import megatron.core`.
-        "gpu": ["transformer-engine[core_cu13,pytorch]>=2.10,<2.12"],
+        # On a CUDA machine only: without its CUDA part, transformer-engine breaks `import megatron.core`. The Megatron
+        # of Python 3.12 imports kernels that 2.14 brought.
+        "gpu": [
+            'transformer-engine[core_cu13,pytorch]>=2.10,<2.12; python_version < "3.12"',
+            'transformer-engine[core_cu13,pytorch]>=2.14,<2.15; python_version >= "3.12"',
+        ],
         # Engines live in environments of their own (their torch pins differ): these extras name what goes there.
         "sglang": ["sglang==0.5.23"],
         "vllm": ["vllm==0.32.0"],

@@ -19,7 +19,11 @@ in_place() {
 }
 
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# A GPU's task gets its share of the node's cores, at most 8: for checksums, and for Adam where the optimizer is on the host.
+threads=1
+if ((${SLURM_GPUS_ON_NODE:-0} > 0)); then threads=$((${SLURM_CPUS_ON_NODE:-1} / SLURM_GPUS_ON_NODE)); fi
+threads=$((threads > 8 ? 8 : threads < 1 ? 1 : threads))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
 # The network. Set FABRIC to the interface of the cluster's IP network when the host name's address is another one's,
 # and NCCL_IB_HCA to the InfiniBand cards (e.g. mlx5) when a node has others beside them.
 if [[ -n "${FABRIC:-}" ]]; then export NCCL_SOCKET_IFNAME=$FABRIC GLOO_SOCKET_IFNAME=$FABRIC; fi

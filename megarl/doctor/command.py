@@ -26,6 +26,9 @@ def examine(settings: Settings | None, gpus: int | None) -> Iterator[Finding]:
     tasks = int(env.get("SLURM_STEP_NUM_TASKS", "1"))
     yield from software.versions()
     yield from machine.devices(gpus)
+    if settings is not None:
+        yield from machine.chosen(settings)
+        yield from software.precision(settings)
     yield from machine.limits()
     yield from machine.fabric(tasks)
     if settings is None:

@@ -15,9 +15,12 @@ import torch
 
 from megarl.config import Settings
 from megarl.doctor.finding import Finding, fail, ok, warn
+from megarl.errors import UserError
 from megarl.models import hub
 from megarl.models.config_json import read_shape
 from megarl.run import room
+from megarl.runtime import device
+from megarl.runtime.launched import under_launcher
 
 GIB = 2**30
 BUSY = 2.0  # GiB in use on a device before the run, above which another process uses it
@@ -47,6 +50,18 @@ def devices(expected: int | None) -> Iterator[Finding]:
         if (total - free) / GIB > BUSY:
             text = f"device {i}: {(total - free) / GIB:.1f} of {total / GIB:.0f} GiB in use"
             yield warn("device memory", text, "another process uses it: nvidia-smi")
+
+
+def chosen(settings: Settings) -> Iterator[Finding]:
+    """Where the learner would compute, and whether the ranks that `megarl train` starts have a device each."""
+    try:
+        device.choose(settings.device)
+        if not under_launcher():  # which alone knows the number of ranks
+            device.check_ranks(settings.parallel.model_ranks)
+    except UserError as e:
+        yield fail("device", str(e), "`megarl train` would refuse it here")
+    else:
+        yield ok("device", device.describe())
 
 
 def limits() -> Iterator[Finding]:

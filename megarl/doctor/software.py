@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import platform
 import re
@@ -9,13 +10,18 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+from packaging.requirements import Requirement
+
 from megarl.config import Settings
 from megarl.doctor.finding import Finding, fail, ok, warn
+from megarl.errors import UserError
 from megarl.run.provenance import installed
 from megarl.runtime import device
 
 ENGINE_TIMEOUT = 30.0  # seconds for an engine's interpreter to name its version
 ENGINES_DIR = ".engines"
+BUILD = "with torch installed: pip install --no-build-isolation --no-cache-dir -e '.[gpu]'"
+"""Transformer Engine's extension must be built against the torch at hand, and not be taken from pip's cache."""
 
 
 def versions() -> Iterator[Finding]:
@@ -30,11 +36,43 @@ def versions() -> Iterator[Finding]:
         else:
             yield ok(name, found)
     engine = installed("transformer-engine")
-    if device.on_cuda() and engine is None:
-        yield warn("transformer-engine", "not installed: no FP8, slower layers", "pip install -e '.[gpu]'")
-    elif not device.on_cuda() and engine is not None:
+    if device.on_cuda():
+        yield _transformer_engine(engine)
+    elif engine is not None and sys.modules.get("transformer_engine", ...) is not None:  # None: hidden, learner/cpu.py
         hint = "pip uninstall transformer-engine: without CUDA it breaks `import megatron.core`"
         yield fail("transformer-engine", f"{engine} on a machine without CUDA", hint)
+
+
+def _transformer_engine(found: str | None) -> Finding:
+    """Whether it is there, of a declared version, and loads: it is built for one version of torch."""
+    name = "transformer-engine"
+    if found is None:
+        return warn(name, "not installed: no FP8, slower layers", BUILD)
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except Exception as e:  # whatever a library that does not fit raises
+        return fail(name, f"{found} does not load: {' '.join(str(e).split())}", BUILD)
+    requirements = [Requirement(line) for line in importlib.metadata.requires("megarl") or []]
+    for each in requirements:
+        wanted = each.name == name and each.marker and each.marker.evaluate({"extra": "gpu"})
+        if wanted and not each.specifier.contains(found, prereleases=True):
+            return warn(name, f"{found}, made for {each.specifier}", BUILD)
+    return ok(name, found)
+
+
+def precision(settings: Settings) -> Iterator[Finding]:
+    """Whether this device can do the learner's precision."""
+    try:
+        from megarl.learner import precision as learner
+    except Exception as e:  # a package that Megatron imports is broken
+        yield fail("precision", f"Megatron does not load: {' '.join(str(e).split())}", "see the versions above")
+        return
+    try:
+        learner.check(settings.precision)
+    except UserError as e:
+        yield fail("precision", str(e), "set precision.recipe or precision.dtype")
+    else:
+        yield ok("precision", learner.describe(settings.precision))
 
 
 def engines(settings: Settings) -> Iterator[Finding]:

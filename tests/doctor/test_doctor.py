@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 import threading
 from collections.abc import Iterable
 from pathlib import Path
@@ -168,3 +169,51 @@ def test_a_port_in_use(tmp_path: Path) -> None:
     with socket.create_server(("", 0)) as taken:
         found = list(peers.meet(0, 2, "127.0.0.1", taken.getsockname()[1], tmp_path, timeout=1.0))
     assert of(found, "ports").status == "fail"
+
+
+def test_too_few_devices_for_the_ranks_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The quick start's two ranks on one CUDA device: refused on CUDA, fine on the CPU."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    found = of(machine.chosen(settings(tmp_path, "device=cuda", "parallel.tp=2")), "device")
+    assert (found.status, "2 ranks on this machine, but 1 CUDA device" in found.text) == ("fail", True)
+    assert of(machine.chosen(settings(tmp_path, "device=cpu", "parallel.tp=2")), "device").status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("version", "source", "status", "words"),
+    [
+        ("2.11.0", "", "ok", "2.11.0"),
+        ("2.9.0", "", "warn", "2.9.0, made for"),
+        ("2.11.0", "raise ImportError('undefined symbol: _ZN3c10')", "fail", "does not load: undefined symbol"),
+    ],
+)
+def test_transformer_engine_is_imported_and_its_version_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, source: str, status: str, words: str
+) -> None:
+    """One built for another torch loads nowhere; the hint is the command that builds it for this one."""
+    package = tmp_path / "transformer_engine"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "pytorch.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("transformer_engine", "transformer_engine.pytorch"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(software.device, "on_cuda", lambda: True)
+    monkeypatch.setattr(software, "installed", {"torch": "2.13.0", "transformer-engine": version}.get)
+    wanted = ["transformer-engine[pytorch]>=2.10,<2.12; extra == 'gpu'"]
+    monkeypatch.setattr(software.importlib.metadata, "requires", lambda name: wanted)
+    found = of(software.versions(), "transformer-engine")
+    assert (found.status, words in found.text) == (status, True)
+    if status != "ok":
+        assert "pip install --no-build-isolation --no-cache-dir" in found.hint
+    for name in ("transformer_engine", "transformer_engine.pytorch"):
+        sys.modules.pop(name, None)
+
+
+def test_a_precision_that_cannot_be_is_named(tmp_path: Path) -> None:
+    """Before a model is built."""
+    fp8 = ("precision.dtype=fp8", "precision.recipe=delayed", "precision.high_precision_layers=1")
+    found = of(software.precision(settings(tmp_path, *fp8)), "precision")
+    assert (found.status, "recipe delayed cannot leave layers in bf16" in found.text) == ("fail", True)
+    assert of(software.precision(settings(tmp_path)), "precision").status == "ok"

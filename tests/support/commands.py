@@ -239,7 +239,7 @@ CLUSTERS = [
     never("make test-gpu", "needs a CUDA device"),
     never("make lock", "resolves anew over the network; tests/test_lock.py checks what it wrote"),
     never("make latest", "installs the newest packages over the network, for a weekly job"),
-    never("pip install -e *", "CUDA builds; setup.py declares the extras, which is checked"),
+    never("pip install --no-build-isolation --no-cache-dir -e *", "CUDA builds; setup.py declares the extras"),
     elsewhere("pip install megarl[wandb,mlflow]", "setup.py", '"dev": [*WANDB, *MLFLOW,',
               "`make setup` installs them with `dev`, and tests/run/test_trackers.py uses them"),
     never("git clone *", "the address is the reader's; `make setup` precedes every target of .ci/run"),
