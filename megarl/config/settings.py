@@ -30,7 +30,7 @@ class Settings(Section):
     on-policy. It needs `algorithm.tis_cap`, and above 1 `rollout.partial`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the learner computes. `auto` is what the environment variable MEGARL_DEVICE says, else CUDA if a device is
-    visible, else the CPU. On CUDA every rank needs a device of its own: fewer are refused. `cpu` also keeps the servers
+    visible, else the CPU. On CUDA no two ranks may share a device; too few are refused. `cpu` also keeps the servers
     that megarl starts on the CPU, unless `rollout.servers.device` is `cuda`."""
     model: Model
     data: Data
