@@ -172,7 +172,7 @@ def start(
     control = dist.group.WORLD if not device.on_cuda() else dist.new_group(backend="gloo", timeout=waits)
     assert control is not None  # this rank has joined and is in every group
     if device.on_cuda():
-        _check_devices(here, control)
+        _check_shared(launch, here)
     make_groups(parallel, distributed_timeout_minutes=deadline_s / 60)
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
@@ -295,8 +295,18 @@ def _join(launch: Launch, timeout: datetime.timedelta) -> None:
         raise DeadlineExceeded(f"{launch.world_size} ranks to join", timeout.total_seconds()) from None
 
 
-def _check_devices(here: torch.device, control: dist.ProcessGroup) -> None:
-    """Raise UserError, on every rank, if two of them have one device. NCCL would fail at the first collective."""
-    identities: list[Any] = [None] * control.size()
-    dist.all_gather_object(identities, device.identity(here), group=control)
-    device.check_distinct(identities)
+def _check_shared(launch: Launch, here: torch.device) -> None:
+    """Raise UserError if another rank has this rank's device: NCCL would fail at the first collective.
+
+    That can be only where a rank sees fewer devices than there are ranks beside it.
+    """
+    if torch.cuda.device_count() >= launch.local_world_size:
+        return
+    store = dist.PrefixStore("devices", dist.distributed_c10d._get_default_store())
+    name, rank = device.identity(here), str(launch.rank)
+    first = store.compare_set(name, "", rank).decode()
+    if first != rank:
+        raise UserError(
+            f"device: ranks {first} and {rank} both use CUDA device {name}; give each task another device "
+            "(srun --gpus-per-task=1), or let every task see all devices of its node (srun --gpus-per-node)"
+        )

@@ -89,7 +89,7 @@ def peak_memory() -> int:
 def check_ranks(ranks: int, own_devices: bool = False) -> None:
     """Raise UserError if this machine has fewer CUDA devices than ranks: NCCL refuses two ranks on one device.
 
-    `own_devices`: a launcher may have given each rank a device of its own, the only one that the rank sees.
+    `own_devices`: a launcher may have given each rank another device, the only one that the rank sees.
     """
     count = torch.cuda.device_count() if on_cuda() else ranks
     if count >= ranks or (own_devices and count == 1):
@@ -103,8 +103,8 @@ def check_ranks(ranks: int, own_devices: bool = False) -> None:
 def claim(local_rank: int, local_world_size: int) -> torch.device:
     """Select and return this rank's device. On a CPU, the ranks of a machine divide its cores among them.
 
-    Raises UserError if this machine has too few CUDA devices. Whether ranks that see one device each see different
-    ones, only they can tell together: `check_distinct`.
+    Raises UserError if this machine has too few CUDA devices. A rank that sees only one takes that: its launcher may
+    have given each rank another one. Whether it has, only the ranks together can tell, by the devices' `identity`.
     """
     if on_cuda():
         check_ranks(local_world_size, own_devices=True)
@@ -119,15 +119,3 @@ def claim(local_rank: int, local_world_size: int) -> torch.device:
 def identity(device: torch.device) -> str:
     """The device's UUID, which no other device has."""
     return str(torch.cuda.get_device_properties(device).uuid)
-
-
-def check_distinct(identities: list[str]) -> None:
-    """Raise UserError if two ranks have the same device. `identities`: of every rank's device."""
-    first: dict[str, int] = {}
-    for rank, name in enumerate(identities):
-        other = first.setdefault(name, rank)
-        if other != rank:
-            raise UserError(
-                f"device: ranks {other} and {rank} both use CUDA device {name}; give each task its own device "
-                "(srun --gpus-per-task=1), or let every task see all of them (srun --gpus-per-node)"
-            )

@@ -14,6 +14,7 @@ from torch import Tensor
 from megarl.bench.common.learners import new_learner, samples, settings, split
 from megarl.bench.common.models import write_model
 from megarl.config import Parallel, Precision
+from megarl.errors import UserError
 from megarl.learner import learner as learners
 from megarl.learner import logprobs, model, parallel
 from megarl.learner.learner import sft_objective
@@ -154,7 +155,7 @@ def groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     monkeypatch.setattr(parallel.cpu, "installed", lambda: False)
     monkeypatch.setattr(parallel.device, "on_cuda", lambda: True)
     monkeypatch.setattr(parallel.device, "claim", lambda *_: torch.device("cuda", 0))
-    monkeypatch.setattr(parallel.device, "identity", lambda device: "a GPU")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setattr(parallel.dist, "is_initialized", lambda: False)
     monkeypatch.setattr(parallel.dist, "init_process_group", lambda *a, **more: asked.update(default=(a, more)))
 
@@ -162,11 +163,7 @@ def groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
         asked["control"] = more
         return Alone()
 
-    def all_gather_object(found: list[Any], value: Any, group: Any) -> None:
-        found[:] = [value]
-
     monkeypatch.setattr(parallel.dist, "new_group", new_group)
-    monkeypatch.setattr(parallel.dist, "all_gather_object", all_gather_object)
     monkeypatch.setattr(
         parallel.parallel_state, "initialize_model_parallel", lambda **more: asked.update(megatron=more)
     )
@@ -199,3 +196,21 @@ def test_weights_are_first_waited_for_over_gloo() -> None:
     some = SimpleNamespace(world=world, weights=weights, finish_parameter_gather=lambda: done.append("gather"))
     list(learners.Learner.named_tensors(some))  # type: ignore[arg-type]
     assert done == ["barrier: the weights to be asked for", "gather", "stream"]
+
+
+@pytest.mark.parametrize("devices", [["a", "b"], ["a", "a"]])
+def test_two_ranks_on_one_device_are_told_apart(
+    groups: dict[str, Any], monkeypatch: pytest.MonkeyPatch, devices: list[str]
+) -> None:
+    """Each sees one device. Only by their UUIDs can they tell whether it is the same one, which NCCL refuses."""
+    store = parallel.dist.HashStore()
+    monkeypatch.setattr(parallel.dist.distributed_c10d, "_get_default_store", lambda: store)
+    for rank, name in enumerate(devices):
+        for variable, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}.items():
+            monkeypatch.setenv(variable, str(value))
+        monkeypatch.setattr(parallel.device, "identity", lambda device, name=name: name)
+        if name in devices[:rank]:
+            with pytest.raises(UserError, match="device: ranks 0 and 1 both use CUDA device a; .*--gpus-per-task=1"):
+                parallel.start(Parallel(), Precision(), 0, 900.0)
+        else:
+            parallel.start(Parallel(), Precision(), 0, 900.0)

@@ -95,13 +95,6 @@ def test_a_rank_claims_its_own_device(visible, monkeypatch, devices, local, inde
     assert claimed == [index]
 
 
-def test_two_ranks_on_one_device_are_told_apart():
-    """By the devices' UUIDs, wherever the ranks are."""
-    device.check_distinct(["a", "b", "c"])
-    with pytest.raises(UserError, match="device: ranks 1 and 3 both use CUDA device b; .*--gpus-per-task"):
-        device.check_distinct(["a", "b", "c", "b"])
-
-
 def megarl(tmp_path: Path, devices: int, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "megarl.cli", *words, f"run={tmp_path / 'run'}"]
     environment = pretended_cuda.environment(tmp_path, devices, **variables)
