@@ -1,8 +1,10 @@
-"""Small values between the ranks of this run. Nothing from outside the run is ever unpickled."""
+"""Values between the ranks of this run. Nothing from outside the run is ever unpickled."""
 
 from __future__ import annotations
 
-from typing import TypeVar
+import io
+import pickle
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -33,11 +35,31 @@ def any_rank(value: bool, world: World) -> bool:
     return bool(votes.item())
 
 
-def gather(value: T, world: World) -> list[T]:
-    """Every rank's value, in rank order, on the controller; [] elsewhere. Collective."""
-    if world.world_size == 1:
-        return [value]
-    values: list[T | None] | None = [None] * world.world_size if world.is_controller else None
+def gather(value: T, world: World, senders: int) -> list[T]:
+    """The values of the first `senders` ranks, in rank order, on the controller; [] elsewhere.
+
+    For large values: the controller takes them one by one, each of its own size. All ranks call it; the others return
+    at once.
+    """
     with collective("a gathering on rank 0", world.deadline_s):
-        dist.gather_object(value, values, 0, group=world.control)
-    return values if values is not None else []  # type: ignore[return-value]
+        if world.is_controller:
+            return [value, *(_receive(rank, world) for rank in range(1, senders))]
+        if world.rank < senders:
+            _send(value, world)
+    return []
+
+
+def _send(value: object, world: World) -> None:
+    file = io.BytesIO()
+    pickle.dump(value, file)
+    payload = torch.frombuffer(file.getbuffer(), dtype=torch.uint8)
+    dist.send(torch.tensor([len(payload)]), 0, group=world.control)
+    dist.send(payload, 0, group=world.control)
+
+
+def _receive(rank: int, world: World) -> Any:
+    size = torch.zeros(1, dtype=torch.int64)
+    dist.recv(size, rank, group=world.control)
+    payload = torch.empty(int(size), dtype=torch.uint8)
+    dist.recv(payload, rank, group=world.control)
+    return pickle.loads(payload.numpy().data)

@@ -178,7 +178,7 @@ class Collector:
 
     def _gather(self, rollout: Rollout) -> Rollout:
         """Wait for every rank's groups and bring them to the controller, in the prompts' order. Collective."""
-        shares = gather(self._wait(rollout.share) if rollout.share else [], self.world)
+        shares = gather(self._wait(rollout.share) if rollout.share else [], self.world, self.drivers)
         if shares and rollout.grading:
             rollout.groups = [shares[i % self.drivers][i // self.drivers] for i in range(len(rollout.prompts))]
             for group in rollout.groups:
