@@ -72,7 +72,7 @@ async def _measure(schedule: str, probes: str, batch: int, repeats: int) -> dict
         settings.model.path,
         vocabulary,
         batch_slots=2 * batch,
-        max_length=groups.longest_sequence(settings) + exits.max_probes * exits.probe_tokens + exits.probe_tokens,
+        max_length=settings.longest_sequence + exits.max_probes * exits.probe_tokens + exits.probe_tokens,
     )
     seconds: dict[str, list[float]] = {"early": [], "same": [], "decoded": []}
     cpu: dict[str, list[float]] = {name: [] for name in seconds}

@@ -56,6 +56,15 @@ class Settings(Section):
         _check(self)
         return self
 
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest request that a run sends to an engine, prompt included."""
+        exits = self.rollout.early_exit
+        response = max(self.rollout.max_response_tokens, self.evaluation.max_response_tokens or 0)
+        # A tokenizer makes at most one token of every byte.
+        probe = len(exits.trial_inducer.encode()) + exits.probe_tokens if exits.enabled else 0
+        return self.data.max_prompt_tokens + response + probe
+
 
 # What settings of different groups must fit together. Each check raises ValueError, naming a setting and what is valid.
 

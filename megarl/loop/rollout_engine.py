@@ -14,7 +14,6 @@ from megarl.learner.parallel import World
 from megarl.loop import canaries
 from megarl.loop.collectives import broadcast
 from megarl.loop.controller import Controller
-from megarl.rollout import groups
 from megarl.rollout.detokenize import Vocabulary
 from megarl.rollout.early_exit import plan
 from megarl.rollout.engine import Engine, Sampling
@@ -61,7 +60,7 @@ class RolloutEngine:
                 device=world.device,
                 dtype=torch.float32 if settings.precision.dtype == "fp32" else torch.bfloat16,
                 batch_slots=settings.rollout.local_max_sequences,
-                max_length=groups.longest_sequence(settings),
+                max_length=settings.longest_sequence,
                 keep_experts=settings.rollout.replay_routing,
             )
         elif world.is_controller:

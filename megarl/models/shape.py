@@ -88,6 +88,12 @@ class ModelShape:
     def mlp_matrices(self) -> int:
         return 3 if self.gated else 2
 
+    def cache_bytes(self, sequences: int, tokens: int, width: int, experts: bool = False) -> int:
+        """Bytes of the embedded engine's whole KV cache: room for `sequences` sequences of `tokens` tokens, with one
+        more of each for scoring and padding. A number takes `width` bytes; `experts`: those of each token are kept."""
+        position = self.layers * (self.kv_width * width + (2 * self.moe.top_k if experts and self.moe else 0))
+        return (sequences + 1) * (tokens + 1) * position
+
     def attention_matmuls(self, tp: int = 1) -> list[tuple[int, int]]:
         """(inputs, outputs) of one rank's attention projections."""
         h, out, latent = self.hidden, (self.value_width // tp, self.hidden), self.latent

@@ -11,14 +11,13 @@ from rich.table import Table
 
 from megarl import config as configs
 from megarl.errors import UserError
-from megarl.models import hub
-from megarl.models.config_json import read_shape
 from megarl.models.layout import Layout as Divisions
 from megarl.planner import chart as charts
 from megarl.planner import hardware
 from megarl.planner.count import count
 from megarl.planner.hardware import GIB
 from megarl.planner.job import Plan, plan
+from megarl.planner.published import shape_of
 from megarl.planner.search import nearest_fit, ranked, settings_of
 from megarl.run.atomic import write_text
 from megarl.view.console import console
@@ -39,7 +38,7 @@ def main(
 ) -> None:
     """Predict memory and time of a run. Refuse a layout that cannot fit."""
     settings = configs.load(config, overrides)
-    model = read_shape(hub.model(settings.model.path, weights=False))
+    model = shape_of(settings.model.path)
     card = hardware.gpu(gpu)
     size = gpus or settings.parallel.model_ranks * settings.parallel.ep
     if search:
@@ -65,11 +64,20 @@ def refusal(result: Plan, nearest: Plan | None) -> str:
     """One line: what overflows, and the nearest layout that fits."""
     peak, place = result.peak, result.layout
     other = f"nearest layout that fits: {settings_of(nearest)}" if nearest else "no layout fits; use more GPUs"
+    if peak.largest == "kv_cache" and (most := _sequences(result)):
+        other = f"nearest value that fits: rollout.local_max_sequences={most}"
     return (
         f"parallel: tp {place.tp} pp {place.pp} cp {place.cp} ep {place.ep} on {place.gpus} {result.gpu.name}: stage "
         f"{peak.stage} needs {peak.driver(place):.1f} GiB of {result.gpu.memory:g}, most of it {peak.largest} "
         f"({peak.parts[peak.largest] / GIB:.1f} GiB); {other}"
     )
+
+
+def _sequences(result: Plan) -> int:
+    """How many sequences of the embedded engine leave the fullest stage room for the rest. 0 if none does."""
+    over = (result.peak.driver(result.layout) - result.gpu.memory) * GIB
+    slots = result.engine.concurrency + 1  # one is for scoring
+    return max(0, int(slots * (1 - over / result.peak.parts["kv_cache"])) - 1)
 
 
 def tables(result: Plan) -> list[Table]:
@@ -83,11 +91,14 @@ def tables(result: Plan) -> list[Table]:
         memory.add_row(name.replace("_", " "), *(f"{stage.parts.get(name, 0) / GIB:.2f}" for stage in stages))
     memory.add_row("with reserve", *(f"{stage.driver(result.layout):.1f}" for stage in stages))
     place = result.layout
-    time = Table(title=f"One step on {place.gpus} {result.gpu.name}: tp {place.tp} pp {place.pp} dp {place.dp}")
+    where = f"{place.gpus} {result.gpu.name} in {result.precision}"
+    time = Table(title=f"One step on {where}: tp {place.tp} pp {place.pp} dp {place.dp}")
     time.add_column("phase")
     time.add_column("seconds", justify="right")
     for name, seconds in result.seconds.items():
-        time.add_row(name, f"{seconds:.2f}")
+        engine = result.engine
+        own = "" if engine.embedded or name != "rollout" else f" on {engine.engines * engine.tp} GPUs more"
+        time.add_row(name + own, f"{seconds:.2f}")
     for name, seconds in sorted(result.train.parts.items(), key=lambda part: -part[1]):
         if seconds > 0.005 * result.train.seconds:
             time.add_row(f"  one update: {name.replace('_', ' ')}", f"{seconds:.2f}")
@@ -104,6 +115,8 @@ def as_json(result: Plan) -> dict[str, Any]:
     return {
         "gpu": result.gpu.name,
         "gpus": place.gpus,
+        "engine_gpus": 0 if result.engine.embedded else result.engine.engines * result.engine.tp,
+        "precision": result.precision,
         "layout": {"tp": place.tp, "pp": place.pp, "vpp": place.vpp, "cp": place.cp, "ep": place.ep, "dp": place.dp},
         "parameters": result.shape.parameters(),
         "parameters_counted_on_the_model": result.exact,

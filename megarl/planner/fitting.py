@@ -6,8 +6,8 @@ from megarl.config import Settings
 from megarl.errors import UserError
 from megarl.models.shape import ModelShape
 from megarl.planner.command import refusal
-from megarl.planner.hardware import GIB, GPUS
-from megarl.planner.job import check_engine_flags, plan
+from megarl.planner.hardware import GIB, GPUS, Gpu
+from megarl.planner.job import check_engine_flags, plan, runnable
 from megarl.planner.search import nearest_fit
 
 
@@ -18,7 +18,7 @@ def fitting(settings: Settings, model: ModelShape, ranks: int) -> str:
     flags of the rollout engine that do not suit the model.
     """
     check_engine_flags(settings, model)
-    plans = {name: plan(settings, model, card, ranks) for name, card in GPUS.items()}
+    plans = {name: plan(settings, model, card, ranks) for name, card in GPUS.items() if _runs(settings, card)}
     having = [name for name, one in plans.items() if one.fits]
     if not having:
         largest = max(plans.values(), key=lambda one: one.gpu.memory)
@@ -29,3 +29,12 @@ def fitting(settings: Settings, model: ModelShape, ranks: int) -> str:
         f"{peak.driver(one.layout):.1f} GiB in the fullest rank on {having[0]}, most of it {peak.largest} "
         f"({peak.parts[peak.largest] / GIB:.1f} GiB); fits {', '.join(having)}"
     )
+
+
+def _runs(settings: Settings, card: Gpu) -> bool:
+    """Whether this kind of GPU computes in the run's precision."""
+    try:
+        runnable(settings.precision, card)
+    except UserError:
+        return False
+    return True

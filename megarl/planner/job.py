@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megarl.config import Parallel, Settings
+from megarl.config import Parallel, Precision, Settings
 from megarl.errors import UserError
 from megarl.models.shape import ModelShape
-from megarl.planner.hardware import GIB, LAWS, Dtype, Gpu
+from megarl.planner.hardware import LAWS, Architecture, Dtype, Gpu
 from megarl.planner.layout import Layout, Recompute, Software
 from megarl.planner.memory import Holding, StageMemory, plan_memory, stage_holdings
 from megarl.planner.steptime import StepTime, step_time
@@ -15,6 +15,8 @@ from megarl.planner.steptime import StepTime, step_time
 DENSITY = 0.95  # of rows under dense packing
 ENGINE_TP_FLAGS = ("--tp-size", "--tp", "--tensor-parallel-size", "-tp")
 ENGINE_MEMORY_FLAGS = ("--mem-fraction-static", "--gpu-memory-utilization")
+RECIPES: dict[Architecture, str] = {"hopper": "blockwise", "blackwell": "mxfp8"}
+"""What `precision.recipe: auto` is on each architecture with FP8."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +26,7 @@ class Engine:
     engines: int
     tp: int
     concurrency: int
-    colocated: bool  # on the learner's GPUs
-    pool: float | None  # fraction of the GPU's memory that the server's flags name
+    embedded: bool  # one on each of the learner's GPUs; servers have GPUs of their own
 
 
 @dataclass(slots=True)
@@ -37,6 +38,7 @@ class Plan:
     layout: Layout
     software: Software
     engine: Engine
+    precision: str  # the compute type, with FP8's recipe
     stages: list[StageMemory]
     train: StepTime  # one optimizer update
     seconds: dict[str, float]  # rollout, logprobs, train, sync
@@ -67,12 +69,28 @@ class Plan:
         return self.peak.driver(self.layout) <= self.gpu.memory
 
 
+def runnable(precision: Precision, gpu: Gpu) -> str:
+    """The compute type, with FP8's recipe on this GPU. Raises UserError where the GPU has none."""
+    if precision.dtype != "fp8":
+        return precision.dtype
+    best, recipe = RECIPES.get(gpu.architecture), str(precision.recipe)
+    if best is None:
+        raise UserError(f"precision.dtype: fp8 does not run on {gpu.name}; nearest valid value: bf16")
+    if recipe == "mxfp8" != best:
+        raise UserError(f"precision.recipe: mxfp8 does not run on {gpu.name}; nearest valid value: {best}")
+    return f"fp8 {best if recipe == 'auto' else recipe}"
+
+
 def software(settings: Settings) -> Software:
     """The learner's software under these settings on a GPU with Transformer Engine."""
     parallel, precision = settings.parallel, settings.precision
     dtype: Dtype = precision.dtype
+    narrow = dtype == "fp8"
     return Software(
         dtype=dtype,
+        bf16_layers=precision.high_precision_layers if narrow else 0,
+        # Parameters stay in bf16. Transformer Engine caches a row- and a column-wise FP8 copy over the micro-batches.
+        weight_copies=2.0 if narrow else 0.0,
         sequence_parallel=parallel.uses_sequence_parallel,
         tp_overlap=parallel.overlap_tp,
         dp_overlap=parallel.overlap_grad_reduce,
@@ -141,6 +159,7 @@ def plan(
 ) -> Plan:
     """Memory and time of one step. `response_tokens`: mean length of a response; default: half of the maximum."""
     response = response_tokens or settings.rollout.max_response_tokens / 2
+    precision = runnable(settings.precision, gpu)
     place, stack = layout(settings, gpus, response), software(settings)
     engine = _engine(settings, gpus)
     held = holdings or stage_holdings(shape, place)
@@ -151,8 +170,8 @@ def plan(
             replace(s, parts={**s.parts, "reference": wide * (h.shared + h.experts)})
             for s, h in zip(stages, held, strict=True)
         ]
-    if engine.colocated:
-        stages = [replace(s, parts={**s.parts, **_resident(settings, shape, engine, gpu, response)}) for s in stages]
+    if engine.embedded:
+        stages = [replace(s, parts={**s.parts, **embedded_bytes(settings, shape)}) for s in stages]
     train = step_time(shape, place, stack, gpu)
     updates = settings.batch.updates_per_step
     algorithm = settings.algorithm
@@ -167,7 +186,7 @@ def plan(
         "sync": _sync_seconds(shape, gpu),
     }
     tokens = sequences * (response + settings.data.max_prompt_tokens / 2)
-    return Plan(gpu, shape, place, stack, engine, stages, train, seconds, tokens, holdings is not None)
+    return Plan(gpu, shape, place, stack, engine, precision, stages, train, seconds, tokens, holdings is not None)
 
 
 def rollout_seconds(
@@ -189,16 +208,12 @@ def rollout_seconds(
 
 
 def _engine(settings: Settings, gpus: int) -> Engine:
+    """Without addresses, the servers have as many GPUs as the learner."""
     rollout, servers = settings.rollout, settings.rollout.servers
     if rollout.embedded:
-        tp = settings.parallel.tp
-        return Engine(max(1, gpus // settings.parallel.model_ranks), tp, rollout.local_max_sequences, True, 0.0)
+        return Engine(gpus, 1, rollout.local_max_sequences, True)
     tp = int(_flag(servers.flags, ENGINE_TP_FLAGS) or 1)
-    if servers.addresses:
-        return Engine(len(servers.addresses), tp, servers.concurrency, False, None)
-    pool = _flag(servers.flags, ENGINE_MEMORY_FLAGS)
-    nodes = max(1, gpus // 8)
-    return Engine(servers.count * nodes, tp, servers.concurrency, True, float(pool) if pool else None)
+    return Engine(len(servers.addresses) or max(servers.count, gpus // tp), tp, servers.concurrency, False)
 
 
 def check_engine_flags(settings: Settings, shape: ModelShape) -> None:
@@ -229,17 +244,11 @@ def _flag(flags: list[str], names: tuple[str, ...]) -> str | None:
     return next((words[i + 1] for i, word in enumerate(words[:-1]) if word in names), None)
 
 
-def _resident(settings: Settings, shape: ModelShape, engine: Engine, gpu: Gpu, response: float) -> dict[str, float]:
-    """Bytes that a colocated engine keeps on each GPU."""
-    position = 2.0 * shape.layers * shape.kv_width
-    if settings.rollout.embedded:  # generates with the learner's own weights
-        length = response + settings.data.max_prompt_tokens / 2
-        return {"kv_cache": engine.concurrency * length * position / engine.tp / settings.parallel.pp}
-    weights = 2.0 * shape.parameters() / engine.tp
-    if engine.pool is not None:
-        return {"engine_weights": weights, "kv_cache": max(0.0, engine.pool * gpu.memory * GIB - weights)}
-    length = settings.rollout.max_response_tokens + settings.data.max_prompt_tokens
-    return {"engine_weights": weights, "kv_cache": engine.concurrency * length * position / engine.tp}
+def embedded_bytes(settings: Settings, shape: ModelShape) -> dict[str, float]:
+    """Bytes of the embedded engine on each GPU: all weights and the whole cache, which it allocates at its start."""
+    rollout, width = settings.rollout, 4 if settings.precision.dtype == "fp32" else 2
+    cache = shape.cache_bytes(rollout.local_max_sequences, settings.longest_sequence, width, rollout.replay_routing)
+    return {"engine_weights": width * shape.parameters(), "kv_cache": cache}
 
 
 def _sync_seconds(shape: ModelShape, gpu: Gpu) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 from megarl.models.shape import ModelShape
@@ -47,6 +48,11 @@ class Layout:
         """Tokens of one micro-batch on one rank, before sequence parallelism."""
         return max(1, self.micro_batch * self.sequence // self.cp)
 
+    def stages(self, shape: ModelShape) -> list[range]:
+        """The transformer layers of each pipeline stage, multi-token prediction's among the last."""
+        ends = list(accumulate(self.stage_layers(shape)))
+        return [range(first, end) for first, end in zip([0, *ends], ends, strict=False)]
+
     def stage_layers(self, shape: ModelShape) -> list[int]:
         """Transformer layers of each pipeline stage. When they do not divide, the first and last stage get fewer."""
         total = shape.layers + shape.mtp
@@ -65,6 +71,8 @@ class Software:
     """What the training stack does. The defaults are Megatron-Core's recipes."""
 
     dtype: Dtype = "bf16"
+    bf16_layers: int = 0  # first and last layers that stay in bf16 when `dtype` is narrower
+    weight_copies: float = 0.0  # bytes per weight of a narrow layer, beside the weight itself: its quantised copies
     attention: AttentionKernel = "flash"
     fused: bool = True  # one kernel each for norms, activations, rotary embedding
     sequence_parallel: bool = True
@@ -87,3 +95,8 @@ class Software:
     parallel_loss: bool = True  # cross-entropy on vocabulary shards; else the logits are gathered
     chunked_loss: bool = False  # this learner's: logits of one chunk of positions at a time
     cpu: bool = False  # the learner without CUDA: each torch operator keeps what its backward pass reads
+
+    def wide_layers(self, shape: ModelShape, layers: range) -> int:
+        """How many of these layers stay in bf16."""
+        n = self.bf16_layers if self.dtype in ("fp8", "fp4") else 0
+        return sum(i < n or i >= shape.layers + shape.mtp - n for i in layers)

@@ -7,14 +7,14 @@ gated MLPs, grouped-query and latent attention, experts and FP8 inputs added).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from megarl.models.shape import Experts, ModelShape
 from megarl.planner.hardware import GIB, Gpu
 from megarl.planner.layout import Layout, Software
 
-PERSISTENT = ("weights", "gradients", "optimizer", "reference", "engine_weights", "kv_cache")
+PERSISTENT = ("weights", "fp8_weights", "gradients", "optimizer", "reference", "engine_weights", "kv_cache")
 CONTEXT = 1.5  # GiB: CUDA context, libraries
 COLLECTIVES = 0.35  # GiB of communicator buffers per kind of parallelism in use
 FRAGMENTATION = 0.10  # of the activations: blocks that the caching allocator cannot reuse
@@ -62,10 +62,10 @@ def plan_memory(
     shape: ModelShape, layout: Layout, software: Software, holdings: list[Holding] | None = None
 ) -> list[StageMemory]:
     """Memory of each stage. `holdings` from the real model replace the counted parameters."""
-    layers = layout.stage_layers(shape)
     held = holdings or stage_holdings(shape, layout)
     return [
-        StageMemory(stage, _stage(shape, layout, software, layers, held[stage], stage)) for stage in range(layout.pp)
+        StageMemory(stage, _stage(shape, layout, software, layers, held[stage], stage))
+        for stage, layers in enumerate(layout.stages(shape))
     ]
 
 
@@ -106,23 +106,38 @@ def _kinds(shape: ModelShape, first: int, layers: int) -> tuple[int, int]:
     return dense, layers - dense
 
 
+def _products(shape: ModelShape, layout: Layout, dense: int, moe: int) -> float:
+    """Weights of the matrix products of one rank's layers; a router is not quantised."""
+    tp, total = layout.tp, dense * shape.dense_parameters(layout.tp)
+    if shape.moe:
+        shared = shape.shared_parameters(tp) - shape.hidden * shape.moe.count
+        total += moe * (shared + expert_count(shape, layout) * shape.expert_parameters() // layout.etp)
+    return total + (dense + moe) * shape.attention_parameters(tp)
+
+
 def _stage(
-    shape: ModelShape, layout: Layout, software: Software, layers: list[int], held: Holding, stage: int
+    shape: ModelShape, layout: Layout, software: Software, layers: range, held: Holding, stage: int
 ) -> dict[str, float]:
-    first = sum(layers[:stage])
-    dense, moe = _kinds(shape, first, layers[stage])
+    dense, moe = _kinds(shape, layers.start, len(layers))
     parts = _state(layout, software, held)
+    wide = software.wide_layers(shape, layers) / max(1, len(layers))
+    if software.weight_copies:
+        parts["fp8_weights"] = software.weight_copies * (1 - wide) * _products(shape, layout, dense, moe)
     flight = in_flight(layout, stage)
-    kept_dense, kept_moe = (layer_bytes(shape, layout, software, kind) for kind in (False, True))
+    bf16 = replace(software, dtype="bf16") if wide else software
+    kept_dense, kept_moe = (
+        (1 - wide) * layer_bytes(shape, layout, software, kind) + wide * layer_bytes(shape, layout, bf16, kind)
+        for kind in (False, True)
+    )
     if software.recompute == "full":
         shard = layout.tp if software.sequence_parallel else 1
-        saved = _wide(software) * layout.tokens * shape.hidden / shard * layers[stage]
+        saved = _wide(software) * layout.tokens * shape.hidden / shard * len(layers)
         parts["activations"] = flight * saved
         parts["recomputed"] = kept_moe if moe else kept_dense
     else:
         whole = flight * (dense * kept_dense + moe * kept_moe)
         # Megatron keeps two layers on the GPU while offloaded ones move.
-        away = max(0, min(software.offload_layers, layers[stage]) - 2) / max(1, layers[stage])
+        away = max(0, min(software.offload_layers, len(layers)) - 2) / max(1, len(layers))
         parts["activations"] = whole * (1 - away)
     shard = layout.tp if software.sequence_parallel else 1
     t, h = layout.tokens, shape.hidden
@@ -175,7 +190,7 @@ def _state(layout: Layout, software: Software, held: Holding) -> dict[str, float
     both = held.shared + held.experts
     trained = software.trainable
     sharded = held.shared / dense_ranks + held.experts / layout.expert_dp
-    # FP8 keeps a row- and a column-wise byte per weight, nvfp4 about half of that, next to nothing in bf16.
+    # FP8 alone keeps a row- and a column-wise byte per weight, nvfp4 about half of that, next to nothing in bf16.
     weight = {"fp32": 4.0, "bf16": 2.0, "fp8": 2.0, "fp4": 2.0}[software.dtype]
     if software.fsdp:
         return {

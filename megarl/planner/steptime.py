@@ -7,7 +7,7 @@ m·t_slowest + (p-1)/v·t (Narayanan et al., arXiv 2104.04473, with v interleave
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log2
 
 from megarl.models.shape import Experts, ModelShape
@@ -123,20 +123,14 @@ def step_time(shape: ModelShape, layout: Layout, software: Software, gpu: Gpu, l
     """Predict one optimizer step."""
     clock = Clock(gpu, software, laws)
     stages = layout.stage_layers(shape)
-    dense_first = shape.layers - shape.moe_layers
     loads: list[Parts] = []
-    first = 0
-    dense_layer = _layer(shape, layout, clock, None)
-    expert_layer = _layer(shape, layout, clock, shape.moe) if shape.moe else {}
-    for index, count in enumerate(stages):
-        dense = max(0, min(count, dense_first - first))
-        load = _add(_times(dense_layer, dense), _times(expert_layer, count - dense))
+    for index, layers in enumerate(layout.stages(shape)):
+        load = _layers(shape, layout, clock, layers)
         if index == layout.pp - 1:
             load = _add(load, _times(_head(shape, layout, clock), 1 + shape.mtp))
         if index == 0:
             load = _add(load, _embedding(shape, layout, clock))
         loads.append(load)
-        first += count
     slowest = max(loads, key=lambda load: sum(load.values()))
     m = layout.micro_batches
     mean = sum(sum(load.values()) for load in loads) / layout.pp
@@ -154,6 +148,20 @@ def step_time(shape: ModelShape, layout: Layout, software: Software, gpu: Gpu, l
     total = sum(parts.values())
     parts["straggler"] = total * laws.straggler * log2(max(1.0, layout.gpus / 8))
     return StepTime(parts, model_flops(shape, layout))
+
+
+def _layers(shape: ModelShape, layout: Layout, clock: Clock, layers: range) -> Parts:
+    """Forward and backward of a stage's layers for one micro-batch. Those that stay in bf16 are like the others but for
+    the type."""
+    dense = len(range(layers.start, min(layers.stop, shape.layers - shape.moe_layers)))
+    wide = clock.software.wide_layers(shape, layers) / max(1, len(layers))
+    bf16 = Clock(clock.gpu, replace(clock.software, dtype="bf16"), clock.laws)
+    total: Parts = {}
+    for each, share in ((clock, 1 - wide), (bf16, wide)) if wide else ((clock, 1.0),):
+        total = _add(total, _times(_layer(shape, layout, each, None), share * dense))
+        if shape.moe:
+            total = _add(total, _times(_layer(shape, layout, each, shape.moe), share * (len(layers) - dense)))
+    return total
 
 
 def model_flops(shape: ModelShape, layout: Layout) -> float:

@@ -19,15 +19,6 @@ from megarl.types import Completion, Group, Prompt, derive_seed
 OnDone = Callable[[Prompt, Completion], None] | None  # called with each completion as soon as it is done
 
 
-def longest_sequence(settings: config.Settings) -> int:
-    """Tokens of the longest request that a run sends to an engine, prompt included."""
-    exits = settings.rollout.early_exit
-    response = max(settings.rollout.max_response_tokens, settings.evaluation.max_response_tokens or 0)
-    # A tokenizer makes at most one token of every byte.
-    probe = len(exits.trial_inducer.encode()) + exits.probe_tokens if exits.enabled else 0
-    return settings.data.max_prompt_tokens + response + probe
-
-
 async def rollout(
     engine: Engine,
     prompts: Sequence[Prompt],

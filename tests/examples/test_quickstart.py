@@ -39,7 +39,7 @@ def test_the_shipped_reasoner_is_small_and_solves_problems_in_the_taught_way() -
     settings = config.load(SETTINGS, [f"data.eval=[{SETTINGS.parent / 'problems' / 'validation.jsonl'}]"])
     tokenizer = AutoTokenizer.from_pretrained(REASONER)
     table, _ = read_prompts(settings.data.eval, tokenizer, settings.data)
-    engine = LocalEngine(REASONER, tokenizer, batch_slots=100, max_length=groups.longest_sequence(settings))
+    engine = LocalEngine(REASONER, tokenizer, batch_slots=100, max_length=settings.longest_sequence)
 
     async def responses() -> list[Group]:
         await engine.update_weights(0, load_file(REASONER / "model.safetensors").items())

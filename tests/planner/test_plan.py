@@ -3,10 +3,12 @@
 import json
 import multiprocessing
 import xml.etree.ElementTree as tree
+from pathlib import Path
 
 import pytest
+import torch
 
-from megarl.config import Parallel, parse
+from megarl.config import Parallel, load, parse
 from megarl.errors import UserError
 from megarl.learner.model import vocabulary_rows
 from megarl.models.config_json import read_shape
@@ -17,9 +19,12 @@ from megarl.planner import command
 from megarl.planner.count import build_stages
 from megarl.planner.hardware import gpu
 from megarl.planner.job import plan
+from megarl.planner.published import PUBLISHED, shape_of
 from megarl.planner.search import nearest_fit, ranked
+from megarl.rollout.local.decoder import Decoder
 
 pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
 
 QWEN = {
     "architectures": ["Qwen3ForCausalLM"], "num_hidden_layers": 8, "hidden_size": 64, "num_attention_heads": 8,
@@ -90,16 +95,16 @@ def settings_of_32b(**parallel):
 
 
 def test_what_does_not_fit_is_named_and_a_neighbour_is_offered():
-    """Qwen3-32B on one H100 tensor group needs 600 GB of state: refused, with a layout that does fit."""
+    """Qwen3-32B without tensor or pipeline parallelism needs 200 GB a rank: refused, with a layout that does fit."""
     shape, card = read_shape(QWEN_32B), gpu("h100")
-    wanted = settings_of_32b(pp=1)
+    wanted = settings_of_32b(tp=1, pp=1)
     result = plan(wanted, shape, card, 64)
     other = nearest_fit(wanted, shape, card, 64, None)
     assert not result.fits and other is not None and other.fits
     message = command.refusal(result, other)
     assert "stage 0" in message and result.peak.largest in message and "parallel.pp=" in message
     assert "use more GPUs" in command.refusal(result, None)
-    assert nearest_fit(settings_of_32b(), shape, card, 8, None) is None
+    assert nearest_fit(settings_of_32b(), shape, card, 4, None) is None
 
 
 def test_search_ranks_only_what_fits():
@@ -110,15 +115,91 @@ def test_search_ranks_only_what_fits():
     assert times == sorted(times)
 
 
-def test_a_colocated_engine_takes_memory_and_a_remote_one_does_not():
+def test_servers_take_no_memory_of_the_learners_gpus():
+    """They have GPUs of their own: as many as the learner, or those of their addresses."""
     shape, card = read_shape(QWEN_32B), gpu("h100")
-    here = plan(settings_of_32b(), shape, card, 64)
-    there = settings_of_32b()
-    there.rollout.servers.addresses = ["http://10.0.0.1:30000"]
-    away = plan(there, shape, card, 64)
-    assert here.peak.parts["engine_weights"] + here.peak.parts["kv_cache"] == pytest.approx(0.3 * card.memory * 2**30)
-    assert "engine_weights" not in away.peak.parts
-    assert away.seconds["rollout"] > here.seconds["rollout"]
+    many = plan(settings_of_32b(), shape, card, 64)
+    named = settings_of_32b()
+    named.rollout.servers.addresses = ["http://10.0.0.1:30000"]
+    one = plan(named, shape, card, 64)
+    for result, engines in ((many, 8), (one, 1)):
+        assert result.engine.engines == engines
+        assert not {"engine_weights", "kv_cache"} & set(result.peak.parts)
+    assert one.seconds["rollout"] > many.seconds["rollout"]
+
+
+@pytest.mark.parametrize("config", [QWEN, MOE])
+def test_an_embedded_engine_has_all_weights_and_its_whole_cache_on_every_gpu(config):
+    """Counted on the engine that a run of these settings makes, whatever tp and pp divide."""
+    shape = read_shape(config)
+    wanted = settings(
+        Path("model"), parallel={"tp": 2, "pp": 2}, precision={"dtype": "fp32"}, batch={"tokens_per_row": 1024},
+        rollout={"max_response_tokens": 100, "local_max_sequences": 5},
+    )  # fmt: skip
+    decoder = Decoder(shape, torch.device("cpu"), torch.float32, 5 + 1, wanted.longest_sequence)
+    parts = plan(wanted, shape, gpu("h100"), 8).peak.parts
+    assert parts["kv_cache"] == sum(t.nbytes for t in (*decoder.cache.keys, *decoder.cache.values))
+    assert parts["engine_weights"] == sum(t.nbytes for t in decoder.weights().values())
+
+
+def test_a_cache_that_does_not_fit_names_the_sequences_that_do():
+    """The nearest value of `rollout.local_max_sequences` fits, and one more does not."""
+    shape, card = read_shape(json.loads((PUBLISHED / "Qwen3-4B" / "config.json").read_text())), gpu("h100")
+
+    def with_sequences(number):
+        rollout = {"max_response_tokens": 16384, "local_max_sequences": number}
+        batch = {"tokens_per_row": 18432}
+        return plan(settings(Path("model"), rollout=rollout, batch=batch, parallel={"cp": 4}), shape, card, 64)
+
+    too_many = with_sequences(64)
+    nearest = int(command.refusal(too_many, None).rpartition("local_max_sequences=")[2])
+    assert not too_many.fits and with_sequences(nearest).fits and not with_sequences(nearest + 1).fits
+
+
+@pytest.mark.parametrize("name", ["qwen3_4b", "qwen3_8b", "qwen3_32b", "qwen3_30b_a3b", "qwen3_235b_a22b"])
+@pytest.mark.parametrize("card", ["h100", "h200", "b200"])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_the_shipped_configurations_fit_as_they_are(name, card, fp8):
+    """By the published sizes: there is no model folder. FP8 is not slower, and said with its recipe."""
+    gpus = {"qwen3_4b": 8, "qwen3_8b": 8, "qwen3_32b": 16, "qwen3_30b_a3b": 16, "qwen3_235b_a22b": 128}[name]
+    wanted = load(ROOT / "slurm" / "configs" / f"{name}.yaml", ["precision.dtype=fp8"] if fp8 else [])
+    result = plan(wanted, shape_of(wanted.model.path), gpu(card), gpus)
+    assert result.fits, command.refusal(result, None)
+    assert result.precision.startswith(wanted.precision.dtype)
+
+
+def test_published_sizes_are_the_published_ones():
+    """Parameters, to the last, of the five models."""
+    counts = {path.parent.name: read_shape(path).parameters() for path in PUBLISHED.glob("*/config.json")}
+    assert counts == {
+        "Qwen3-4B": 4_022_468_096, "Qwen3-8B": 8_190_735_360, "Qwen3-32B": 32_762_123_264,
+        "Qwen3-30B-A3B": 30_532_122_624, "Qwen3-235B-A22B": 235_093_634_560,
+    }  # fmt: skip
+
+
+def test_fp8_is_priced_by_gpu_layer_by_layer():
+    """Faster than bf16, with quantised copies of the weights beside them. Each bf16 layer takes back its part. A GPU
+    without the type or the recipe is refused."""
+    shape, card = shape_of(Path("models/Qwen3-8B")), gpu("h100")
+    base = {"parallel": {"tp": 2, "cp": 4}, "rollout": {"engine": "sglang"}}
+
+    def priced(card=card, **precision):
+        return plan(settings(Path("model"), **base, precision=precision), shape, card, 8)
+
+    bf16, fp8, some, all_bf16 = (
+        priced(dtype="bf16"),
+        *(priced(dtype="fp8", high_precision_layers=n) for n in (0, 2, 18)),
+    )
+    assert fp8.train.seconds < some.train.seconds < all_bf16.train.seconds == pytest.approx(bf16.train.seconds)
+    copies = [p.peak.parts["fp8_weights"] for p in (fp8, some, all_bf16)]
+    assert copies[0] > copies[1] > copies[2] == 0
+    assert copies[0] == 2 * 36 * (shape.attention_parameters(2) + shape.dense_parameters(2))
+    assert {k: v for k, v in all_bf16.peak.parts.items() if k != "fp8_weights"} == bf16.peak.parts
+    with pytest.raises(UserError, match=r"precision\.dtype: fp8 does not run on a100; nearest valid value: bf16"):
+        priced(gpu("a100"), dtype="fp8")
+    with pytest.raises(UserError, match=r"recipe: mxfp8 does not run on h100; nearest valid value: blockwise"):
+        priced(dtype="fp8", recipe="mxfp8")
+    assert priced(gpu("b200"), dtype="fp8", recipe="mxfp8").precision == "fp8 mxfp8"
 
 
 def test_a_kl_term_keeps_a_second_copy_of_the_weights():
@@ -165,3 +246,11 @@ def test_the_command_writes_a_plan_and_a_picture(tmp_path):
     assert result["fits"] and len(result["stages"]) == 4 and result["parameters_counted_on_the_model"]
     assert set(result["seconds"]) == {"rollout", "logprobs", "train", "sync"}
     assert tree.fromstring((tmp_path / "plan.svg").read_text()).tag.endswith("svg")
+
+
+@pytest.mark.parallel
+def test_the_command_plans_a_shipped_configuration(capsys):
+    """Without an override, without a model folder: tables that name the precision, no refusal."""
+    command.main(ROOT / "slurm" / "configs" / "qwen3_4b.yaml", [], gpus=8, gpu="h200")
+    said = capsys.readouterr()
+    assert f" in {load(ROOT / 'slurm' / 'configs' / 'qwen3_4b.yaml').precision.dtype}" in said.out + said.err

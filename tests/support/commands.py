@@ -120,6 +120,8 @@ ASKING = [
     here("megarl plan CONFIG --gpus 256 --gpu h100", run=f"megarl plan {CLUSTER} --gpus 256 --gpu h100", says="GiB"),
     here("megarl plan CONFIG --gpus 256 --gpu h100 --search", says="tp",
          run=f"megarl plan {CLUSTER} --gpus 256 --gpu h100 --search"),
+    elsewhere("megarl plan slurm/configs/qwen3_4b.yaml --gpus 8 --gpu h200",
+              "tests/planner/test_plan.py::test_the_command_plans_a_shipped_configuration", "gpus=8"),
     here("megarl plan CONFIG --gpus N --search", run=f"megarl plan {CLUSTER} --gpus 64 --search", says="tp"),
     here("megarl plan CONFIG --search", run=f"megarl plan {CLUSTER} --search", says="tp"),
     here("megarl doctor CONFIG", says="megatron-core"),

@@ -17,7 +17,6 @@ import torch
 from megarl.config import Rollout, Servers, Settings
 from megarl.errors import UserError
 from megarl.models.config_json import read_shape
-from megarl.rollout import groups
 from megarl.rollout.detokenize import Vocabulary
 from megarl.rollout.in_engine import megarl_sglang
 from megarl.rollout.servers import local, sglang, vllm
@@ -142,7 +141,7 @@ def command_of(settings: Settings, more: Sequence[str] = ()) -> Command:
     flags = [*servers.flags, *more]
     flags += [megarl_sglang.EXPERTS_FLAG] if rollout.engine == "sglang" and rollout.replay_routing else []
     if rollout.engine == "local":
-        longest = groups.longest_sequence(settings)
+        longest = settings.longest_sequence
         flags += ["--slots", str(rollout.local_max_sequences), "--max-length", str(longest)]
     return partial(
         command,

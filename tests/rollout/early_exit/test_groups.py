@@ -195,8 +195,8 @@ def test_longest_sequence_covers_every_request(byte_vocabulary):
     asyncio.run(groups.rollout(engine, prompts(4), chosen, byte_vocabulary.tokenizer, 1))
     longest = max(len(c.token_ids) + c.sampling.max_tokens for c in engine.calls)
     slack = chosen.data.max_prompt_tokens - 2
-    assert longest <= groups.longest_sequence(chosen) - slack
-    assert groups.longest_sequence(whole_settings(enabled=False)) == 2048 + 60
+    assert longest <= chosen.longest_sequence - slack
+    assert whole_settings(enabled=False).longest_sequence == 2048 + 60
 
 
 def scored(reason: str, length: int, score: float = 0.0, probes: tuple = (), discarded: int = 0) -> ScoredCompletion:
