@@ -21,6 +21,7 @@ from megarl.models.shape import ModelShape
 from megarl.rollout.detokenize import Vocabulary
 from megarl.rollout.engine import Generation, Sampling, lineage
 from megarl.rollout.local.decoder import Decoder
+from megarl.rollout.local.kv_cache import check_room
 from megarl.rollout.local.runner import ModelRunner
 from megarl.rollout.local.sampler import Sampler
 from megarl.rollout.local.scheduler import Request, Scheduler
@@ -45,10 +46,12 @@ class LocalEngine:
     ) -> None:
         """Decodes up to `batch_slots` sequences at a time, of at most `max_length` tokens with the prompt.
 
-        `keep_experts`: requests may ask for the experts that their tokens passed through.
+        `keep_experts`: requests may ask for the experts that their tokens passed through. Raises UserError if weights
+        and cache do not fit into the free memory of a CUDA device.
         """
         shape = model if isinstance(model, ModelShape) else read_shape(model)
         vocabulary = tokenizer if isinstance(tokenizer, Vocabulary) else Vocabulary(tokenizer)
+        check_room(shape, batch_slots, max_length, torch.device(device), dtype, keep_experts)
         decoder = Decoder(shape, torch.device(device), dtype, batch_slots + 1, max_length, keep_experts)
         self.max_length = max_length
         self._vocabulary_size = shape.vocab

@@ -4,6 +4,34 @@ from __future__ import annotations
 
 import torch
 
+from megarl.errors import UserError
+from megarl.models.shape import ModelShape
+
+GIB = 2**30
+
+
+def check_room(
+    shape: ModelShape, sequences: int, tokens: int, device: torch.device, dtype: torch.dtype, experts: bool
+) -> None:
+    """UserError unless an engine's weights and its cache for `sequences` sequences fit into the device's free memory.
+
+    It names the nearest number that fits. Memory of a CPU is not limited.
+    """
+    if device.type != "cuda":
+        return
+    free, _ = torch.cuda.mem_get_info(device)
+    weights, width = dtype.itemsize * shape.parameters(), dtype.itemsize
+    needed = shape.cache_bytes(sequences, tokens, width, experts)
+    if weights + needed <= free:
+        return
+    each = shape.cache_bytes(0, tokens, width, experts)
+    most = (free - weights) // each - 1  # one is for scoring
+    raise UserError(
+        f"rollout.local_max_sequences: {sequences} sequences of {tokens:,} tokens take {needed / GIB:.1f} GiB beside "
+        f"{weights / GIB:.1f} GiB of weights, and {device} has {free / GIB:.1f} GiB free; "
+        + (f"nearest value that fits: {most}" if most > 0 else "none fits; use rollout.engine=sglang")
+    )
+
 
 class KVCache:
     """Room for `slots` sequences of `columns` tokens, per layer.
