@@ -54,8 +54,9 @@ setup(
             'transformer-engine[core_cu13,pytorch]>=2.10,<2.12; python_version < "3.12"',
             'transformer-engine[core_cu13,pytorch]>=2.14,<2.15; python_version >= "3.12"',
         ],
-        # Engines live in environments of their own (their torch pins differ): these extras name what goes there.
-        "sglang": ["sglang==0.5.23"],
+        # Engines live in environments of their own: these extras name what goes there. SGLang's torch must be ours:
+        # the weights travel in one NCCL group, which refuses two versions. 0.5.22 and later need torch 2.14.
+        "sglang": ["sglang==0.5.21"],
         "vllm": ["vllm==0.32.0"],
         "wandb": WANDB,
         "mlflow": MLFLOW,

@@ -30,6 +30,13 @@ elif [[ -n "${SLURM_GPUS_ON_NODE:-}" ]]; then
     MUST_HAVE=(--gpus "$SLURM_GPUS_ON_NODE")
 fi
 : "${RUN:=runs/$(basename "$CONFIG" .yaml)}" "${GPU:=h100}" "${ENGINE_NODES:=1}" "${SAVE_DEADLINE:=540}"
+GPUS=${SLURM_GPUS_ON_NODE:-0} DEVICES=''
+if [[ "$ENGINE_NODES" == colocated && "$GPUS" != 0 ]]; then # no device does both: NCCL cannot send within one
+    : "${TASKS_PER_NODE:=$((GPUS / 2))}"
+    ((TASKS_PER_NODE < GPUS)) || fail "ENGINE_NODES=colocated: TASKS_PER_NODE=$TASKS_PER_NODE leaves no GPU of $GPUS to the" \
+        "engines; at most $((GPUS - 1))"
+    DEVICES=$(seq -s, "$TASKS_PER_NODE" $((GPUS - 1)))
+fi
 : "${TASKS_PER_NODE:=${SLURM_GPUS_ON_NODE:-8}}" "${ENGINES_PER_NODE:=1}" "${IDLE_DEADLINE:=3600}"
 PORT=$((20000 + SLURM_JOB_ID % 10000)) # the rendezvous; the engines' ports follow it
 ATTEMPT=${SLURM_RESTART_COUNT:-0}
@@ -39,7 +46,7 @@ mkdir -p "$LOGS"
 mapfile -t NODES < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 case "$ENGINE_NODES" in
     0) LEARNERS=("${NODES[@]}") ENGINES=() ;;
-    colocated) LEARNERS=("${NODES[@]}") ENGINES=("${NODES[@]}") ;; # sharing GPUs: see --mem-fraction-static in the config
+    colocated) LEARNERS=("${NODES[@]}") ENGINES=("${NODES[@]}") ;;
     *) ((ENGINE_NODES < ${#NODES[@]})) || fail "ENGINE_NODES=$ENGINE_NODES leaves no learner among ${#NODES[@]} nodes"
        LEARNERS=("${NODES[@]:0:${#NODES[@]}-ENGINE_NODES}") ENGINES=("${NODES[@]: -ENGINE_NODES}") ;;
 esac
@@ -53,6 +60,7 @@ else
     for i in $(seq 0 $((${#ENGINES[@]} * ENGINES_PER_NODE - 1))); do
         ADDRESSES+=("http://${ENGINES[i / ENGINES_PER_NODE]}:$((PORT + 1 + i))")
     done
+    [[ -z "$DEVICES" ]] || SETTINGS+=("rollout.servers.devices=[$DEVICES]")
     SETTINGS+=("rollout.servers.addresses=[$(IFS=,; echo "${ADDRESSES[*]}")]")
     # The engines listen on the cluster's network and take new weights from whoever has the job's key. It is in a file
     # that only this user can read: command lines and logs are for everybody.

@@ -70,7 +70,7 @@ def check(settings: Settings, world_size: int) -> ModelShape:
         _check_ends(settings, shape)
     if rollout.engine in factory.ENGINES and not rollout.embedded and parallel.launch_info().rank == 0:
         with mistakes:
-            factory.check(rollout)
+            factory.check(rollout, parallel.devices_here(world_size))
     mistakes.answer()
     return shape
 

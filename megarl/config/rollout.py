@@ -97,8 +97,17 @@ class Servers(Section):
     """Maximum requests in flight per server."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of started servers. `auto` is CUDA if the trainer sees a GPU."""
+    devices: list[int] = []
+    """CUDA devices of the servers that megarl starts, counted from 0 among the visible ones. Default: those that follow
+    the devices of the learner's ranks."""
+    deterministic: bool = False
+    """Start SGLang with `--enable-deterministic-inference`: equal seeds then draw equal tokens. It needs CUDA, and
+    generates 25 to 45% more slowly. Without it, SGLang ignores seeds."""
     weight_transport: Literal["auto", "disk", "tensor", "distributed"] = "auto"
     """How weights reach the servers. `auto` takes the fastest way that works here."""
+    broadcast_address: str | None = None
+    """Address of the controller's host that servers dial for the broadcast of `distributed`. Default: the one from
+    which this host reaches them."""
 
 
 class Rollout(Section):

@@ -15,10 +15,12 @@ from packaging.requirements import Requirement
 from megarl.config import Settings
 from megarl.doctor.finding import Finding, fail, ok, warn
 from megarl.errors import UserError
+from megarl.rollout.in_engine.megarl_guard import nccl_version
+from megarl.rollout.servers import factory
 from megarl.run.provenance import installed
 from megarl.runtime import device
 
-ENGINE_TIMEOUT = 30.0  # seconds for an engine's interpreter to name its version
+ENGINE_TIMEOUT = 60.0  # seconds for an engine's interpreter to name its versions, which may import torch
 ENGINES_DIR = ".engines"
 BUILD = "with torch installed: pip install --no-build-isolation --no-cache-dir -e '.[gpu]'"
 """Transformer Engine's extension must be built against the torch at hand, and not be taken from pip's cache."""
@@ -87,13 +89,21 @@ def engines(settings: Settings) -> Iterator[Finding]:
         "import importlib.metadata as m;"
         f"print(next((f'{{n}} {{m.version(n)}}' for n in {names} if any(m.distributions(name=n))), ''))"
     )
+    ours = nccl_version() if rollout.engine == "sglang" and factory.on_cuda(rollout.servers) else None
+    if ours:  # the weights travel in one NCCL group
+        code += (
+            ";import torch;print(*(torch.cuda.nccl.version() if hasattr(torch._C, '_nccl_version') else ()), sep='.')"
+        )
     try:
         done = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=ENGINE_TIMEOUT, check=True)
     except (OSError, subprocess.SubprocessError) as e:
         yield fail("engine", f"{python} does not run: {e}", "make engines, or set rollout.servers.python")
         return
-    found = done.stdout.strip()
-    if found:
+    found, _, theirs = done.stdout.strip().partition("\n")
+    if ours and theirs != (dotted := ".".join(map(str, ours))):
+        hint = f"install a {rollout.engine} of the learner's torch there, or rollout.servers.weight_transport=disk"
+        yield fail("engine", f"{found} at {python} has NCCL {theirs or 'unknown'}, the learner {dotted}", hint)
+    elif found:
         yield ok("engine", f"{found} at {python}")
     else:
         yield fail("engine", f"{python} has no {rollout.engine}", f"install {rollout.engine} there, or `make engines`")

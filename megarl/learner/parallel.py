@@ -19,6 +19,7 @@ from megarl.learner import precision as precisions
 from megarl.models.layout import Layout
 from megarl.models.shape import ModelShape
 from megarl.runtime import device
+from megarl.runtime.launched import under_launcher
 from megarl.runtime.store import connect
 from megarl.runtime.watchdog import Watchdog, waiting
 
@@ -37,6 +38,13 @@ class Launch:
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
+
+
+def devices_here(world_size: int) -> int:
+    """CUDA devices of this machine, from 0, that the learner's ranks use: of a job of `world_size` ranks in all."""
+    if not device.on_cuda():
+        return 0
+    return launch_info().local_world_size if under_launcher() else world_size
 
 
 def launch_info() -> Launch:

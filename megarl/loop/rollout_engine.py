@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megarl.config import Settings
 from megarl.learner.learner import Learner
-from megarl.learner.parallel import World
+from megarl.learner.parallel import World, devices_here
 from megarl.loop import canaries
 from megarl.loop.collectives import broadcast
 from megarl.loop.controller import Controller
@@ -64,7 +64,7 @@ class RolloutEngine:
                 keep_experts=settings.rollout.replay_routing,
             )
         elif world.is_controller:
-            pool = factory.build(settings, Vocabulary(tokenizer))
+            pool = factory.build(settings, Vocabulary(tokenizer), devices_here(world.world_size))
             self.engine = pool
             try:
                 loop.run(pool.start())

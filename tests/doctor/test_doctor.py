@@ -88,6 +88,27 @@ def test_engines_of_their_own_are_looked_at(tmp_path: Path) -> None:
     assert bare.status == "fail"
 
 
+@pytest.mark.parametrize(("theirs", "status"), [("2.29.7", "ok"), ("2.30.7", "fail"), ("", "fail")])
+def test_an_engine_of_another_nccl_is_named(
+    theirs: str, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stub interpreter answers as an environment with another torch would, or with a torch for CPUs."""
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho 'sglang 0.5.23'\ncase \"$2\" in *nccl*) echo '{theirs}';; esac\n")
+    python.chmod(0o755)
+    wanted = settings(
+        tmp_path, "rollout.engine=sglang", "rollout.servers.device=cuda", f"rollout.servers.python={python}"
+    )
+    monkeypatch.setattr(software, "nccl_version", lambda: [2, 29, 7])
+    found = of(software.engines(wanted), "engine")
+    assert found.status == status
+    if status == "fail":
+        assert f"has NCCL {theirs or 'unknown'}, the learner 2.29.7" in found.text
+        assert "weight_transport=disk" in found.hint
+    monkeypatch.setattr(software, "nccl_version", lambda: None)  # a learner on CPUs
+    assert of(software.engines(wanted), "engine").status == "ok"
+
+
 def test_wrong_versions_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(software, "installed", {"torch": "2.9.0", "transformer-engine": "2.9"}.get)
     monkeypatch.setattr(software.device, "on_cuda", lambda: False)

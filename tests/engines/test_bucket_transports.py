@@ -60,6 +60,7 @@ class Client:
     """The client of a server with one rank. `damaged`: a tensor that the server reports wrongly."""
 
     ranks = 1
+    unreachable = ""
 
     def __init__(self, name: str) -> None:
         self.name, self.version, self.damaged = name, None, ""
@@ -91,6 +92,9 @@ class Client:
 
     async def load_folder(self, version: int, folder: Path) -> None:
         raise AssertionError(f"{folder}: these transports send buckets, never a folder")
+
+    async def nccl_version(self) -> Sequence[int] | None:
+        return None
 
     async def begin_update(self) -> None: ...
 

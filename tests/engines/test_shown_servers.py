@@ -1,6 +1,6 @@
 """The servers that examples/engines/README.md starts by hand, and the run that names them, as they are written there.
 
-What a CPU needs is added, what needs GPUs left out (see `line`); the model is the quick start's.
+What a CPU needs is added (see `line`); the model is the quick start's.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ pytestmark = [pytest.mark.engines, pytest.mark.timeout(1800)]
 PAGE = pages.ROOT / "examples" / "engines" / "README.md"
 MODEL = pages.ROOT / "examples" / "quickstart" / "reasoner"
 BEGINS = {"sglang": "MEGARL_ENGINE_KEY=", "vllm": "VLLM_API_KEY="}
-GPUS = {"--enable-deterministic-inference"}
 DEADLINE = 900.0
 
 
@@ -42,7 +41,7 @@ def line(engine: str, key: str, log: Path) -> Server:
     """The documented command with this machine's places, one device instead of 8, and what a CPU needs besides: nothing
     else that megarl would give a server of its own."""
     words = [word.replace("$ENGINE_KEY", key) for word in documented(BEGINS[engine])]
-    words = [re.sub(r"^(PYTHONPATH=)?MEGARL/", rf"\1{pages.ROOT}/", word) for word in words if word not in GPUS]
+    words = [re.sub(r"^(PYTHONPATH=)?MEGARL/", rf"\1{pages.ROOT}/", word) for word in words]
     words = [{"MODEL": str(MODEL), "8": "1"}.get(word, word) for word in words]
     given = dict(word.split("=", 1) for word in words if re.match(r"[A-Z_]+=", word))
     program, *rest = words[len(given) :]

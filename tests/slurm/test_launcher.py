@@ -115,6 +115,22 @@ def test_convert_passes_its_arguments_on(run) -> None:
     assert [line.strip() for line in started.values()] == [f"megarl.cli convert {wanted}"]
 
 
+@pytest.mark.parametrize(("ranks", "devices"), [(None, "4,5,6,7"), ("6", "6,7")])
+def test_colocated_engines_get_the_gpus_that_the_learner_leaves(run, ranks: str | None, devices: str) -> None:
+    """Every node does both, but no GPU does: NCCL refuses two members of a group on one."""
+    more = {"TASKS_PER_NODE": ranks} if ranks else {}
+    code, output, started = run("slurm/train_qwen3_32b.sh", ENGINE_NODES="colocated", SKIP_PLAN="1", **more)
+    assert code == 0, output
+    assert all(started[name].startswith("nodelist=n1,n2,n3,n4 ") for name in ("train", "serve"))
+    assert f"rollout.servers.devices=[{devices}] " in started["serve"]
+
+
+def test_colocated_engines_without_a_gpu_are_refused(run) -> None:
+    code, output, started = run("slurm/train_qwen3_32b.sh", ENGINE_NODES="colocated", TASKS_PER_NODE="8")
+    assert (code, started) == (1, {})
+    assert "TASKS_PER_NODE=8 leaves no GPU of 8 to the engines; at most 7" in output
+
+
 def test_too_few_nodes_are_refused(run) -> None:
     code, output, started = run("slurm/train_qwen3_235b_a22b.sh")
     assert (code, started) == (1, {})

@@ -26,6 +26,8 @@ class FakeSGLang:
         self.go = asyncio.Event()
         self.calls: Counter[str] = Counter()
         self.requests: list[dict[str, Any]] = []
+        self.controls: list[tuple[str, dict[str, Any]]] = []
+        self.info: dict[str, Any] = {"device": "fake", "tp_size": 1, "pp_size": 1}
         self.most_at_once = 0
         self.address = ""
         self._at_once = 0
@@ -72,12 +74,13 @@ class FakeSGLang:
         return web.json_response({"data": [{"id": "fake"}]})
 
     async def _info(self, request: web.Request) -> web.Response:
-        return web.json_response({"device": "fake", "tp_size": 1, "pp_size": 1})
+        return web.json_response(self.info)
 
     async def _control(self, request: web.Request) -> web.Response:
         name = request.match_info["control"]
         self.calls[name] += 1
         body = await request.json() if request.can_read_body else {}
+        self.controls.append((name, body))
         self.version = body.get("weight_version") or body.get("new_version") or self.version
         return web.json_response({"success": True, "message": ""})
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 STUBS = {"sglang": HERE / "sglang_cpu"}  # packages added on a CPU
-RELEASES = {"sglang": "sglang==0.5.23", "vllm": "vllm==0.32.0"}  # what `--device cuda` installs
+RELEASES = {"sglang": "sglang==0.5.21", "vllm": "vllm==0.32.0"}  # what `--device cuda` installs
 IMPORTS = {"sglang": "import sglang.srt.server_args", "vllm": "import vllm"}  # shows that the environment works
 
 

@@ -22,6 +22,7 @@ Refusal = tuple[int, dict[str, Any], dict[str, str]]  # status, JSON, headers
 KEY_VARIABLE = "VLLM_API_KEY"  # vLLM's own variable; empty or absent: no key is required
 OPEN = "/health"  # tells only that the server lives
 LEAVE = "/megarl/leave"  # POST: the run that the server serves needs it no more
+NCCL = "/megarl/nccl"  # GET: {"nccl": version}, see `nccl_version`
 RUN_HEADER = "X-Megarl-Run"  # "ID NAME" of the run that asks; in a refusal, the name of the run that is served
 HEARD_HEADER = "X-Megarl-Heard"  # seconds since that run was last heard
 LEASE = 30.0  # seconds without a request after which a run counts as gone; the pool asks for health every 10
@@ -30,6 +31,13 @@ LEASE = 30.0  # seconds without a request after which a run counts as gone; the 
 def run_header(run: str, name: str) -> str:
     """The value of RUN_HEADER. `name` may have any character."""
     return f"{run} {quote(name)}"
+
+
+def nccl_version() -> list[int] | None:
+    """The version of this environment's NCCL: [major, minor, patch]. None if its torch has none."""
+    import torch
+
+    return list(torch.cuda.nccl.version()) if hasattr(torch._C, "_nccl_version") else None
 
 
 class Gate:
@@ -81,6 +89,8 @@ class Guard:
         refusal = self._gate.refusal(scope.get("method", ""), path, headers)
         if refusal is None and path == LEAVE:
             refusal = 200, {}, {}
+        if refusal is None and path == NCCL:
+            refusal = 200, {"nccl": nccl_version()}, {}
         if refusal is None:
             await self._app(scope, receive, send)
         elif scope["type"] == "websocket":

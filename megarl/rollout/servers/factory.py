@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 
@@ -22,12 +23,12 @@ from megarl.rollout.in_engine import megarl_sglang
 from megarl.rollout.servers import local, sglang, vllm
 from megarl.rollout.servers.http import Run
 from megarl.rollout.servers.pool import Pool
-from megarl.rollout.servers.process import LOOPBACK, Command, Server
+from megarl.rollout.servers.process import LOOPBACK, Command, Server, is_loopback
 from megarl.rollout.servers.remote import RemoteEngine
 from megarl.rollout.weights.broadcast import BroadcastTransport
 from megarl.rollout.weights.disk import DiskTransport
 from megarl.rollout.weights.shared_memory import SharedMemoryTransport
-from megarl.rollout.weights.transport import Transport
+from megarl.rollout.weights.transport import CUDA_BUCKET, Transport
 
 ENGINES: dict[str, tuple[type[RemoteEngine], Callable[..., list[str]], Callable[..., dict[str, str]]]] = {
     "sglang": (sglang.SGLangEngine, sglang.command, sglang.environment),
@@ -44,8 +45,11 @@ OWN_FLAGS = {  # of the servers that megarl sets itself, and why
 }
 
 
-def check(rollout: Rollout) -> None:
-    """Refuse, before anything is started, what the engine cannot do. Raises UserError."""
+def check(rollout: Rollout, learner_devices: int = 0) -> None:
+    """Refuse, before anything is started, what the engine cannot do. Raises UserError.
+
+    `learner_devices`: the CUDA devices of this host, from 0, that the learner's ranks use.
+    """
     servers = rollout.servers
     if rollout.engine != "sglang" and servers.weight_transport not in ("auto", "disk"):
         raise UserError(
@@ -63,10 +67,22 @@ def check(rollout: Rollout) -> None:
             f"rollout.servers.python: {python_of(rollout)} does not exist; build it with `make engines`, or name the "
             "interpreter of an environment that has the engine"
         )
+    if servers.deterministic and not (rollout.engine == "sglang" and on_cuda(servers)):
+        raise UserError(
+            "rollout.servers.deterministic: true needs SGLang on CUDA; use false: "
+            f"{rollout.engine} on {'CUDA' if on_cuda(servers) else 'a CPU'} has no such mode"
+        )
     api_key_of(servers)
     check_flags(servers.flags)
     if not servers.addresses:
-        device_share(0, servers)
+        device_share(0, servers, learner_devices)
+        shared = sorted(set(servers.devices) & set(range(learner_devices)))
+        if shared and on_cuda(servers) and rollout.engine == "sglang" and servers.weight_transport != "disk":
+            raise UserError(
+                f"rollout.servers.devices: {shared} are the learner's, whose ranks use 0 to {learner_devices - 1}: "
+                "NCCL cannot broadcast within a device; name others, or use weight_transport: disk with a small "
+                "--mem-fraction-static"
+            )
     if servers.attempt_timeout > servers.request_timeout:
         raise UserError(
             f"rollout.servers.attempt_timeout: {servers.attempt_timeout:g} is above request_timeout; "
@@ -89,10 +105,13 @@ def check_flags(flags: Sequence[str]) -> None:
             )
 
 
-def build(settings: Settings, vocabulary: Vocabulary) -> Pool:
-    """The pool for `settings.rollout`. Starts nothing: call its `start`, then use it as an `Engine`."""
+def build(settings: Settings, vocabulary: Vocabulary, learner_devices: int = 0) -> Pool:
+    """The pool for `settings.rollout`. Starts nothing: call its `start`, then use it as an `Engine`.
+
+    `learner_devices`: as of `check`.
+    """
     rollout, servers, model = settings.rollout, settings.rollout.servers, settings.model
-    check(rollout)
+    check(rollout, learner_devices)
     shape = read_shape(model.path)
     transport = choose_transport(rollout, model.path, dtype_of(settings), settings.run / "weights")
     kind, *_ = ENGINES[rollout.engine]
@@ -101,7 +120,7 @@ def build(settings: Settings, vocabulary: Vocabulary) -> Pool:
     if not servers.addresses:
         key = key or secrets.token_urlsafe(32)  # the machine's other users reach the port too
     places: Sequence[str | Server] = servers.addresses or [
-        server(settings, i, f"{rollout.engine}-{i}", key) for i in range(servers.count)
+        server(settings, i, f"{rollout.engine}-{i}", key, learner_devices=learner_devices) for i in range(servers.count)
     ]
     run = Run.new(f"{settings.run.resolve()} on {socket.gethostname()}")
     engines = [
@@ -122,14 +141,23 @@ def build(settings: Settings, vocabulary: Vocabulary) -> Pool:
 
 
 def server(
-    settings: Settings, index: int, name: str, api_key: str | None, host: str = LOOPBACK, port: int = 0
+    settings: Settings,
+    index: int,
+    name: str,
+    api_key: str | None,
+    host: str = LOOPBACK,
+    port: int = 0,
+    *,
+    learner_devices: int = 0,
 ) -> Server:
-    """Server `index` of the `servers.count` on this host, not started. It listens on `port` of `host` (0: a free
-    one)."""
+    """Server `index` of the `servers.count` on this host, not started. It listens on `port` of `host` (0: a free one).
+
+    `learner_devices`: as of `check`.
+    """
     rollout, servers = settings.rollout, settings.rollout.servers
     line = command_of(settings, ["--host", host])
     log = settings.run / "logs" / f"{name}.log"
-    variables = {**environment_of(rollout, api_key), **device_share(index, servers)}
+    variables = {**environment_of(rollout, api_key), **device_share(index, servers, learner_devices)}
     takes_socket = rollout.engine == "local"
     return Server(name, line, log=log, environment=variables, host=host, port=port, takes_socket=takes_socket)
 
@@ -138,7 +166,8 @@ def command_of(settings: Settings, more: Sequence[str] = ()) -> Command:
     """A server's command line, given its port. The flags `more` follow those of the settings."""
     rollout, servers, model = settings.rollout, settings.rollout.servers, settings.model
     _, command, _ = ENGINES[rollout.engine]
-    flags = [*servers.flags, *more]
+    deterministic = sglang.deterministic_flags(_blackwell()) if servers.deterministic else []
+    flags = [*deterministic, *servers.flags, *more]
     flags += [megarl_sglang.EXPERTS_FLAG] if rollout.engine == "sglang" and rollout.replay_routing else []
     if rollout.engine == "local":
         longest = settings.longest_sequence
@@ -174,8 +203,32 @@ def choose_transport(rollout: Rollout, model: Path, dtype: torch.dtype, folder: 
         return DiskTransport(folder, model, dtype)
     if mode == "tensor":
         return SharedMemoryTransport(dtype)
-    address = os.environ.get("MASTER_ADDR", "127.0.0.1")
-    return BroadcastTransport(dtype, backend="nccl" if cuda else "gloo", address=address)
+    if cuda:
+        return BroadcastTransport(dtype, backend="nccl", address=broadcast_address(servers), bucket=CUDA_BUCKET)
+    return BroadcastTransport(dtype, address=broadcast_address(servers))
+
+
+def broadcast_address(servers: Servers) -> str:
+    """The address of this host that the servers dial. Raises UserError if a server's host has no address."""
+    if servers.broadcast_address:
+        return servers.broadcast_address
+    routes = [_route_to(address) for address in servers.addresses]
+    return next((route for route in routes if not is_loopback(route)), LOOPBACK)
+
+
+def _route_to(address: str) -> str:
+    """The address from which this host reaches `http://host:port`. Nothing is sent."""
+    parts = urlsplit(address)
+    try:
+        family, kind, *_, place = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(place)
+            return str(probe.getsockname()[0])
+    except OSError as e:
+        raise UserError(
+            f"rollout.servers.addresses: {address} cannot be reached: {e.strerror}; name a host that has an address, "
+            "or set rollout.servers.broadcast_address"
+        ) from None
 
 
 def python_of(rollout: Rollout) -> Path:
@@ -224,19 +277,39 @@ def _checked_key(place: str, key: str) -> str:
     return key
 
 
+def _blackwell() -> bool:
+    """Whether this host's devices are of compute capability 10 or more."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 10
+
+
 def on_cuda(servers: Servers) -> bool:
     return servers.device == "cuda" or (servers.device == "auto" and torch.cuda.is_available())
 
 
-def device_share(index: int, servers: Servers) -> dict[str, str]:
-    """Variables that give server `index` its share of this host: one thread on a CPU, else some visible devices."""
+def device_share(index: int, servers: Servers, learner_devices: int = 0) -> dict[str, str]:
+    """Variables that give server `index` its share of this host: one thread on a CPU, else some visible devices.
+
+    Raises UserError if the devices do not suffice. `learner_devices`: as of `check`.
+    """
     if not on_cuda(servers):
         return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = listed.split(",") if listed else [str(i) for i in range(torch.cuda.device_count())]
+    if beyond := [number for number in servers.devices if not 0 <= number < len(visible)]:
+        raise UserError(
+            f"rollout.servers.devices: {beyond[0]}: of the {len(visible)} visible devices the last is "
+            f"{len(visible) - 1}"
+        )
+    devices = [visible[number] for number in servers.devices] or visible[learner_devices:]
     share = len(devices) // servers.count
-    if share == 0:
+    if share:
+        return {"CUDA_VISIBLE_DEVICES": ",".join(devices[index * share : (index + 1) * share])}
+    if devices:
         raise UserError(
             f"rollout.servers.count: {servers.count} servers for {len(devices)} devices; at most {len(devices)}"
         )
-    return {"CUDA_VISIBLE_DEVICES": ",".join(devices[index * share : (index + 1) * share])}
+    raise UserError(
+        f"rollout.servers.devices: the learner's {learner_devices} ranks leave none of this host's {len(visible)} "
+        f"devices to the servers; start at most {len(visible) - servers.count} ranks (--nproc), or name servers of "
+        "other hosts in rollout.servers.addresses"
+    )

@@ -28,7 +28,7 @@ class LocalServerEngine(RemoteEngine):
 
     async def load_folder(self, version: int, folder: Path) -> None:
         payload = {"version": self.label(version), "folder": str(folder)}
-        answer = await self._post("/load", payload, f"load weights {version} from {folder}", CONTROL_TIMEOUT)
+        answer = await self._post("/load", payload, f"load weights {version} from {folder}", self.load_timeout(folder))
         self._loaded = field_of(answer, "held")
         self.version = version
 

@@ -28,7 +28,7 @@ from megarl.rollout.in_engine.megarl_guard import LEAVE
 from megarl.rollout.servers.http import Endpoint, Run, ServerError, Taken, WrongKey
 from megarl.rollout.servers.process import Server, retry
 from megarl.rollout.stops import Match, Stops
-from megarl.rollout.weights.transport import Digests, NotAsSent, Transport
+from megarl.rollout.weights.transport import Digests, NotAsSent, Transport, transfer_timeout
 from megarl.types import Span
 
 HEALTH_TIMEOUT = 15.0  # seconds for the server to list its models
@@ -213,7 +213,12 @@ class RemoteEngine(ABC):
 
     @abstractmethod
     async def load_folder(self, version: int, folder: Path) -> None:
-        """Replace the weights by the safetensors of `folder`. Call while paused."""
+        """Replace the weights by the safetensors of `folder`. Call while paused. See `load_timeout`."""
+
+    @staticmethod
+    def load_timeout(folder: Path) -> float:
+        """Seconds for a server to load `folder`: each of its ranks reads, and perhaps checksums, every byte."""
+        return CONTROL_TIMEOUT + transfer_timeout(sum(file.stat().st_size for file in folder.glob("*.safetensors")))
 
     def label(self, version: int | None) -> str:
         """Weight version `version` as the server knows it: with the run's id, for other runs count theirs too."""

@@ -18,8 +18,10 @@ import torch
 from megarl.errors import RunError
 from megarl.rollout.engine import Sampling
 from megarl.rollout.in_engine import megarl_sglang
-from megarl.rollout.servers.http import ServerError
+from megarl.rollout.in_engine.megarl_guard import NCCL
+from megarl.rollout.servers.http import Refused, ServerError
 from megarl.rollout.servers.remote import CONTROL_TIMEOUT, RemoteEngine, Segment, field_of
+from megarl.rollout.weights.transport import transfer_timeout
 
 REGEX_BYTES = 256  # the server's limit on a stop pattern
 FUSED = {  # the server's parameter → the tensors it concatenates
@@ -33,14 +35,16 @@ VOCABULARY_STEP = 64  # the server pads the vocabulary to a multiple of it
 class SGLangEngine(RemoteEngine):
     """An SGLang server.
 
-    Seeds: with `--enable-deterministic-inference` the server draws the token at each position from (seed, position).
-    A continuation with the same seed is then exact. Its kernels for that need CUDA. Without the flag, and so on every
-    CPU, the server uses its own generator and `Sampling.seed` has no effect.
+    Seeds: with `servers.deterministic` the server draws the token at each position from (seed, position). A
+    continuation with the same seed is then exact. Its kernels for that need CUDA. Without it, and so on every CPU, the
+    server uses its own generator and `Sampling.seed` has no effect.
     Stops: a stand-alone word is sent as a pattern that includes the confirming character, so one request is enough.
     """
 
     kind = "sglang"
     ranks = 1  # processes of the server that have weights
+    unreachable = ""  # why a broadcast cannot reach all of them
+    _tp = 1  # tensor-parallel ranks
     _digests_known = False  # the server reports digests that `FusedDigests` can compute
 
     async def start(self) -> None:
@@ -48,7 +52,12 @@ class SGLangEngine(RemoteEngine):
         info = await self.endpoint.get(
             "/server_info", timeout=CONTROL_TIMEOUT, purpose=f"{self.name} to describe itself"
         )
-        self.ranks = int(info.get("tp_size", 1)) * int(info.get("pp_size", 1))
+        self._tp, stages, copies = (int(info.get(f"{kind}_size", 1)) for kind in ("tp", "pp", "dp"))
+        copies = 1 if info.get("enable_dp_attention") else copies  # those are among the tensor-parallel ranks
+        self.ranks = self._tp * stages * copies
+        if self.ranks != self._tp:  # the server counts only its tensor-parallel ranks
+            flag = f"--pp-size {stages}" if stages > 1 else f"--dp-size {copies}"
+            self.unreachable = f"a broadcast does not reach all ranks of {flag}; use 1, or weight_transport: disk"
         self._digests_known = info.get("device") == "cpu" and self.ranks == 1
 
     async def score(self, token_ids: Sequence[int]) -> list[float]:
@@ -76,6 +85,7 @@ class SGLangEngine(RemoteEngine):
             "/update_weights_from_disk",
             {"model_path": str(folder), "weight_version": self.label(version), "flush_cache": False},
             f"load weights {version} from {folder}",
+            self.load_timeout(folder),
         )
         await self._drop_prefixes()
         self.version = version
@@ -85,12 +95,20 @@ class SGLangEngine(RemoteEngine):
         await self._control("/begin_weight_update", {}, "begin a weight update")
 
     async def load_serialized(self, serialized: str) -> None:
-        """Load one bucket of tensors from shared memory; see weights/shared_memory.py."""
+        """Load one bucket of tensors from shared memory; see weights/shared_memory.py. Each rank takes its own item."""
         await self._control(
             "/update_weights_from_tensor",
-            {"serialized_named_tensors": [serialized], "flush_cache": False},
+            {"serialized_named_tensors": [serialized] * self._tp, "flush_cache": False},
             "load a bucket of tensors",
         )
+
+    async def nccl_version(self) -> list[int] | None:
+        """Of the server's NCCL. None if the server was started without megarl_sglang.py, or has none."""
+        try:
+            answer = await self.endpoint.get(NCCL, timeout=CONTROL_TIMEOUT, purpose=f"{self.name} to tell its NCCL")
+        except Refused:
+            return None
+        return field_of(answer, "nccl")  # type: ignore[no-any-return]
 
     async def join_group(self, group: str, address: str, port: int, rank: int, world_size: int, backend: str) -> None:
         """Join a broadcast group. Returns when every member has joined."""
@@ -122,6 +140,7 @@ class SGLangEngine(RemoteEngine):
                 "flush_cache": False,
             },
             "receive a bucket of tensors",
+            CONTROL_TIMEOUT + transfer_timeout(sum(tensor.nbytes for _, tensor in named)),
         )
 
     async def end_update(self, version: int) -> None:
@@ -205,9 +224,11 @@ class SGLangEngine(RemoteEngine):
     async def abort_all(self) -> None:
         await self._tell("/abort_request", {"abort_all": True}, "abort its requests")
 
-    async def _control(self, path: str, payload: dict[str, Any], purpose: str) -> None:
+    async def _control(
+        self, path: str, payload: dict[str, Any], purpose: str, timeout: float = CONTROL_TIMEOUT
+    ) -> None:
         """A control request. Some report a failure as HTTP 200 with `success: false`."""
-        answer = await self._post(path, payload, purpose, CONTROL_TIMEOUT)
+        answer = await self._post(path, payload, purpose, timeout)
         if isinstance(answer, dict) and answer.get("success") is False:
             raise ServerError(f"{self.name}: cannot {purpose}: {answer.get('message')}")
 
@@ -219,15 +240,18 @@ def command(
     common = ["--model-path", model, "--host", "127.0.0.1", "--dtype", dtype, "--skip-server-warmup"]
     if weights == "random":
         common += ["--load-format", "dummy"]
-    if cuda:
-        common += ["--enable-deterministic-inference"]
-    else:
+    if not cuda:
         common += ["--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"]
         common += ["--grammar-backend", "none", "--disable-overlap-schedule", "--disable-cuda-graph"]
         common += ["--disable-custom-all-reduce", "--mem-fraction-static", "0.2"]
         common += ["--max-total-tokens", "65536", "--max-running-requests", "256"]
         common += ["--sleep-on-idle"]  # an idle scheduler would keep busy a core that the learner needs
     return [str(python), megarl_sglang.__file__, *map(str, common), "--port", str(port), *flags]
+
+
+def deterministic_flags(blackwell: bool) -> list[str]:
+    """Flags for exact seeds. On Blackwell SGLang would choose flashinfer, with which it drops its prefix cache."""
+    return ["--enable-deterministic-inference", *(["--attention-backend", "triton"] if blackwell else [])]
 
 
 def environment(*, cuda: bool, api_key: str | None) -> dict[str, str]:

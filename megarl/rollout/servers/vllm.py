@@ -60,7 +60,7 @@ class VLLMEngine(RemoteEngine):
             "/collective_rpc",
             {"method": "megarl_load", "kwargs": {"folder": str(folder)}},
             f"load weights {version} from {folder}",
-            CONTROL_TIMEOUT,
+            self.load_timeout(folder),
         )
         self._read = field_of(answer, "results")
         label = {"new_version": self.label(version)}

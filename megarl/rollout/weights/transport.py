@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 
 from megarl.errors import RunError
 from megarl.rollout.weights.verify import checksum
 
-BUCKET = 256 << 20  # bytes sent together: the most that is kept in memory beside the learner's shards
+BUCKET = 256 << 20  # bytes sent together
+CUDA_BUCKET = 1 << 30  # the same between GPUs, where the requests of each bucket cost more than its bytes
+SLOWEST = 100e6  # bytes per second: of a server that reads weights from a slow disk, or checksums them on one core
+
+T = TypeVar("T")
 
 TIED = ("model.embed_tokens.weight", "lm_head.weight")
 
@@ -60,7 +65,9 @@ class BucketReceiver(Receiver, Protocol):
     """The client of an engine that can load weights bucket by bucket: SGLang's."""
 
     ranks: int  # processes of the server that have weights
+    unreachable: str  # why a broadcast cannot reach all of them; empty: it can
 
+    async def nccl_version(self) -> Sequence[int] | None: ...
     async def begin_update(self) -> None: ...
     async def load_serialized(self, serialized: str) -> None: ...
     async def join_group(
@@ -98,6 +105,40 @@ class Transport(Protocol):
         ...
 
     async def close(self) -> None: ...
+
+
+def transfer_timeout(nbytes: int) -> float:
+    """Seconds that a transfer may take because of its bytes."""
+    return nbytes / SLOWEST
+
+
+def in_thread(function: Callable[[], T]) -> asyncio.Future[T]:
+    """Run `function` in a thread, on this thread's CUDA device. Unlike asyncio's, the thread never delays our exit."""
+    loop = asyncio.get_running_loop()
+    outcome: asyncio.Future[T] = loop.create_future()
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+    def settle(result: T | None, error: BaseException | None) -> None:
+        if outcome.done():  # cancelled
+            return
+        if error is not None:
+            outcome.set_exception(error)
+        else:
+            outcome.set_result(result)  # type: ignore[arg-type]
+
+    def work() -> None:
+        result, error = None, None
+        try:
+            if device is not None:
+                torch.cuda.set_device(device)
+            result = function()
+        except BaseException as e:
+            error = e
+        with suppress(RuntimeError):  # the loop is closed: nobody waits
+            loop.call_soon_threadsafe(settle, result, error)
+
+    threading.Thread(target=work, name="weights", daemon=True).start()
+    return outcome
 
 
 def buckets(tensors: Iterable[Named], dtype: torch.dtype, limit: int = BUCKET) -> Iterator[list[Named]]:
