@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,9 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from megarl.errors import RunError
 from megarl.rollout.servers.sglang import FusedDigests, word_pattern
+from megarl.rollout.weights import disk, transport, verify
 from megarl.rollout.weights.disk import DiskTransport, read_back
 from megarl.rollout.weights.transport import Changes, buckets
-from megarl.rollout.weights.verify import checksum
+from megarl.rollout.weights.verify import Checksums, checksum
 from tests.support.tiny_policy import make_model
 
 NAMED = [(f"t{i}", torch.full((4, 4), float(i))) for i in range(5)]
@@ -29,7 +32,7 @@ def test_buckets_keep_order_cast_and_stay_under_their_limit() -> None:
 
 def test_only_changed_tensors_travel_to_engines_that_hold_the_others() -> None:
     """Everything travels again when one engine missed the last send, or the last send broke off."""
-    changes, engine = Changes(), SimpleNamespace(version=1)
+    changes, engine = Changes(torch.float32), SimpleNamespace(version=1)
     assert len(list(changes.only(1, NAMED, [engine]))) == 5
     other = [*NAMED[:2], ("t2", torch.zeros(4, 4)), *NAMED[3:]]
     assert [name for name, _ in changes.only(2, other, [engine])] == ["t2"]
@@ -49,6 +52,66 @@ def test_the_folder_holds_what_was_sent_and_the_one_before_is_removed(tmp_path: 
     asyncio.run(transport.send(2, named, []))
     assert [folder.name for folder in (tmp_path / "weights").iterdir()] == ["weights-2"]
     assert type(model).from_pretrained(tmp_path / "weights" / "weights-2").config.hidden_size == 128
+
+
+class Folders:
+    """The client of an engine that loads folders, and says what it read there if `tells`."""
+
+    def __init__(self, name: str, tells: bool) -> None:
+        self.name, self.version, self.tells = name, None, tells
+        self.read: dict[str, int] = {}
+
+    @asynccontextmanager
+    async def pause(self) -> AsyncIterator[None]:
+        yield
+
+    def digests(self) -> Checksums | None:
+        return Checksums(complete=True) if self.tells else None
+
+    async def load_folder(self, version: int, folder: Path) -> None:
+        for file in folder.glob("*.safetensors"):
+            self.read |= {name: checksum(tensor) for name, tensor in load_file(file).items()}
+
+    async def verify(self, sent: Checksums) -> None:
+        assert self.read and not sent.differing(self.read)
+
+
+@pytest.mark.parametrize(("tells", "read_backs"), [([True, True], 0), ([True, False], 1), ([], 1)])
+def test_each_tensor_is_summed_once_and_read_back_only_for_engines_that_cannot_tell(
+    tells: list[bool], read_backs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many engines there are. A restarted engine gets weights whose sums were taken as they were sent."""
+    summed: list[tuple[int, ...]] = []
+
+    def counted(tensor: torch.Tensor) -> int:
+        summed.append(tuple(tensor.shape))
+        return checksum(tensor)
+
+    for module in (disk, verify):
+        monkeypatch.setattr(module, "checksum", counted)
+    (tmp_path / "model").mkdir()
+    sender = DiskTransport(tmp_path / "weights", tmp_path / "model", torch.float32)
+    engines = [Folders(f"e{i}", tell) for i, tell in enumerate(tells)]
+    outcome = asyncio.run(sender.send(1, NAMED, engines))
+    assert not outcome.failures and len(summed) == len(NAMED) * (1 + read_backs)
+    assert bool(outcome.arrived) == bool(read_backs)
+    assert asyncio.run(sender.resend(Folders("e9", True)))
+
+
+def test_a_tensor_is_summed_once_for_all_servers_of_a_bucket_transport(monkeypatch: pytest.MonkeyPatch) -> None:
+    summed: list[int] = []
+
+    def counted(tensor: torch.Tensor) -> int:
+        summed.append(len(tensor))
+        return checksum(tensor)
+
+    for module in (transport, verify):
+        monkeypatch.setattr(module, "checksum", counted)
+    digests = [Checksums(complete=True), Checksums(complete=True)]
+    sent = dict(Changes(torch.bfloat16).only(1, NAMED, [], digests))
+    assert len(summed) == len(NAMED) and all(tensor.dtype is torch.bfloat16 for tensor in sent.values())
+    reported = {name: checksum(tensor) for name, tensor in sent.items()}
+    assert not any(digest.differing(reported) for digest in digests)
 
 
 def test_a_damaged_or_missing_file_is_told_by_name(tmp_path: Path) -> None:

@@ -284,7 +284,7 @@ class FusedDigests:
         self._sent: dict[str, tuple[list[str], set[str]]] = {}  # parameter → (its tensors, valid digests)
         self._parts: dict[str, dict[str, torch.Tensor]] = {}
 
-    def add(self, name: str, tensor: torch.Tensor) -> None:
+    def add(self, name: str, tensor: torch.Tensor, total: int | None = None) -> None:
         if ".experts." in name:
             return
         target, modules = _fused(name)

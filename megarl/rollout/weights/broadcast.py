@@ -26,7 +26,6 @@ from megarl.rollout.weights.transport import (
     Outcome,
     Receiver,
     buckets,
-    digested,
     in_thread,
     pause_all,
     transfer_timeout,
@@ -75,7 +74,7 @@ class BroadcastTransport:
         self._address = address
         self._bucket = bucket
         self._timeout = timeout
-        self._changes = Changes()
+        self._changes = Changes(dtype)
         self._group: dist.ProcessGroup | None = None
         self._members: list[BucketReceiver] = []
         self._name = ""
@@ -92,7 +91,7 @@ class BroadcastTransport:
                     await self.close()
                     await self._form(members)
                 await asyncio.gather(*(engine.begin_update() for engine in members))
-                source = self._changes.only(version, digested(tensors, self._dtype, digests.values()), members)
+                source = self._changes.only(version, tensors, members, digests.values())
                 made = buckets(source, self._dtype, self._bucket)
                 bucket = await _following(made)
                 while bucket is not None:

@@ -21,6 +21,7 @@ from megarl.rollout.weights.verify import checksum
 class DiskTransport:
     """Writes `folder/weights-VERSION` in Hugging Face's layout, one file per bucket, and has the engines load it.
 
+    Reads the folder back if an engine does not report what it read there.
     Keeps the newest complete folder for restarted engines, and removes the one before it.
     """
 
@@ -32,23 +33,26 @@ class DiskTransport:
         self._bucket = bucket
         self._current: tuple[int, Path] | None = None
         self._files: dict[str, str] = {}  # tensor → its file in the current folder
-        self._sums: Mapping[str, int] = {}  # checksums of its tensors
+        self._sums: Mapping[str, int] = {}  # checksums of its tensors, as they were sent
 
     async def send(self, version: int, tensors: Iterable[Named], engines: Sequence[Receiver]) -> Outcome:
         digests = [engine.digests() for engine in engines]
+        told = list(filter(None, digests))  # of the engines that report what they read
         folder = self._folder / f"weights-{version}"
         partial = self._folder / f"weights-{version}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         written: dict[str, str] = {}
+        sums: dict[str, int] = {}
         size = 0
         for number, bucket in enumerate(buckets(tensors, self._dtype, self._bucket)):
             file = f"model-{number:05d}.safetensors"
             for name, tensor in bucket:
                 written[name] = file
                 size += tensor.nbytes
-                for sent in filter(None, digests):
-                    sent.add(name, tensor)
+                sums[name] = checksum(tensor)
+                for sent in told:
+                    sent.add(name, tensor, sums[name])
             # Copied: safetensors refuses tensors that share storage, as tied or sliced ones do.
             owned = {name: tensor.cpu().contiguous().clone() for name, tensor in bucket}
             await asyncio.to_thread(save_file, owned, partial / file, {"format": "pt"})
@@ -60,8 +64,10 @@ class DiskTransport:
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
         previous, self._current = self._current, (version, folder)
-        self._files, self._sums = written, await asyncio.to_thread(read_back, folder, written)
-        outcome = Outcome(self._sums, sent_bytes=size)
+        self._files, self._sums = written, sums
+        outcome = Outcome(sent_bytes=size)
+        if not told or len(told) < len(digests):
+            outcome.arrived = await asyncio.to_thread(read_back, folder, written)
         results = await asyncio.gather(*(self._load(engine) for engine in engines), return_exceptions=True)
         for engine, result in zip(engines, results, strict=True):
             if isinstance(result, Exception):

@@ -20,7 +20,6 @@ from megarl.rollout.weights.transport import (
     Outcome,
     Receiver,
     buckets,
-    digested,
     each,
     pause_all,
     verify,
@@ -38,7 +37,7 @@ class SharedMemoryTransport:
     def __init__(self, dtype: torch.dtype, *, bucket: int = BUCKET) -> None:
         self._dtype = dtype
         self._bucket = bucket
-        self._changes = Changes()
+        self._changes = Changes(dtype)
 
     async def send(self, version: int, tensors: Iterable[Named], engines: Sequence[Receiver]) -> Outcome:
         outcome = Outcome()
@@ -46,7 +45,7 @@ class SharedMemoryTransport:
             live = await pause_all(paused, engines, "tensor", outcome)
             digests = {engine: digest for engine in live if (digest := engine.digests()) is not None}
             live = await each(live, lambda engine: engine.begin_update(), outcome)
-            source = self._changes.only(version, digested(tensors, self._dtype, digests.values()), live)
+            source = self._changes.only(version, tensors, live, digests.values())
             try:
                 for bucket in buckets(source, self._dtype, self._bucket):
                     outcome.sent_bytes += sum(tensor.nbytes for _, tensor in bucket)

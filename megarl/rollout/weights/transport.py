@@ -41,7 +41,9 @@ class NotDelivered(RunError):
 class Digests(Protocol):
     """Digests of the sent tensors, in the form in which one kind of server reports its own."""
 
-    def add(self, name: str, tensor: torch.Tensor) -> None: ...
+    def add(self, name: str, tensor: torch.Tensor, total: int | None = None) -> None:
+        """`total`: the tensor's `checksum`, if it is known."""
+        ...
 
     def differing(self, reported: Mapping[str, Any]) -> list[str]:
         """The names of the tensors whose digests, as a server reports them, differ from what was sent."""
@@ -199,29 +201,29 @@ async def verify(digests: Mapping[Any, Digests], outcome: Outcome) -> None:
                 outcome.failures[engine] = e
 
 
-def digested(tensors: Iterable[Named], dtype: torch.dtype, digests: Iterable[Digests]) -> Iterator[Named]:
-    """Cast `tensors` to `dtype` and add each to `digests` as it passes."""
-    for name, tensor in tensors:
-        tensor = tensor.detach().to(dtype)
-        for sent in digests:
-            sent.add(name, tensor)
-        yield name, tensor
-
-
 class Changes:
-    """Leaves out, by checksum, the tensors that every engine already has."""
+    """Casts tensors, and leaves out, by checksum, those that every engine already has."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
         self._sums: dict[str, int] = {}  # of the last send
         self._version: int | None = None  # of the last complete send
 
-    def only(self, version: int, tensors: Iterable[Named], engines: Sequence[Receiver]) -> Iterator[Named]:
-        """Those of `tensors` that changed since the last complete send. All of them if an engine missed that send."""
+    def only(
+        self, version: int, tensors: Iterable[Named], engines: Sequence[Receiver], digests: Iterable[Digests] = ()
+    ) -> Iterator[Named]:
+        """Those of `tensors` that changed since the last complete send. All of them if an engine missed that send.
+
+        Adds each to `digests` as it passes. They share its one checksum.
+        """
         complete = self._version is not None and all(engine.version == self._version for engine in engines)
         last, self._sums, self._version = (self._sums if complete else {}), {}, None
         for name, tensor in tensors:
-            self._sums[name] = sent = checksum(tensor)
-            if last.get(name) != sent:
+            tensor = tensor.detach().to(self._dtype)
+            self._sums[name] = total = checksum(tensor)
+            for sent in digests:
+                sent.add(name, tensor, total)
+            if last.get(name) != total:
                 yield name, tensor
         self._version = version
 

@@ -58,8 +58,8 @@ class Checksums:
         self._complete = complete
         self._sent: dict[str, int] = {}
 
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        self._sent[name] = checksum(tensor)
+    def add(self, name: str, tensor: torch.Tensor, total: int | None = None) -> None:
+        self._sent[name] = checksum(tensor) if total is None else total
 
     def differing(self, reported: Mapping[str, int]) -> list[str]:
         """The names of the tensors that did not arrive as they were sent."""
