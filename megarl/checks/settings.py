@@ -25,6 +25,9 @@ from megarl.rollout.detokenize import vocabulary_of
 from megarl.rollout.early_exit import plan
 from megarl.rollout.servers import factory
 from megarl.run import atomic, trackers
+from megarl.runtime import device
+
+LOCAL_PARAMETERS = 2e9  # of a model that the embedded engine still decodes well on CUDA
 
 
 def locate(settings: Settings) -> None:
@@ -122,6 +125,11 @@ def notes(settings: Settings, resume: bool) -> list[str]:
         found.append(
             f"steps: {settings.steps}, but the run was started with {steps}: the {o.decay} decay is stretched, and the "
             f"next learning rate is {now:.3g} instead of {before:.3g}"
+        )
+    if settings.rollout.embedded and device.on_cuda() and (size := shape_of(settings).parameters()) > LOCAL_PARAMETERS:
+        found.append(
+            f"rollout.engine: local, for a model of {size / 1e9:.1f}B parameters: it decodes without CUDA graphs "
+            f"or paging and suits at most {LOCAL_PARAMETERS / 1e9:g}B; use sglang"
         )
     return found
 

@@ -16,9 +16,11 @@ from megarl.checks import data, folder, reward
 from megarl.checks import settings as checks
 from megarl.errors import UserError
 from megarl.models.config_json import read_shape
+from megarl.models.shape import ModelShape
 from megarl.run import room
 from megarl.run.directory import RunDirectory
 from megarl.run.records import recorded
+from megarl.runtime import device
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
 REASONER = QUICKSTART / "reasoner"
@@ -222,6 +224,19 @@ def test_what_is_seldom_meant_is_noted(tmp_path: Path) -> None:
     [note] = checks.notes(resumed, resume=True)
     assert "steps: 40" in note and "started with 20" in note and "8.54e-05 instead of 5e-05" in note
     assert checks.notes(settings(tmp_path, "steps=40"), resume=True) == []
+
+
+@pytest.mark.parametrize(("size", "noted"), [(1.7e9, False), (4e9, True)])
+def test_a_large_model_in_the_embedded_engine_on_cuda_is_noted(
+    size: float, noted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never on a CPU, where nothing is faster, and not for servers."""
+    monkeypatch.setattr(ModelShape, "parameters", lambda _: size)
+    assert checks.notes(settings(tmp_path), resume=False) == []
+    monkeypatch.setattr(device, "on_cuda", lambda: True)
+    found = checks.notes(settings(tmp_path), resume=False)
+    assert len(found) == noted and all("rollout.engine: local, for a model of 4.0B" in note for note in found)
+    assert checks.notes(settings(tmp_path, "rollout.engine=sglang"), resume=False) == []
 
 
 def test_the_date_of_a_template_is_frozen_in_the_runs_settings(tmp_path: Path) -> None:

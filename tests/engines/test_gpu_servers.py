@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from megarl.config import Servers
 from megarl.errors import UserError
 from megarl.rollout.detokenize import Vocabulary
+from megarl.rollout.in_engine.megarl_weights import WeightReader
 from megarl.rollout.servers import factory
 from megarl.rollout.servers.sglang import SGLangEngine
+from megarl.rollout.weights.verify import checksum
 from tests.support.fake_sglang import FakeSGLang
 from tests.support.real_servers import TOKENIZER, Policy, settings
 from tests.support.tiny_policy import make_model
@@ -180,3 +184,30 @@ def test_devices_that_cannot_be_divided_are_refused(
     wanted = settings(policy, tmp_path, "sglang", device="cuda", python=sys.executable, **servers)
     with pytest.raises(UserError, match=named):
         factory.check(wanted.rollout, ranks)
+
+
+def test_a_vllm_worker_sums_what_it_read_on_its_own_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here a device without data stands for a GPU. The loader gets what was read, and a CPU worker sums it there."""
+    weight = torch.arange(6.0)
+    save_file({"a": weight}, tmp_path / "m.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "m.safetensors"}}')
+    summed: list[str] = []
+    loaded: list[torch.Tensor] = []
+
+    class Worker(WeightReader):
+        model_runner = SimpleNamespace(get_model=lambda: torch.nn.Linear(1, 1))
+
+        def reload_weights(self, weights_iterator: Iterator[tuple[str, torch.Tensor]]) -> None:
+            loaded.extend(tensor for _, tensor in weights_iterator)
+
+    def noted(tensor: torch.Tensor) -> int:
+        summed.append(tensor.device.type)
+        return 7 if tensor.is_meta else checksum(tensor)
+
+    monkeypatch.setattr("megarl.rollout.in_engine.megarl_weights.checksum", noted)
+    worker = Worker()
+    worker.device = torch.device("meta")
+    assert worker.megarl_load(str(tmp_path)) == {"a": f"{7:016x}"}
+    worker.device = torch.device("cpu")
+    assert worker.megarl_load(str(tmp_path)) == {"a": f"{checksum(weight):016x}"}
+    assert summed == ["meta", "cpu"] and all(torch.equal(tensor, weight) for tensor in loaded)

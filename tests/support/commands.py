@@ -218,7 +218,7 @@ ENGINES = [
               "serve(keyless", "a key is needed; tests/slurm serves with one"),
     elsewhere("make engines", "Makefile", "test-engines: engines", "`make test-engines` of .ci/run begins so"),
     elsewhere("make test-engines", "Makefile", REST, "`make test-all` of .ci/run begins so"),
-    elsewhere("megarl train CONFIG rollout.engine=sglang rollout.servers.count=4 *",
+    elsewhere("megarl train CONFIG --nproc 4 rollout.engine=sglang rollout.servers.count=2 *",
               "tests/engines/test_flags.py::test_real_engines_refuse_what_they_do_not_know", "flags.checked(", SERVERS),
     *(elsewhere(command, "tests/engines/test_shown_servers.py::test_the_documented_server_is_trained_on", by, SERVERS)
       for command, by in (("MEGARL_ENGINE_KEY=* python MEGARL/*", "line(engine"), ("VLLM_API_KEY=*", "line(engine"),

@@ -40,6 +40,8 @@ def checksum(tensor: torch.Tensor) -> int:
 class WeightReader:
     """A mixin of vLLM's worker class. `/collective_rpc` calls its methods."""
 
+    device: torch.device  # of the worker
+
     def megarl_load(self, folder: str) -> dict[str, str]:
         """Reload the weights from `folder`. Returns the checksums of the tensors read, in hexadecimal, by name.
 
@@ -54,7 +56,8 @@ class WeightReader:
                 with safe_open(Path(folder) / file, framework="pt") as handle:
                     for name in handle.keys():  # noqa: SIM118 - not a dict
                         tensor = handle.get_tensor(name)
-                        read[name] = f"{checksum(tensor):016x}"
+                        # On the worker's device: a CPU core takes minutes for the bytes of a large model.
+                        read[name] = f"{checksum(tensor.to(self.device)):016x}"
                         yield name, tensor
 
         self.reload_weights(weights_iterator=tensors())  # type: ignore[attr-defined]
