@@ -1,6 +1,6 @@
 """Benchmarks: `megarl bench NAME [--json FILE]`, each a module with a `main` function.
 
-A benchmark is a module of this folder, an entry point of the group `megarl.benchmarks`, or the file
+A benchmark is a module or package of this folder, an entry point of the group `megarl.benchmarks`, or the file
 `examples/NAME/bench.py` of the working directory or of the checkout that megarl is imported from.
 What several benchmarks share is in common/.
 """
@@ -17,11 +17,14 @@ from pathlib import Path
 from types import ModuleType
 
 CHECKOUT = Path(__file__).parents[2]
+SHARED = "common"
 
 
 def names() -> dict[str, str | Path]:
     """Every benchmark's name, and the module or the file that has its `main`; imports none of them."""
-    own = {module.name: f"{__name__}.{module.name}" for module in pkgutil.iter_modules(__path__) if not module.ispkg}
+    own = {
+        module.name: f"{__name__}.{module.name}" for module in pkgutil.iter_modules(__path__) if module.name != SHARED
+    }
     declared = {entry.name: entry.module for entry in entry_points(group="megarl.benchmarks")}
     # An installed package may have a stranger's `examples` beside it.
     roots = [CHECKOUT, Path()] if (CHECKOUT / "pyproject.toml").is_file() else [Path()]

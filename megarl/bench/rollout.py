@@ -164,7 +164,7 @@ def _ratio(reference: list[float] | None, taken: list[float]) -> float | None:
 
 
 def _local(runner: asyncio.Runner, folder: Path, model: Any, work: Work) -> Run:
-    vocabulary = Vocabulary(_NoTokenizer())  # type: ignore[arg-type]
+    vocabulary = Vocabulary(NoTokenizer())  # type: ignore[arg-type]
     engine = LocalEngine(folder, vocabulary, batch_slots=len(work.prompts), max_length=work.longest)
     runner.run(engine.update_weights(0, model.state_dict().items()))
     return by_contract(runner, engine)
@@ -229,7 +229,7 @@ class _Servers:
             model = {"model": {"path": str(self._folder)}, "precision": {"dtype": "fp32"}, "data": {"train": []}}
             rollout = {"engine": kind, "servers": {"flags": flags}}
             settings = parse({"run": self._scratch.name, **model, "rollout": rollout})
-            pool = factory.build(settings, Vocabulary(_NoTokenizer()))  # type: ignore[arg-type]
+            pool = factory.build(settings, Vocabulary(NoTokenizer()))  # type: ignore[arg-type]
             self._runner.run(pool.start())
             self._pools[kind] = pool
         return self._pools[kind]
@@ -240,7 +240,7 @@ class _Servers:
         self._scratch.cleanup()
 
 
-class _NoTokenizer:
+class NoTokenizer:
     """Requests without stops need no text."""
 
     eos_token_id = None

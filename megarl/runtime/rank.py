@@ -59,7 +59,7 @@ def main(
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     faulthandler.register(STACKS, stacks.fileno(), all_threads=True)
     die_with_parent(os.getppid())
-    _die_with_reader(pipe)
+    die_with_reader(pipe)
     os.setpgid(0, 0)  # a terminal's Ctrl-C then reaches only the parent, which passes it on
     os.environ.clear()
     os.environ.update(environment)
@@ -109,7 +109,7 @@ def _beat(pipe: Connection, heartbeat: Heartbeat | None) -> None:
         _send(pipe, ("pulse", watchdog.place()))
 
 
-def _die_with_reader(pipe: Connection) -> None:
+def die_with_reader(pipe: Connection) -> None:
     """Kill this process when the reading end of `pipe` closes, that is when the process that called `spawn` ends.
 
     The kernel's tie to the fork server does the same, but the fork server may have ended before this rank asked for it.

@@ -100,7 +100,7 @@ def _start(
 ) -> Iterator[Rank]:
     """Start the ranks one after the other. Signals to them wait until they listen."""
     device.check_ranks(nproc)
-    context, key = _context(), os.urandom(seal.SIZE)
+    context, key = process_context(), os.urandom(seal.SIZE)
     for number in range(nproc):
         ours, theirs = context.Pipe(duplex=False)
         stacks, their_stacks = context.Pipe(duplex=False)
@@ -116,11 +116,15 @@ def _start(
         yield Rank(number, process, ours, stacks, clock())
 
 
-def _context() -> SpawnContext | ForkServerContext:
+def process_context(preload: Sequence[str] = ()) -> SpawnContext | ForkServerContext:
+    """How new processes start here: forked from a clean one on a CPU, afresh on CUDA.
+
+    `preload`: what the clean process imports besides `PRELOAD`, if it is not there yet.
+    """
     if device.on_cuda():  # a process that has touched CUDA cannot be forked
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context.set_forkserver_preload([*PRELOAD, *preload])
     os.environ[fork_server.STARTER] = str(os.getpid())
     try:
         # A signal to our process group must end neither the fork server nor multiprocessing's resource tracker. To

@@ -5,7 +5,7 @@ import torch
 
 from megarl.bench.common.learners import settings
 from megarl.bench.common.models import write_model
-from megarl.bench.gpu import chain
+from megarl.bench.gpu.batches import chain
 from megarl.config import Precision
 from megarl.learner import precision as precisions
 from megarl.models.config_json import read_shape

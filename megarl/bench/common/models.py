@@ -73,6 +73,15 @@ def write_model(
     return model
 
 
+def write_config(folder: Path, family: Family = "qwen3", tied: bool = False, **sizes: Unpack[Sizes]) -> Any:
+    """Write only the config.json of such a model, and return transformers' model of it on the meta device."""
+    with torch.device("meta"):
+        model = _model(family, {**SIZES, "tie_word_embeddings": tied, **sizes})
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    return model
+
+
 def _model(family: Family, sizes: dict[str, Any]) -> transformers.PreTrainedModel:
     if family == "qwen3":
         return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**{"head_dim": 16, "rope_theta": 1e6, **sizes}))

@@ -28,16 +28,14 @@ def publish(
     `{"command", "commit", "machine", "rows", **extra}` goes to `file` when given.
     """
     show_rows(name, rows if shown is None else shown)
-    if file is None:
-        return
+    if file is not None:
+        write(rows, file, **extra)
+
+
+def write(rows: list[dict[str, Any]], file: Path, **extra: Any) -> None:
+    """Write `{"command", "commit", "machine", "rows", **extra}` to `file`, whole or not at all."""
     command, commit = " ".join(["megarl", *sys.argv[1:]]), provenance.commit(changes=True)
-    result = {
-        "command": command,
-        "commit": commit,
-        "machine": machine(),
-        "rows": rows,
-        **extra,
-    }
+    result = {"command": command, "commit": commit, "machine": machine(), "rows": rows, **extra}
     write_text(file, json.dumps(result, indent=1) + "\n")
 
 
