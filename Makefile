@@ -61,6 +61,7 @@ test-engines: engines
 	$(BIN)/python -m pytest -m engines tests/engines
 
 # Needs one CUDA device and transformer-engine, in the environment of PYTHON: see tests/gpu/README.md.
+# The parts of `megarl bench gpu`, judged: each in its own process, which imports while the part before it runs.
 test-gpu:
 	MEGARL_DEVICE=cuda MEGARL_GPU_RESULTS=docs/gpu_results.md $(PYTHON) -m pytest tests/gpu
 

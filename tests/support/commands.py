@@ -62,6 +62,7 @@ TRAINING = [
     here("megarl train examples/quickstart/train.yaml run=runs/grpo *", TINY, leaves="runs/grpo/metrics.jsonl"),
     here("megarl train examples/quickstart/train.yaml run=runs/dppo *", TINY, leaves="runs/dppo/metrics.jsonl"),
     here("megarl train examples/quickstart/train.yaml run=runs/tp1 *", says="1 ranks = tp 1"),
+    here("megarl train examples/quickstart/train.yaml run=runs/gpu *", "--dry-run", says="1 ranks = tp 1"),
     here("megarl train CONFIG algorithm.advantage=*", f"{TINY} run=runs/rows", leaves="runs/rows/metrics.jsonl"),
     here("megarl train CONFIG rollout.early_exit.*", f"{TINY} run=runs/steps", leaves="runs/steps/metrics.jsonl"),
     here("megarl train CONFIG pruning.prompts=*", f"{TINY} run=runs/pruned", leaves="runs/pruned/metrics.jsonl"),
@@ -125,6 +126,8 @@ ASKING = [
     here("megarl plan CONFIG --gpus N --search", run=f"megarl plan {CLUSTER} --gpus 64 --search", says="tp"),
     here("megarl plan CONFIG --search", run=f"megarl plan {CLUSTER} --search", says="tp"),
     here("megarl doctor CONFIG", says="megatron-core"),
+    elsewhere("megarl doctor --gpus 1", "tests/doctor/test_doctor.py::test_failures_are_one_line_with_a_hint",
+              '"--gpus"', "needs a CUDA device"),
     here("megarl markers MODEL", says="recipe: step_grpo"),
     here("megarl settings --recipe NAME", run="megarl settings --recipe step_grpo", says="early_exit"),
     here("megarl settings NAME", run="megarl settings rollout.early_exit", says="rollout.early_exit.threshold"),
@@ -191,6 +194,8 @@ BENCHMARKS = [
               'bench("rollout"'),
     elsewhere("megarl bench rollout --engines local,transformers,sglang,vllm *",
               "tests/engines/test_benchmarks.py::test_tokens_a_second_of_a_real_server", 'bench("rollout"', SERVERS),
+    *(elsewhere(command, "tests/bench/test_gpu_bench.py::test_the_rehearsal_runs_every_part", 'bench("gpu"', why)
+      for command, why in (("megarl bench gpu --rehearse", ""), ("megarl bench gpu*", "needs a CUDA device"))),
     elsewhere("megarl bench early_exit",
               "tests/bench/test_early_exit_bench.py::test_schedules_and_refusals_change_nothing_but_time",
               'bench("early_exit"'),
@@ -224,6 +229,10 @@ ENGINES = [
       for command, by in (("MEGARL_ENGINE_KEY=* python MEGARL/*", "line(engine"), ("VLLM_API_KEY=*", "line(engine"),
                           ("megarl train CONFIG rollout.engine=sglang rollout.servers.addresses=*", "documented("))),
 ]  # fmt: skip
+GPU_ONLY = (
+    "source *", "export *", "python -c *", "pip install torch==*", "pip install nvidia-cuda-*",
+    "pip install --no-deps *", "pip install setuptools *", "pip list", "CUDA_VISIBLE_DEVICES=*",
+)  # fmt: skip
 CLUSTERS = [
     *(elsewhere(command, "tests/slurm/test_jobs.py::test_four_nodes_train_to_the_end", "Job(cluster", why)
       for command, why in (("SIZE=tiny sbatch *", "needs a Slurm: `make test-slurm`"),
@@ -242,6 +251,7 @@ CLUSTERS = [
     never("make lock", "resolves anew over the network; tests/test_lock.py checks what it wrote"),
     never("make latest", "installs the newest packages over the network, for a weekly job"),
     never("pip install --no-build-isolation --no-cache-dir -e *", "CUDA builds; setup.py declares the extras"),
+    *(never(command, "needs a CUDA device: docs/gpu_first_run.md") for command in GPU_ONLY),
     elsewhere("pip install megarl[wandb,mlflow]", "setup.py", '"dev": [*WANDB, *MLFLOW,',
               "`make setup` installs them with `dev`, and tests/run/test_trackers.py uses them"),
     never("git clone *", "the address is the reader's; `make setup` precedes every target of .ci/run"),
