@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megarl.bench.common.learners import new_learner, settings
-from megarl.bench.common.models import Sizes, write_model
+from megarl.bench.common.models import write_model
 from megarl.bench.gpu.part import Scale
 from megarl.bench.weight_sync import byte_tokenizer
 from megarl.rollout.detokenize import Vocabulary
@@ -21,13 +21,14 @@ UPDATES = 3
 
 def weight_sync(scale: Scale, folder: Path, engine: str) -> dict[str, Any]:
     """Seconds of the first update, which forms the group, and of later ones. The rehearsal has megarl's own server."""
-    sizes: Sizes = {**scale.small, "max_position_embeddings": 2048}
-    if not scale.rehearsal:
-        sizes = {**sizes, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 8}
     tokenizer = byte_tokenizer()
     model = folder / "model"
     tokenizer.save_pretrained(model)
-    write_model(model, tied=True, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **sizes)
+    ends = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    sizes: Any = {**scale.small, "max_position_embeddings": 2048, **ends}
+    if not scale.rehearsal:
+        sizes |= {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 8}
+    write_model(model, tied=True, **sizes)
     dtype = "fp32" if scale.rehearsal else "bf16"
     chosen = settings(model, precision={"dtype": dtype}, rollout={"engine": "local" if scale.rehearsal else engine})
     learner = new_learner(chosen)
