@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 CHROMIUM = { command -v chromium && command -v chromedriver; } >/dev/null || { apt-get update && apt-get install -y --no-install-recommends chromium chromium-driver; }
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock latest quickstart test test-all test-slow engines test-engines test-gpu test-report test-slurm pictures lint clean
+.PHONY: help setup lock latest quickstart test test-all test-slow engines test-engines test-cuda test-gpu test-report test-slurm pictures lint clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -3
@@ -39,7 +39,7 @@ latest:
 quickstart: setup
 	$(BIN)/megarl train examples/quickstart/train.yaml --resume
 
-ELSEWHERE := not engines and not slurm and not gpu and not browser
+ELSEWHERE := not engines and not slurm and not gpu and not cuda and not browser
 
 # Under five minutes on two cores.
 test: setup
@@ -48,7 +48,7 @@ test: setup
 	@echo "And everything on a GPU: make test-gpu."
 
 # The rest. As root on Debian it installs Chromium and Slurm; the engines are about 6 GB.
-test-all: test-slow test-report test-slurm test-engines
+test-all: test-slow test-cuda test-report test-slurm test-engines
 
 test-slow: setup
 	$(BIN)/python -m pytest -m "slow and $(ELSEWHERE)"
@@ -59,6 +59,11 @@ engines: setup
 
 test-engines: engines
 	$(BIN)/python -m pytest -m engines tests/engines
+
+# What can be proven of the path of a GPU without one. Fetches wheels of 0.5 GB, unpacks them in .cache, installs none.
+test-cuda: setup
+	$(BIN)/python tools/cuda_wheels.py
+	$(BIN)/python -m pytest -m cuda tests/signatures
 
 # Needs one CUDA device and transformer-engine, in the environment of PYTHON: see tests/gpu/README.md.
 # The parts of `megarl bench gpu`, judged: each in its own process, which imports while the part before it runs.

@@ -20,7 +20,7 @@ TINY = (
 EIGHT = "data.eval=[examples/quickstart/problems/heldout.jsonl] evaluation.limit=8"
 STUDY = f"steps=1 {EIGHT} rollout.max_response_tokens=24 batch.prompts_per_step=4 batch.completions_per_prompt=4"
 CONFIRMED = " --first-seed 40 --seeds 4 --methods grpo_strong,completions,dppo --rates 0.7"
-REST = "test-all: test-slow test-report test-slurm test-engines"
+REST = "test-all: test-slow test-cuda test-report test-slurm test-engines"
 SERVERS = "needs real servers: `make test-engines`"
 OWN = (
     "model.path=examples/quickstart/reasoner precision.dtype=fp32 rollout.engine=local rollout.early_exit.enabled=false"
@@ -240,6 +240,7 @@ CLUSTERS = [
         "tests/slurm/test_scripts.py checks settings, layout and memory"))),
     elsewhere("srun --ntasks-per-node 8 megarl train CONFIG", "slurm/launch.sh", "srun",
               "the line of the batch scripts, which tests/slurm submits to a real Slurm"),
+    elsewhere("make test-cuda", "Makefile", REST, "`make test-all` of .ci/run begins so"),
     elsewhere("make test-slurm", "Makefile", REST, "`make test-all` of .ci/run begins so"),
     elsewhere("make test-all", ".ci/run", "make test-all"),
     elsewhere("make lint", ".ci/run", "make lint"),
