@@ -63,7 +63,7 @@ test-engines: engines
 # What can be proven of the path of a GPU without one. Fetches wheels of 0.5 GB, unpacks them in .cache, installs none.
 test-cuda: setup
 	$(BIN)/python tools/cuda_wheels.py
-	$(BIN)/python -m pytest -m cuda tests/signatures
+	$(BIN)/python -m pytest -m cuda tests/nccl tests/signatures
 
 # Needs one CUDA device and transformer-engine, in the environment of PYTHON: see tests/gpu/README.md.
 # The parts of `megarl bench gpu`, judged: each in its own process, which imports while the part before it runs.
