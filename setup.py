@@ -28,9 +28,8 @@ setup(
     install_requires=[
         # An unpinned torch brings another build and gigabytes of CUDA packages on a CPU machine.
         "torch==2.13.0",
-        # 0.16.1 is the newest that declares Python 3.11.
-        'megatron-core==0.16.1; python_version < "3.12"',
-        'megatron-core>=0.16.1,<0.20; python_version >= "3.12"',
+        # The newest that declares Python 3.11. 0.17 has other modules for checkpoints.
+        "megatron-core==0.16.1",
         "psutil<8",  # needed by megatron.core.dist_checkpointing.save, which does not declare it
         "transformers>=5.20,<6",
         "huggingface_hub>=1,<3",
@@ -48,12 +47,8 @@ setup(
         "tensorboard<3",
     ],
     extras_require={
-        # On a CUDA machine only: without its CUDA part, transformer-engine breaks `import megatron.core`. The Megatron
-        # of Python 3.12 imports kernels that 2.14 brought.
-        "gpu": [
-            'transformer-engine[core_cu13,pytorch]>=2.10,<2.12; python_version < "3.12"',
-            'transformer-engine[core_cu13,pytorch]>=2.14,<2.15; python_version >= "3.12"',
-        ],
+        # On a CUDA machine only: without its CUDA part, transformer-engine breaks `import megatron.core`.
+        "gpu": ["transformer-engine[core_cu13,pytorch]>=2.10,<2.12"],
         # Engines live in environments of their own: these extras name what goes there. SGLang's torch must be ours:
         # the weights travel in one NCCL group, which refuses two versions. 0.5.22 and later need torch 2.14.
         "sglang": ["sglang==0.5.21"],

@@ -24,9 +24,6 @@ HASHES = {
     "transformer-engine==2.11.0": "7ee1eae8fa6b0cb471c6066aa3555304fda8537174e5019929dc0c8655071df3",
     "sglang==0.5.21": "96c029f75dec99baa33a5db3d41b1bebefdd6bcfba3a2f7c807fe1cf49a87c20",
     "megatron-core==0.16.1": "3fb26cb407aa3c4b609c08664022c08146f1648b3d6f2ef2bbe9d3b1294ace61",
-    "megatron-core==0.17.1": "6dd0826489ee70a791e38612b25e914c4a18b0b074f2282353f235ee96273cf2",
-    "megatron-core==0.18.0": "beb6f7b1462a82723cef31773dae60f54a2f7bc809e5e050cf9f59c344b5a373",
-    "megatron-core==0.19.2": "8e3e486f13f559450415b9b9dc0ff3331a0bb83dd154553f7f350a75ff9c42b5",
 }
 """Pinned requirement → sha256 of its wheel."""
 RUN_BY = {TORCH: "3.11", "sglang==0.5.21": "3.11"}

@@ -115,8 +115,7 @@ def _declared() -> dict[str, str]:
     for line in importlib.metadata.requires("megarl") or []:
         requirement, _, marker = line.partition(";")
         match = re.match(r"([A-Za-z0-9_-]+)(.*)", requirement.strip())
-        older = 'python_version < "3.12"' in marker
-        if not match or "extra" in marker or ("python_version" in marker and older != (sys.version_info < (3, 12))):
+        if not match or "extra" in marker:
             continue
         name = match[1].lower()
         if name in ("torch", "megatron-core", "transformers"):

@@ -18,7 +18,8 @@ PERSISTENT = ("weights", "fp8_weights", "gradients", "optimizer", "reference", "
 CONTEXT = 1.5  # GiB: CUDA context, libraries
 COLLECTIVES = 0.35  # GiB of communicator buffers per kind of parallelism in use
 FRAGMENTATION = 0.10  # of the activations: blocks that the caching allocator cannot reuse
-LOSS_CHUNK = 2.0**26  # bytes of float32 logits at a time, and the most kept (megarl/learner/logprobs.py)
+LOSS_CHUNK = {"cpu": 2.0**26, "cuda": 2.0**30}  # bytes of float32 logits at a time (megarl/learner/logprobs.py)
+LOSS_KEPT = 2.0**26  # bytes of float32 logits that are kept for the backward pass
 LIBRARIES = 40.0 * 2**20  # bytes of torch's and Megatron's libraries after their first use on a CPU
 EAGER = 6.0  # bytes per entry that unfused norms and rotary embedding keep in fp32
 
@@ -171,7 +172,8 @@ def _chunked_loss(shape: ModelShape, layout: Layout, software: Software) -> floa
     backward pass with the gradients of the hidden states and, in float32 and as one product, of the output layer."""
     rows, wide = shape.vocab / layout.tp, _wide(software)
     whole = 4.0 * layout.tokens * rows
-    chunk, kept = min(whole, LOSS_CHUNK), whole if whole <= LOSS_CHUNK else 0.0
+    chunk = min(whole, LOSS_CHUNK["cpu" if software.cpu else "cuda"])
+    kept = whole if whole <= LOSS_KEPT else 0.0
     rounded = chunk * wide / 4 if wide < 4 else 0.0  # logits before, and gradients after, the float32 ones
     backward = (kept or chunk) + chunk + wide * layout.tokens * shape.hidden + (4.0 + wide) * rows * shape.hidden
     return rounded + max(3 * chunk, backward)

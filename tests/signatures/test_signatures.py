@@ -14,16 +14,7 @@ ROOT = Path(__file__).parents[2]
 FILES = sorted(file for room in ("megarl", "checkpoints_conv") for file in (ROOT / room).rglob("*.py"))
 PREFIXES = {"megatron-core": "megatron.core", "transformer-engine": "transformer_engine"}
 LEAST = {"megatron-core": (40, 30), "transformer-engine": (1, 1)}  # names and calls that there are at least
-KNOWN = {
-    name: "checkpoint_reader.py takes TorchCommonLoadStrategy, which Megatron has no more since 0.17"
-    for name in ("megatron-core==0.17.1", "megatron-core==0.18.0", "megatron-core==0.19.2")
-}
-"""What does not fit yet. A strict expectation: the test fails when it is mended, and this entry must go."""
-CHECKED = [
-    pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=KNOWN[name])) if name in KNOWN else name
-    for name in cuda_wheels.HASHES
-    if name.split("=")[0] in PREFIXES
-]
+CHECKED = [name for name in cuda_wheels.HASHES if name.split("=")[0] in PREFIXES]
 
 
 def report(requirement: str, files: list[Path]) -> Report:

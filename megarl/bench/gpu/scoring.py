@@ -24,8 +24,6 @@ def chunks(scale: Scale, folder: Path, hidden: int) -> dict[str, Any]:
 
     `*_dnorm`: relative difference of the weight gradient's norm from the first size's.
     """
-    if not hasattr(logprobs, "CHUNK_BYTES"):
-        raise AttributeError("megarl.learner.logprobs has no CHUNK_BYTES: this part must set another name")
     chosen = settings(folder)
     start(chosen.parallel, chosen.precision, chosen.seed, TIMEOUT)
     width = 64 if scale.rehearsal else hidden
@@ -43,7 +41,7 @@ def chunks(scale: Scale, folder: Path, hidden: int) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
     first = 0.0
     for mib in CHUNKS:
-        logprobs.CHUNK_BYTES = mib << 20
+        logprobs.CHUNK_BYTES[where().type] = mib << 20
         inputs.grad = weight.grad = None
         before = _reset_peak()
         metrics[f"{mib}_mib_ms"] = milliseconds(once, scale.repeats)
