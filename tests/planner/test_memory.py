@@ -58,12 +58,11 @@ def test_a_layer_without_fused_kernels_keeps_what_autograd_was_seen_to_save():
 
 def test_the_chunked_loss_keeps_logits_of_a_chunk_only():
     """Twice the tokens, twice the whole logits but not the chunk; the bound is the learner's own."""
-    assert (LOSS_CHUNK, LOSS_KEPT, LOSS_KEPT) == (logprobs.CHUNK_BYTES, logprobs.KEEP_BYTES)
-    for cpu in (True, False):
-        chunked, whole = Software(chunked_loss=True, cpu=cpu), Software(cpu=cpu)
-        a, b = (plan_memory(LLAMA, Layout(gpus=1, sequence=n), chunked)[0].parts["logits"] for n in (16384, 32768))
-        assert b - a == 16384 * 2 * LLAMA.hidden  # the gradients of the hidden states
-        assert b < 0.5 * plan_memory(LLAMA, Layout(gpus=1, sequence=32768), whole)[0].parts["logits"]
+    assert (LOSS_CHUNK, LOSS_KEPT) == (logprobs.CHUNK_BYTES, logprobs.KEEP_BYTES)
+    software = Software(chunked_loss=True)
+    short, long = (plan_memory(LLAMA, Layout(gpus=1, sequence=n), software)[0].parts["logits"] for n in (16384, 32768))
+    assert long - short == 16384 * 2 * LLAMA.hidden  # the gradients of the hidden states
+    assert long < 0.5 * plan_memory(LLAMA, Layout(gpus=1, sequence=32768), Software())[0].parts["logits"]
 
 
 def test_in_flight_micro_batches_of_1f1b_and_of_the_interleaved_schedule():

@@ -158,7 +158,7 @@ class BroadcastTransport:
         for engine, theirs in zip(members, await asyncio.gather(*(e.nccl_version() for e in members)), strict=True):
             if theirs is None:
                 log.warning("%s does not tell its version of NCCL: it must be ours, %s", engine.name, dotted(ours))
-            elif theirs != ours:
+            elif list(theirs) != list(ours or ()):
                 raise Unusable(
                     f"{engine.name} has NCCL {dotted(theirs)}, the learner {dotted(ours)}: NCCL refuses a group of two "
                     "versions; install the engine's torch in the version of the learner's, or set "
