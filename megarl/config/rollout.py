@@ -102,7 +102,7 @@ class Servers(Section):
     the devices of the learner's ranks."""
     deterministic: bool = False
     """Start SGLang with `--enable-deterministic-inference`: equal seeds then draw equal tokens. It needs CUDA, and
-    generates 25 to 45% more slowly. Without it, SGLang ignores seeds."""
+    generates more slowly. Without it, SGLang ignores seeds."""
     weight_transport: Literal["auto", "disk", "tensor", "distributed"] = "auto"
     """How weights reach the servers. `auto` takes the fastest way that works here."""
     broadcast_address: str | None = None
