@@ -252,6 +252,7 @@ CLUSTERS = [
     never("make lock", "resolves anew over the network; tests/test_lock.py checks what it wrote"),
     never("make latest", "installs the newest packages over the network, for a weekly job"),
     never("pip install --no-build-isolation --no-cache-dir -e *", "CUDA builds; setup.py declares the extras"),
+    never("pip install -e *", "CUDA builds; setup.py declares the extras"),
     *(never(command, "needs a CUDA device: docs/gpu_first_run.md") for command in GPU_ONLY),
     elsewhere("pip install megarl[wandb,mlflow]", "setup.py", '"dev": [*WANDB, *MLFLOW,',
               "`make setup` installs them with `dev`, and tests/run/test_trackers.py uses them"),
