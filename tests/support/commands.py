@@ -62,7 +62,6 @@ TRAINING = [
     here("megarl train examples/quickstart/train.yaml run=runs/grpo *", TINY, leaves="runs/grpo/metrics.jsonl"),
     here("megarl train examples/quickstart/train.yaml run=runs/dppo *", TINY, leaves="runs/dppo/metrics.jsonl"),
     here("megarl train examples/quickstart/train.yaml run=runs/tp1 *", says="1 ranks = tp 1"),
-    here("megarl train examples/quickstart/train.yaml run=runs/gpu *", "--dry-run", says="1 ranks = tp 1"),
     here("megarl train CONFIG algorithm.advantage=*", f"{TINY} run=runs/rows", leaves="runs/rows/metrics.jsonl"),
     here("megarl train CONFIG rollout.early_exit.*", f"{TINY} run=runs/steps", leaves="runs/steps/metrics.jsonl"),
     here("megarl train CONFIG pruning.prompts=*", f"{TINY} run=runs/pruned", leaves="runs/pruned/metrics.jsonl"),
@@ -231,7 +230,7 @@ ENGINES = [
 ]  # fmt: skip
 GPU_ONLY = (
     "source *", "export *", "python -c *", "pip install torch==*", "pip install nvidia-cuda-*",
-    "pip install --no-deps *", "pip install setuptools *", "pip list", "CUDA_VISIBLE_DEVICES=*",
+    "pip install --no-deps *", "pip install setuptools *", "pip list", "CUDA_VISIBLE_DEVICES=*", "megarl train examples/quickstart/train.yaml run=runs/gpu *",
 )  # fmt: skip
 CLUSTERS = [
     *(elsewhere(command, "tests/slurm/test_jobs.py::test_four_nodes_train_to_the_end", "Job(cluster", why)
