@@ -230,7 +230,8 @@ ENGINES = [
 ]  # fmt: skip
 GPU_ONLY = (
     "source *", "export *", "python -c *", "pip install torch==*", "pip install nvidia-cuda-*",
-    "pip install --no-deps *", "pip install setuptools *", "pip list", "CUDA_VISIBLE_DEVICES=*", "megarl train examples/quickstart/train.yaml run=runs/gpu *",
+    "pip install --no-deps *", "pip install setuptools *", "pip list", "CUDA_VISIBLE_DEVICES=*",
+    "megarl train examples/quickstart/train.yaml run=runs/gpu *",
 )  # fmt: skip
 CLUSTERS = [
     *(elsewhere(command, "tests/slurm/test_jobs.py::test_four_nodes_train_to_the_end", "Job(cluster", why)
