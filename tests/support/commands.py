@@ -55,6 +55,7 @@ def never(command: str, why: str) -> Rule:
 
 # Executed in this order: what a command reads, an earlier one wrote.
 TRAINING = [
+    here("megarl train examples/quickstart/train.yaml run=runs/gpu *", "--dry-run", says="1 ranks = tp 1"),
     here("megarl train examples/quickstart/train.yaml", TINY, leaves="runs/quickstart/report.html"),
     here("make quickstart", TINY, run="megarl train examples/quickstart/train.yaml --resume", says="quickstart"),
     here("megarl train CONFIG --nproc N --dry-run --resume", "run=runs/synopsis", says="2 ranks = tp 2",
@@ -231,7 +232,6 @@ ENGINES = [
 GPU_ONLY = (
     "source *", "export *", "python -c *", "pip install torch==*", "pip install nvidia-cuda-*",
     "pip install --no-deps *", "pip install setuptools *", "pip list", "CUDA_VISIBLE_DEVICES=*",
-    "megarl train examples/quickstart/train.yaml run=runs/gpu *",
 )  # fmt: skip
 CLUSTERS = [
     *(elsewhere(command, "tests/slurm/test_jobs.py::test_four_nodes_train_to_the_end", "Job(cluster", why)
