@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "learner.json"
 PROBE = 2**20  # bytes
+CUT_SHORT = "unexpected pos"  # what torch's writer of archives says when less was written than it asked
 EXTRA_STATE = "_extra_state"  # Transformer Engine's FP8 history: rebuilt in a few steps, absent elsewhere
 
 
@@ -245,6 +246,9 @@ def _writing(folder: Path):
         cause = _first_cause(e)
         if _no_room(cause, folder):
             raise RunError(f"checkpoint: {folder}: the disk is full, or a quota is reached") from None
+        if CUT_SHORT in str(cause):  # and there is room again, since another rank gave up
+            text = "a file was cut short, as when the disk is full"
+            raise RunError(f"checkpoint: writing {folder} failed: {text}") from e
         raise RunError(f"checkpoint: writing {folder} failed: {_line(cause)}") from e
 
 

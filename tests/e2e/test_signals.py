@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -64,10 +65,13 @@ def steps(run: Path) -> int:
 
 
 def ranks(job: subprocess.Popen[str]) -> list[int]:
-    """Process ids, in the order of their start."""
-    servers = [child for child in psutil.Process(job.pid).children() if "forkserver" in " ".join(child.cmdline())]
-    found = [rank for server in servers for rank in server.children()]
-    return [rank.pid for rank in sorted(found, key=lambda rank: rank.create_time())]
+    """Process ids, in the order of their start. What ends meanwhile is no rank."""
+    found: dict[int, float] = {}
+    for child in psutil.Process(job.pid).children():
+        with suppress(psutil.NoSuchProcess):  # a zombie is one too
+            if "forkserver" in " ".join(child.cmdline()):
+                found |= {rank.pid: rank.create_time() for rank in child.children()}
+    return sorted(found, key=found.__getitem__)
 
 
 def finish(job: subprocess.Popen[str], act: Callable[[], None]) -> str:
