@@ -56,12 +56,17 @@ def unpacked(requirement: str) -> Path:
         (wheel,) = Path(place).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(whole)
-        try:
-            os.rename(whole, folder)
-        except OSError:  # somebody else was quicker
-            if not folder.exists():
-                raise
+        put(whole, folder)
     return folder
+
+
+def put(made: Path, folder: Path) -> None:
+    """Move a finished folder into its place, unless somebody else was quicker."""
+    try:
+        os.rename(made, folder)
+    except OSError:
+        if not folder.exists():
+            raise
 
 
 def transformer_engine(version: str) -> Path:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import subprocess
 import tempfile
 from pathlib import Path
+
+from tools import cuda_wheels
 
 HERE = Path(__file__).parent
 SOURCES = ("driver.c", "nccl.c")
@@ -30,11 +31,7 @@ def libraries(torch: Path) -> Path:
         made = Path(place) / "made"
         made.mkdir()
         _compile(torch, made)
-        try:
-            os.rename(made, folder)
-        except OSError:  # somebody else was quicker
-            if not folder.exists():
-                raise
+        cuda_wheels.put(made, folder)
     return folder
 
 
